@@ -1,0 +1,189 @@
+"""A rectangle of the score matrix: what masks and modifiers are told about the entries they work on."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Range = tuple[Any, int]  # start, which may be traced, and size
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def pytree(cls: type) -> type:
+    """Make a class a frozen dataclass and a pytree: Python values are static, arrays (and pytrees of them) are leaves.
+
+    Example:
+      >>> @pytree
+      ... class Scale:
+      ...     factor: object
+      >>> jax.tree.leaves(Scale(2)), jax.tree.leaves(Scale(np.float32(2)))
+      ([], [np.float32(2.0)])
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten(value):
+        fields = {name: getattr(value, name) for name in names}
+        static = {name: field for name, field in fields.items() if _is_static(field)}
+        leaves = [field for name, field in fields.items() if name not in static]
+        return leaves, (tuple(static.items()), tuple(name for name in names if name not in static))
+
+    def unflatten(treedef, leaves):
+        value = object.__new__(cls)
+        for name, field in (*treedef[0], *zip(treedef[1], leaves, strict=True)):
+            object.__setattr__(value, name, field)
+        return value
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+    return cls
+
+
+def _is_static(field: Any) -> bool:
+    if field is None or isinstance(field, (bool, int, float, str)):
+        return True
+    return callable(field) and jax.tree_util.all_leaves([field])
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Rows × columns of the scores `[..., N, T, S]`, over the whole batch and all heads, or over one of each.
+
+    Slots say where an entry stands in the arrays; positions say where its token stands in the text. They differ where
+    the caller passes positions of its own (a cache, a ragged prompt, a shard).
+
+    Attributes:
+      lead: the leading shape `...`.
+      num_heads: N.
+      rows: first query slot and number of rows.
+      columns: first key slot and number of columns.
+      positions: query positions `[T]` or `[..., T]` and key positions `[S]` or `[..., S]`; None: the slots.
+      example: the flat index of one example, or None for all.
+      head: the index of one head, or None for all.
+    """
+
+    lead: tuple[int, ...]
+    num_heads: int
+    rows: Range
+    columns: Range
+    positions: tuple[Array, Array] | None = None
+    example: Any = None
+    head: Any = None
+
+    @classmethod
+    def point(cls, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Self:
+        """The single entry of one example (of a batch with one leading axis), head, query and key.
+
+        Example:
+          >>> Block.point(0, 1, 2, 3).k_idx.shape
+          (1, 1, 1, 1)
+        """
+        return cls((1,), 1, (q_idx, 1), (k_idx, 1), example=b, head=h)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the block's scores."""
+        lead = self.lead if self.example is None else (1,) * len(self.lead)
+        return (*lead, self.num_heads if self.head is None else 1, self.rows[1], self.columns[1])
+
+    @property
+    def b(self) -> Array:
+        """Flat batch index `[..., 1, 1, 1]`; 0 where there are no leading axes."""
+        if self.example is not None:
+            return jnp.asarray(self.example, jnp.int32).reshape((1,) * (len(self.lead) + 3))
+        return jnp.arange(int(np.prod(self.lead)), dtype=jnp.int32).reshape(*self.lead, 1, 1, 1)
+
+    @property
+    def h(self) -> Array:
+        """Query head `[N, 1, 1]`."""
+        if self.head is not None:
+            return jnp.asarray(self.head, jnp.int32).reshape(1, 1, 1)
+        return jnp.arange(self.num_heads, dtype=jnp.int32)[:, None, None]
+
+    @property
+    def q_slot(self) -> Array:
+        """Query slots `[rows, 1]`."""
+        return (self.rows[0] + jnp.arange(self.rows[1], dtype=jnp.int32))[:, None]
+
+    @property
+    def k_slot(self) -> Array:
+        """Key slots `[columns]`."""
+        return self.columns[0] + jnp.arange(self.columns[1], dtype=jnp.int32)
+
+    @property
+    def q_idx(self) -> Array:
+        """Query positions `[..., 1, rows, 1]`."""
+        own = None if self.positions is None else self.positions[0]
+        indices = self.q_slot[:, 0] if own is None else self._positions(own, self.rows)
+        return indices[..., None, :, None] if indices.ndim > 1 else self._pad(indices[:, None])
+
+    @property
+    def k_idx(self) -> Array:
+        """Key positions `[..., 1, 1, columns]`."""
+        own = None if self.positions is None else self.positions[1]
+        indices = self.k_slot if own is None else self._positions(own, self.columns)
+        return indices[..., None, None, :] if indices.ndim > 1 else self._pad(indices[None, :])
+
+    @property
+    def q_range(self) -> tuple[Array, Array]:
+        """Lowest and highest query position of the block, each broadcastable to `[..., 1, 1, 1]`."""
+        return self._range(self.q_idx, self.rows, -2, 0)
+
+    @property
+    def k_range(self) -> tuple[Array, Array]:
+        """Lowest and highest key position of the block, each broadcastable to `[..., 1, 1, 1]`."""
+        return self._range(self.k_idx, self.columns, -1, 1)
+
+    def _range(self, indices: Array, window: Range, axis: int, side: int) -> tuple[Array, Array]:
+        if self.positions is None or self.positions[side] is None:
+            return jnp.asarray(window[0]), jnp.asarray(window[0] + window[1] - 1)
+        return indices.min(axis, keepdims=True), indices.max(axis, keepdims=True)
+
+    def of_example(self, array: Any) -> Array:
+        """Pick `array [...]`, one value per example, as `[..., 1, 1, 1]`."""
+        return self._examples(array)[..., None, None, None]
+
+    def of_query(self, array: Any) -> Array:
+        """Pick `array [..., T]`, one value per query slot, as `[..., 1, rows, 1]`."""
+        return _cut(self._examples(array), -1, self.rows)[..., None, :, None]
+
+    def of_key(self, array: Any) -> Array:
+        """Pick `array [..., S]`, one value per key slot, as `[..., 1, 1, columns]`."""
+        return _cut(self._examples(array), -1, self.columns)[..., None, None, :]
+
+    def of_pair(self, array: Any) -> Array:
+        """Pick `array`, broadcastable to `[..., N, T, S]`; axes of size 1 are kept."""
+        array = jnp.asarray(array)
+        array = array.reshape((1,) * max(0, 3 - array.ndim) + array.shape)
+        heads = (0, self.num_heads) if self.head is None else (self.head, 1)
+        for axis, window in ((-3, heads), (-2, self.rows), (-1, self.columns)):
+            array = array if array.shape[axis] == 1 else _cut(array, axis, window)
+        if self.example is None or array.ndim == 3:
+            return array
+        lead = array.shape[:-3] if len(self.lead) == 1 else self.lead
+        return self._examples(jnp.broadcast_to(array, (*lead, *array.shape[-3:])))
+
+    def _examples(self, array: Any) -> Array:
+        array = jnp.asarray(array)
+        if self.example is None:
+            return array
+        rest = array.shape[len(self.lead) :]
+        index = jnp.asarray(self.example, jnp.int32).reshape(())
+        one = jax.lax.dynamic_index_in_dim(array.reshape(-1, *rest), index, keepdims=False)
+        return one.reshape((1,) * len(self.lead) + rest)
+
+    def _positions(self, indices: Array, window: Range) -> Array:
+        return _cut(self._examples(indices) if indices.ndim > 1 else indices, -1, window)
+
+    def _pad(self, array: Array) -> Array:
+        return array.reshape((1,) * (len(self.lead) + 3 - array.ndim) + array.shape)
+
+
+def _cut(array: Array, axis: int, window: Range) -> Array:
+    start, size = window
+    if isinstance(start, int) and start == 0 and size == array.shape[axis]:
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)

@@ -1,0 +1,160 @@
+"""Errors that name the argument, what was expected and what came. Run at trace time: inside jit they cost nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Sizes = dict[str, Any]
+
+
+def shapes(swap_axes: tuple[int, int] | None = None, **arguments: tuple[Any, str]) -> Sizes:
+    """Check shapes against patterns and return the size of every letter; `"..."` is one shape shared by all.
+
+    Args:
+      swap_axes: two axes that callers are known to confuse; where swapping them would pass, the error says so.
+      **arguments: argument name -> (array, pattern such as `"... T N H"`).
+
+    Returns:
+      The size of each letter, and under `"..."` the leading shape.
+
+    Raises:
+      ValueError: naming the argument whose rank or sizes do not fit those before it.
+
+    Example:
+      >>> shapes(query=(np.zeros((2, 5, 3)), "... T H"), key=(np.zeros((2, 7, 3)), "... S H"))
+      {'...': (2,), 'T': 5, 'H': 3, 'S': 7}
+    """
+    try:
+        return _bind({name: (np.shape(array), pattern) for name, (array, pattern) in arguments.items()})
+    except ValueError as error:
+        if swap_axes and (names := _fits_when_swapped(arguments, swap_axes)):
+            hint = f"it would fit with axes {swap_axes[0]} and {swap_axes[1]} of {names} swapped"
+            raise ValueError(f"{error}; {hint}") from None
+        raise
+
+
+def _bind(arguments: Mapping[str, tuple[tuple[int, ...], str]]) -> Sizes:
+    sizes: Sizes = {}
+    for name, (shape, pattern) in arguments.items():
+        letters = pattern.split()
+        named = letters[1:] if letters[0] == "..." else letters
+        lead = shape[: max(len(shape) - len(named), 0)] if letters[0] == "..." else ()
+        known = {letter: sizes[letter] for letter in letters if letter in sizes}
+        expected = (*known.get("...", lead), *(known.get(letter) for letter in named))
+        detail = ", ".join(f"{letter} = {size}" for letter, size in known.items())
+        message = f"{name} must be [{', '.join(letters)}]{' with ' + detail if detail else ''}, got shape {shape}"
+        chex.assert_shape(
+            jax.ShapeDtypeStruct(shape, bool), expected,
+            custom_message=message, include_default_message=False, exception_type=ValueError,
+        )  # fmt: skip
+        sizes |= {"...": lead} if letters[0] == "..." else {}
+        sizes |= dict(zip(named, shape[len(lead) :], strict=True))
+    return sizes
+
+
+def _fits_when_swapped(arguments: Mapping[str, tuple[Any, str]], axes: tuple[int, int]) -> str:
+    def swapped(names):
+        bound = {}
+        for name, (array, pattern) in arguments.items():
+            shape = list(np.shape(array))
+            if name in names and len(shape) >= -min(axes):
+                shape[axes[0]], shape[axes[1]] = shape[axes[1]], shape[axes[0]]
+            bound[name] = (tuple(shape), pattern)
+        return bound
+
+    for names in [*([name] for name in arguments), list(arguments)[1:], list(arguments)]:
+        try:
+            _bind(swapped(names))
+        except ValueError:
+            continue
+        return " and ".join(names)
+    return ""
+
+
+def broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -> None:
+    """Raise a `ValueError` unless `array` broadcasts to exactly `shape`, which `meaning` spells in letters.
+
+    Example:
+      >>> broadcastable("mask", np.ones((1, 5, 7), bool), (2, 3, 5, 7), "[..., N, T, S]")
+    """
+    came = np.shape(array)
+    try:
+        fits = np.broadcast_shapes(came, shape) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        hint = ""
+        if len(came) == len(shape) - 1 and came[0] == shape[0]:
+            hint = f"; one {name} per example needs a head axis: {name}[:, None]"
+        raise ValueError(f"{name} must broadcast to {meaning} = {tuple(shape)}, got shape {came}{hint}")
+
+
+def floating(**arguments: Any) -> None:
+    """Raise a `TypeError` that names the first argument which is not an array of real floating-point numbers.
+
+    Example:
+      >>> floating(query=np.zeros(3))
+    """
+    for name, array in arguments.items():
+        if not jnp.issubdtype(_dtype(array), jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {_dtype(array)}")
+
+
+def integers(**arguments: Any) -> None:
+    """Raise a `TypeError` that names the first argument which is not an array of integers.
+
+    Example:
+      >>> integers(lengths=np.array([3, 5]))
+    """
+    for name, array in arguments.items():
+        if not jnp.issubdtype(_dtype(array), jnp.integer):
+            raise TypeError(f"{name} must be integers, got {_dtype(array)}")
+
+
+def _dtype(array: Any) -> Any:
+    return array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
+
+
+def concrete(array: Any) -> np.ndarray | None:
+    """The values of `array` where looking costs nothing: Python, NumPy and CPU arrays; else None.
+
+    Traced values are unknown, and reading from an accelerator would wait for it.
+
+    Example:
+      >>> concrete([3, 5])
+      array([3, 5])
+    """
+    if isinstance(array, jax.core.Tracer):
+        return None
+    if isinstance(array, jax.Array):
+        on_cpu = array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
+        return np.asarray(array) if on_cpu else None
+    return np.asarray(array)
+
+
+def in_range(name: str, array: Any, low: int, high: int, why: str) -> None:
+    """Raise a `ValueError` if a known value of `array` lies outside `low … high` (inclusive); `why` names the bound.
+
+    Example:
+      >>> in_range("lengths", [3, 5], 0, 7, "S")
+    """
+    values = concrete(array)
+    if values is None or values.size == 0 or (values.min() >= low and values.max() <= high):
+        return
+    worst = values.min() if values.min() < low else values.max()
+    raise ValueError(f"{name} must lie in {low} … {high} ({why}), got {worst}")
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype in which sums are kept: float32 for float16 and bfloat16, else the dtype itself.
+
+    Example:
+      >>> accumulator(jnp.bfloat16)
+      dtype('float32')
+    """
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)

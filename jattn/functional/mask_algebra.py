@@ -1,0 +1,145 @@
+"""What every mask can do: be evaluated or classified on a block, combined by `& | ~`, materialised, drawn."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.functional import checks
+from jattn.functional.blocks import FULL, PARTIAL, Block, pytree
+
+Array = jax.Array
+
+
+class Mask:
+    """A set of (query, key) pairs. Make one with a function of this module."""
+
+    def rule(self, block: Block) -> Array:
+        """Which entries of the block may be attended to: boolean, broadcastable to `[..., N, rows, columns]`."""
+        raise NotImplementedError
+
+    def classify(self, block: Block) -> Array:
+        """EMPTY (0), PARTIAL (1) or FULL (2) for each example: broadcastable to `[..., N, 1, 1]`; in doubt PARTIAL."""
+        return jnp.asarray(PARTIAL)
+
+    def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        """Raise a `ValueError` if the mask does not fit scores of shape `[*lead, num_heads, T, S]`."""
+
+    def extent(self) -> tuple[tuple[int, ...], int | None, int | None]:
+        """The leading shape, T and S that the mask's own arrays imply; `()` and None where they imply none."""
+        return (), None, None
+
+    def __call__(self, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
+        """One entry, from scalars; arrays of the mask are read as having one batch axis."""
+        return self.rule(Block.point(b, h, q_idx, k_idx)).reshape(())
+
+    def to_array(self, T: int, S: int, *, batch: tuple[int, ...] | None = None, num_heads: int = 1) -> Array:
+        """Materialise the mask.
+
+        Args:
+          T: number of queries.
+          S: number of keys.
+          batch: the leading shape; None takes it from the mask's own arrays.
+          num_heads: N, for masks that differ between heads.
+
+        Returns:
+          Boolean `[T, S]`, or `[..., N or 1, T, S]` if the mask differs between examples or heads.
+        """
+        lead = self.extent()[0] if batch is None else batch
+        self.check(lead, num_heads, T, S)
+        allowed = self.rule(Block(lead, num_heads, (0, T), (0, S)))
+        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:-2], T, S))
+        return allowed.reshape(T, S) if allowed.size == T * S and not lead else allowed
+
+    def draw(self, T: int | None = None, S: int | None = None, *, b: int = 0, h: int = 0, num_heads: int = 1) -> str:
+        """Draw the mask of one example and head: a row per query, `█` where it may attend.
+
+        Example:
+          >>> from jattn.functional.masks import causal
+          >>> print(causal().draw(2, 3))
+          █ · ·
+          █ █ ·
+        """
+        lead, own_T, own_S = self.extent()
+        T, S = T or own_T or own_S or 8, S or own_S or own_T or 8
+        array = np.asarray(self.to_array(T, S, num_heads=max(num_heads, h + 1)))
+        array = array.reshape(-1, array.shape[-3] if array.ndim > 2 else 1, T, S)
+        picture = array[b if lead else 0, min(h, array.shape[1] - 1)]
+        return "\n".join(" ".join("█" if entry else "·" for entry in row) for row in picture)
+
+    def __str__(self) -> str:
+        leaves = jax.tree.leaves(self)
+        if any(checks.concrete(leaf) is None for leaf in leaves):
+            return repr(self)
+        return f"{self!r}\n{self.draw()}"
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return _And(self, _as_mask(other))
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return _Or(self, _as_mask(other))
+
+    def __invert__(self) -> "Mask":
+        return _Not(self)
+
+
+def _as_mask(mask: Any) -> Mask:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"a mask combines with masks only, got {type(mask).__name__}; see mask_mod and dense")
+    return mask
+
+
+@pytree
+class _And(Mask):
+    left: Mask
+    right: Mask
+
+    def rule(self, block):
+        return self.left.rule(block) & self.right.rule(block)
+
+    def classify(self, block):
+        return jnp.minimum(self.left.classify(block), self.right.classify(block))
+
+    def check(self, lead, num_heads, T, S):
+        self.left.check(lead, num_heads, T, S)
+        self.right.check(lead, num_heads, T, S)
+
+    def extent(self):
+        (a_lead, a_T, a_S), (b_lead, b_T, b_S) = self.left.extent(), self.right.extent()
+        return np.broadcast_shapes(a_lead, b_lead), a_T or b_T, a_S or b_S
+
+    def __repr__(self):
+        return " & ".join(f"({part!r})" if isinstance(part, _Or) else repr(part) for part in (self.left, self.right))
+
+
+@pytree
+class _Or(_And):
+    def rule(self, block):
+        return self.left.rule(block) | self.right.rule(block)
+
+    def classify(self, block):
+        return jnp.maximum(self.left.classify(block), self.right.classify(block))
+
+    def __repr__(self):
+        return f"{self.left!r} | {self.right!r}"
+
+
+@pytree
+class _Not(Mask):
+    mask: Mask
+
+    def rule(self, block):
+        return ~self.mask.rule(block)
+
+    def classify(self, block):
+        return FULL - self.mask.classify(block)
+
+    def check(self, lead, num_heads, T, S):
+        self.mask.check(lead, num_heads, T, S)
+
+    def extent(self):
+        return self.mask.extent()
+
+    def __repr__(self):
+        return f"~({self.mask!r})" if isinstance(self.mask, _And) else f"~{self.mask!r}"

@@ -1,0 +1,391 @@
+"""Masks: which query may attend to which key. True = may attend. Combine them with `&`, `|` and `~`.
+
+A mask is a small value that can be evaluated on any block of the score matrix, so that no `[T, S]` array has to exist.
+Python integers in it are static; arrays (lengths, ids) are pytree leaves and may be traced.
+
+`causal`, `sliding_window`, `no_self` and callables see positions; `padding`, `segments` and `dense` see array slots.
+The two are the same unless the caller of `attend` passes positions.
+
+Example:
+  >>> print(causal() & no_self())
+  causal() & no_self()
+  · · · · · · · ·
+  █ · · · · · · ·
+  █ █ · · · · · ·
+  █ █ █ · · · · ·
+  █ █ █ █ · · · ·
+  █ █ █ █ █ · · ·
+  █ █ █ █ █ █ · ·
+  █ █ █ █ █ █ █ ·
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.functional import checks
+from jattn.functional.blocks import EMPTY, FULL, PARTIAL, Block, pytree
+from jattn.functional.mask_algebra import Mask
+
+Array = jax.Array
+
+
+def causal(offset: int | Array = 0) -> Mask:
+    """A query sees itself and what came before it.
+
+        j ≤ i + offset
+
+    Args:
+      offset: how many later keys are visible too; with S > T, `S − T` aligns the ends. An integer, or an integer
+        array `[]` or `[...]` with one offset per example.
+
+    Example:
+      >>> print(causal().draw(3, 4))
+      █ · · ·
+      █ █ · ·
+      █ █ █ ·
+    """
+    return _Causal(_integer("offset", offset))
+
+
+def sliding_window(left: int | Array, right: int | Array = 0) -> Mask:
+    """A query sees `left` keys before its own position and `right` after it.
+
+        i − left ≤ j ≤ i + right
+
+    Args:
+      left: integer, or integer array `[]` or `[...]` with one per example.
+      right: the same.
+
+    Raises:
+      ValueError: the window is empty: left + right < 0.
+
+    Paper: Beltagy et al. 2020, https://arxiv.org/abs/2004.05150
+
+    Example:
+      >>> print(sliding_window(1).draw(4, 4))
+      █ · · ·
+      █ █ · ·
+      · █ █ ·
+      · · █ █
+    """
+    left, right = _integer("left", left), _integer("right", right)
+    if isinstance(left, int) and isinstance(right, int) and left + right < 0:
+        raise ValueError(f"sliding_window holds no key at all: left + right must be ≥ 0, got {left} and {right}")
+    return _SlidingWindow(left, right)
+
+
+def padding(lengths: Array) -> Mask:
+    """Only the first keys are real.
+
+        j < length
+
+    Args:
+      lengths: integers `[...]` (one per example) or `[..., T]` (one per query), from 0 to S.
+
+    Example:
+      >>> print(padding(np.array(2)).draw(3, 4))
+      █ █ · ·
+      █ █ · ·
+      █ █ · ·
+    """
+    return _Padding(_integers("lengths", lengths))
+
+
+def prefix_lm(lengths: Array) -> Mask:
+    """The prefix is seen by all, what follows it only by later queries: `causal() | padding(lengths)`.
+
+    Paper: Raffel et al. 2020, https://arxiv.org/abs/1910.10683
+
+    Example:
+      >>> print(prefix_lm(np.array(2)).draw(4, 4))
+      █ █ · ·
+      █ █ · ·
+      █ █ █ ·
+      █ █ █ █
+    """
+    return causal() | padding(lengths)
+
+
+def segments(q_ids: Array, k_ids: Array | None = None) -> Mask:
+    """Query and key must lie in the same segment (document) of a packed sequence.
+
+        q_ids[i] = k_ids[j]
+
+    Args:
+      q_ids: integers `[..., T]`.
+      k_ids: integers `[..., S]`; None for self-attention: the same as `q_ids`.
+
+    Example:
+      >>> print(segments(np.array([0, 0, 1, 1])))
+      segments([4], [4])
+      █ █ · ·
+      █ █ · ·
+      · · █ █
+      · · █ █
+    """
+    q_ids = _integers("q_ids", q_ids)
+    return _Segments(q_ids, q_ids if k_ids is None else _integers("k_ids", k_ids))
+
+
+def no_self() -> Mask:
+    """A query sees every key but the one at its own position: j ≠ i. For leave-one-out prediction.
+
+    Example:
+      >>> print(no_self().draw(3, 3))
+      · █ █
+      █ · █
+      █ █ ·
+    """
+    return _NoSelf()
+
+
+def dense(array: Array) -> Mask:
+    """A boolean array, True = may attend.
+
+    Args:
+      array: broadcastable to `[..., N, T, S]`; `[T, S]` is shared by all examples and heads.
+
+    Raises:
+      TypeError: the array is not boolean.
+
+    Example:
+      >>> print(dense(np.array([[True, False], [True, True]])))
+      dense([2, 2])
+      █ ·
+      █ █
+    """
+    array = array if hasattr(array, "dtype") else np.asarray(array)
+    if array.dtype != bool:
+        raise TypeError(f"a mask array must be boolean (True = may attend), got {array.dtype}")
+    return _Dense(array)
+
+
+def mask_mod(
+    function: Callable[[Array, Array, Array, Array], Array],
+    bounds: Callable[[Array, Array, Array, Array], Array] | None = None,
+) -> Mask:
+    """Lift a callable `(b, h, q_idx, k_idx) -> bool` on scalars, so that `&`, `|` and `~` apply to it.
+
+    Args:
+      function: sees the flat batch index, the query head and the positions of query and key; may capture arrays.
+      bounds: `(q_low, q_high, k_low, k_high) -> EMPTY | PARTIAL | FULL`, both ends inclusive: lets kernels skip blocks.
+
+    Paper: the signature of FlexAttention, Dong et al. 2024, https://arxiv.org/abs/2412.05496
+
+    Example:
+      >>> print(mask_mod(lambda b, h, q_idx, k_idx: (q_idx - k_idx) % 2 == 0).draw(3, 4))
+      █ · █ ·
+      · █ · █
+      █ · █ ·
+    """
+    if not callable(function):
+        raise TypeError(f"mask_mod lifts a callable (b, h, q_idx, k_idx) -> bool, got {type(function).__name__}")
+    return _Mod(function, bounds)
+
+
+@pytree
+class _Causal(Mask):
+    offset: Any
+
+    def rule(self, block):
+        return block.k_idx <= block.q_idx + _each(block, self.offset)
+
+    def classify(self, block):
+        (q_low, q_high), (k_low, k_high), offset = block.q_range, block.k_range, _each(block, self.offset)
+        return _classified(empty=k_low > q_high + offset, full=k_high <= q_low + offset)
+
+    def check(self, lead, num_heads, T, S):
+        _check_each("offset", self.offset, lead)
+
+    def extent(self):
+        return np.shape(self.offset), None, None
+
+    def __repr__(self):
+        return f"causal({_show(self.offset)})" if _is_array(self.offset) or self.offset else "causal()"
+
+
+@pytree
+class _SlidingWindow(Mask):
+    left: Any
+    right: Any
+
+    def rule(self, block):
+        q_idx, k_idx = block.q_idx, block.k_idx
+        return (q_idx - _each(block, self.left) <= k_idx) & (k_idx <= q_idx + _each(block, self.right))
+
+    def classify(self, block):
+        (q_low, q_high), (k_low, k_high) = block.q_range, block.k_range
+        left, right = _each(block, self.left), _each(block, self.right)
+        empty = (k_high < q_low - left) | (k_low > q_high + right)
+        return _classified(empty=empty, full=(k_low >= q_high - left) & (k_high <= q_low + right))
+
+    def check(self, lead, num_heads, T, S):
+        _check_each("left", self.left, lead)
+        _check_each("right", self.right, lead)
+
+    def extent(self):
+        return np.broadcast_shapes(np.shape(self.left), np.shape(self.right)), None, None
+
+    def __repr__(self):
+        return f"sliding_window({_show(self.left)}, {_show(self.right)})"
+
+
+@pytree
+class _Padding(Mask):
+    lengths: Any
+
+    def _per_query(self, block):
+        """Lengths `[..., 1, rows or 1, 1]`."""
+        per_query = np.ndim(self.lengths) == len(block.lead) + 1
+        return block.of_query(self.lengths) if per_query else block.of_example(self.lengths)
+
+    def rule(self, block):
+        return block.k_slot < self._per_query(block)
+
+    def classify(self, block):
+        lengths, (start, size) = self._per_query(block), block.columns
+        shortest, longest = lengths.min(-2, keepdims=True), lengths.max(-2, keepdims=True)
+        return _classified(empty=start >= longest, full=start + size <= shortest)
+
+    def check(self, lead, num_heads, T, S):
+        shape = np.shape(self.lengths)
+        if shape not in {lead, (*lead, T)}:
+            expected = f"[...] = {lead} (one per example) or [..., T] = {(*lead, T)} (one per query)"
+            raise ValueError(f"padding lengths must be {expected}, got shape {shape}")
+        checks.in_range("padding lengths", self.lengths, 0, S, "S, the number of keys")
+
+    def extent(self):
+        lengths = checks.concrete(self.lengths)
+        longest = None if lengths is None or lengths.size == 0 else max(int(lengths.max()), 1)
+        return np.shape(self.lengths)[:1], (np.shape(self.lengths)[1:] or (None,))[0], longest
+
+    def __repr__(self):
+        return f"padding({_show(self.lengths)})"
+
+
+@pytree
+class _Segments(Mask):
+    q_ids: Any
+    k_ids: Any
+
+    def rule(self, block):
+        return block.of_query(self.q_ids) == block.of_key(self.k_ids)
+
+    def classify(self, block):
+        q_ids, k_ids = block.of_query(self.q_ids), block.of_key(self.k_ids)
+        q_low, q_high = q_ids.min(-2, keepdims=True), q_ids.max(-2, keepdims=True)
+        k_low, k_high = k_ids.min(-1, keepdims=True), k_ids.max(-1, keepdims=True)
+        one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return _classified(empty=(q_high < k_low) | (k_high < q_low), full=one)
+
+    def check(self, lead, num_heads, T, S):
+        for name, ids, shape in (("q_ids", self.q_ids, (*lead, T)), ("k_ids", self.k_ids, (*lead, S))):
+            if np.shape(ids) != shape:
+                raise ValueError(f"segments {name} must have shape {shape}, got {np.shape(ids)}")
+
+    def extent(self):
+        return np.shape(self.q_ids)[:-1], np.shape(self.q_ids)[-1], np.shape(self.k_ids)[-1]
+
+    def __repr__(self):
+        return f"segments({list(np.shape(self.q_ids))}, {list(np.shape(self.k_ids))})"
+
+
+@pytree
+class _NoSelf(Mask):
+    def rule(self, block):
+        return block.k_idx != block.q_idx
+
+    def classify(self, block):
+        (q_low, q_high), (k_low, k_high) = block.q_range, block.k_range
+        one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return _classified(empty=one, full=(q_high < k_low) | (k_high < q_low))
+
+    def __repr__(self):
+        return "no_self()"
+
+
+@pytree
+class _Dense(Mask):
+    array: Any
+
+    def rule(self, block):
+        return block.of_pair(self.array)
+
+    def classify(self, block):
+        allowed = self.rule(block)
+        any_, all_ = allowed.any((-2, -1), keepdims=True), allowed.all((-2, -1), keepdims=True)
+        return _classified(empty=~any_, full=all_)
+
+    def check(self, lead, num_heads, T, S):
+        checks.broadcastable("mask", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
+
+    def extent(self):
+        shape = np.shape(self.array)
+        T, S = ((None, None, *shape)[-2:]) if len(shape) > 1 else (None, (*shape, None)[0])
+        return shape[:-3], T if T != 1 else None, S if S != 1 else None
+
+    def __repr__(self):
+        return f"dense({list(np.shape(self.array))})"
+
+
+@pytree
+class _Mod(Mask):
+    function: Any
+    bounds: Any
+
+    def rule(self, block):
+        allowed = jnp.vectorize(self.function)(block.b, block.h, block.q_idx, block.k_idx)
+        if allowed.dtype != bool:
+            raise TypeError(f"a mask_mod must return a boolean, got {allowed.dtype}")
+        return allowed
+
+    def classify(self, block):
+        if self.bounds is None:
+            return jnp.asarray(PARTIAL)
+        return jnp.vectorize(self.bounds)(*block.q_range, *block.k_range)
+
+    def __repr__(self):
+        return f"mask_mod({getattr(self.function, '__name__', type(self.function).__name__)})"
+
+
+def _classified(*, empty: Array, full: Array) -> Array:
+    return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
+
+
+def _integer(name: str, value: Any) -> Any:
+    if isinstance(value, (bool, np.bool_)) or not (isinstance(value, (int, np.integer)) or hasattr(value, "dtype")):
+        raise TypeError(f"{name} must be an integer or an array of integers, got {value!r}")
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    checks.integers(**{name: value})
+    return value
+
+
+def _integers(name: str, value: Any) -> Any:
+    value = value if hasattr(value, "dtype") else np.asarray(value)
+    checks.integers(**{name: value})
+    return value
+
+
+def _is_array(value: Any) -> bool:
+    return not isinstance(value, int)
+
+
+def _each(block: Block, value: Any) -> Any:
+    return block.of_example(value) if _is_array(value) and np.ndim(value) > 0 else value
+
+
+def _check_each(name: str, value: Any, lead: tuple[int, ...]) -> None:
+    if np.shape(value) not in {(), lead}:
+        raise ValueError(f"{name} must be one integer or one per example {lead}, got shape {np.shape(value)}")
+
+
+def _show(value: Any) -> str:
+    if not _is_array(value):
+        return str(value)
+    known = checks.concrete(value)
+    return f"array of shape {np.shape(value)}" if known is None or known.size > 8 else str(known.tolist())

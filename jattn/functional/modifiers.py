@@ -1,0 +1,263 @@
+"""Modifiers change a score after it is computed and before it is masked: `(score, b, h, q_idx, k_idx) -> score`.
+
+Any function of that form on scalars is a modifier; it sees the flat batch index, the query head and the positions of
+query and key, and gradients reach the arrays it captures. A tuple of modifiers applies from left to right. The
+signature is that of FlexAttention's score_mod (https://arxiv.org/abs/2412.05496). What follows are the published ones.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.functional import checks
+from jattn.functional.blocks import Block, pytree
+
+Array = jax.Array
+
+
+class Modifier:
+    """A change of scores that can be evaluated on any block of the score matrix."""
+
+    def rule(self, scores: Array, block: Block) -> Array:
+        """Change the scores `[..., N, rows, columns]` of a block."""
+        raise NotImplementedError
+
+    def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        """Raise a `ValueError` if the modifier does not fit scores of shape `[*lead, num_heads, T, S]`."""
+
+    def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
+        """Change one score; arrays of the modifier are read as having one batch axis."""
+        block = Block.point(b, h, q_idx, k_idx)
+        return self.rule(jnp.reshape(score, (1, 1, 1, 1)), block).reshape(())
+
+
+@pytree
+class ScoreMod(Modifier):
+    """A user's function `(score, b, h, q_idx, k_idx) -> score` on scalars, evaluated on blocks."""
+
+    function: Any
+
+    def rule(self, scores, block):
+        """Apply the function to every entry; the result has the dtype of the scores."""
+        changed = jnp.vectorize(self.function)(scores, block.b, block.h, block.q_idx, block.k_idx)
+        if not jnp.issubdtype(changed.dtype, jnp.floating):
+            raise TypeError(f"a modifier must return a floating-point score, got {changed.dtype}")
+        return changed.astype(scores.dtype)
+
+
+def soft_cap(cap: float | Array) -> Modifier:
+    """Keep scores within ±cap, smoothly.
+
+        score ← cap · tanh(score / cap)
+
+    Args:
+      cap: positive number.
+
+    Raises:
+      ValueError: cap is not positive.
+
+    Paper: Gemma 2, https://arxiv.org/abs/2408.00118
+
+    Example:
+      >>> float(soft_cap(2.0)(1000.0, 0, 0, 0, 0))
+      2.0
+    """
+    known = checks.concrete(cap)
+    if known is not None and not (known.ndim == 0 and known > 0):
+        raise ValueError(f"cap must be one positive number, got {cap}")
+    return _SoftCap(cap)
+
+
+def alibi(slopes: Array) -> Modifier:
+    """A linear penalty on distance, one slope per head; symmetric, so that it also serves without a causal mask.
+
+        score ← score − slopes[h] · |i − j|
+
+    Args:
+      slopes: `[N]`, floating point; see `alibi_slopes`.
+
+    Paper: Press et al. 2022, https://arxiv.org/abs/2108.12409
+
+    Example:
+      >>> float(alibi(alibi_slopes(8))(0.0, 0, 0, 5, 3))
+      -1.0
+    """
+    checks.floating(slopes=slopes)
+    checks.shapes(slopes=(slopes, "N"))
+    return _Alibi(slopes)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The geometric slopes of the ALiBi paper: 2^(−8 h / N) for h = 1 … N where N is a power of two.
+
+    Otherwise the slopes of the largest power of two below N come first, then every second one of twice that power.
+
+    Args:
+      num_heads: N ≥ 1.
+
+    Returns:
+      Slopes `[N]`, float32.
+
+    Raises:
+      ValueError: num_heads < 1.
+
+    Paper: Press et al. 2022, https://arxiv.org/abs/2108.12409
+
+    Example:
+      >>> alibi_slopes(4)
+      array([0.25      , 0.0625    , 0.015625  , 0.00390625], dtype=float32)
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+    power = 2 ** math.floor(math.log2(num_heads))
+    first = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-4 * np.arange(1, 2 * power + 1, 2) / power)
+    return np.concatenate([first, between])[:num_heads].astype(np.float32)
+
+
+def relative_bias(table: Array) -> Modifier:
+    """A learned bias for every offset.
+
+        score ← score + table[h, i − j + L − 1]
+
+    Args:
+      table: `[2 L − 1]`, or `[N, 2 L − 1]` with one row per head; L is the longest length. Offsets beyond it are an
+        error where positions are known, and add NaN where they are traced.
+
+    Paper: Shaw et al. 2018, https://arxiv.org/abs/1803.02155; in this form Liu et al. 2021, https://arxiv.org/abs/2103.14030
+
+    Example:
+      >>> float(relative_bias(jnp.array([0.0, 1.0, 2.0]))(0.0, 0, 0, 1, 0))
+      2.0
+    """
+    checks.floating(table=table)
+    if np.ndim(table) not in (1, 2) or np.shape(table)[-1] % 2 == 0:
+        raise ValueError(f"table must be [2 L − 1] or [N, 2 L − 1], got shape {np.shape(table)}")
+    return _RelativeBias(table)
+
+
+def t5_bias(table: Array, *, bidirectional: bool = True, max_distance: int = 128) -> Modifier:
+    """T5's learned bias: exact for near offsets, one bucket per range of distances further away.
+
+        score ← score + table[bucket(j − i), h]
+
+    Args:
+      table: `[num_buckets, N]`, floating point.
+      bidirectional: half of the buckets are for later keys; otherwise later keys share the bucket of distance 0.
+      max_distance: beyond it all offsets share the last bucket.
+
+    Raises:
+      ValueError: the table is not of rank 2 or has too few buckets.
+
+    Paper: Raffel et al. 2020, https://arxiv.org/abs/1910.10683
+
+    Example:
+      >>> float(t5_bias(jnp.arange(32.0)[:, None])(0.0, 0, 0, 3, 0))
+      3.0
+    """
+    checks.floating(table=table)
+    num_buckets = checks.shapes(table=(table, "buckets N"))["buckets"]
+    near = num_buckets // (4 if bidirectional else 2)
+    if near < 1 or (bidirectional and num_buckets % 2) or max_distance <= near:
+        raise ValueError(
+            f"t5_bias needs max_distance > num_buckets // {4 if bidirectional else 2} ≥ 1, and an even number of "
+            f"buckets if bidirectional, got {num_buckets} buckets and max_distance {max_distance}"
+        )
+    return _T5Bias(table, bidirectional, max_distance)
+
+
+def bias(array: Array) -> Modifier:
+    """Add an array; it is read by slots, not by positions.
+
+        score ← score + array[b, h, t, s]
+
+    Args:
+      array: floating point, broadcastable to `[..., N, T, S]`.
+
+    Example:
+      >>> float(bias(jnp.array([[0.0, 7.0]]))(1.0, 0, 0, 0, 1))
+      8.0
+    """
+    checks.floating(array=array)
+    return _Bias(array)
+
+
+@pytree
+class _SoftCap(Modifier):
+    cap: Any
+
+    def rule(self, scores, block):
+        return self.cap * jnp.tanh(scores / self.cap)
+
+
+@pytree
+class _Alibi(Modifier):
+    slopes: Any
+
+    def rule(self, scores, block):
+        distance = jnp.abs(block.q_idx - block.k_idx).astype(scores.dtype)
+        return scores - jnp.asarray(self.slopes, scores.dtype)[block.h] * distance
+
+    def check(self, lead, num_heads, T, S):
+        _check_heads("alibi slopes", np.shape(self.slopes)[0], num_heads)
+
+
+@pytree
+class _RelativeBias(Modifier):
+    table: Any
+
+    def rule(self, scores, block):
+        table = jnp.asarray(self.table, scores.dtype)
+        offsets = block.q_idx - block.k_idx + (table.shape[-1] - 1) // 2
+        # `fill` would read a negative index from the end, as Python does
+        offsets = jnp.where(offsets < 0, table.shape[-1], offsets)
+        index = (offsets,) if table.ndim == 1 else (block.h, offsets)
+        return scores + table.at[index].get(mode="fill", fill_value=jnp.nan)
+
+    def check(self, lead, num_heads, T, S):
+        if np.ndim(self.table) == 2:
+            _check_heads("relative_bias table", np.shape(self.table)[0], num_heads)
+
+
+@pytree
+class _T5Bias(Modifier):
+    table: Any
+    bidirectional: bool
+    max_distance: int
+
+    def rule(self, scores, block):
+        buckets = self._bucket(block.k_idx - block.q_idx)
+        return scores + jnp.asarray(self.table, scores.dtype)[buckets, block.h]
+
+    def _bucket(self, offsets):
+        num_buckets = np.shape(self.table)[0] // (2 if self.bidirectional else 1)
+        later = jnp.where(offsets > 0, num_buckets, 0) if self.bidirectional else 0
+        distance = jnp.abs(offsets) if self.bidirectional else jnp.maximum(-offsets, 0)
+        near = num_buckets // 2
+        # The edges of the logarithmic buckets in exact integers: no rounding of a logarithm decides.
+        steps = np.arange(1, num_buckets - near)
+        edges = np.ceil(near * (self.max_distance / near) ** (steps / (num_buckets - near)) - 1e-9).astype(np.int32)
+        far = near + jnp.searchsorted(jnp.asarray(edges), distance, side="right").astype(distance.dtype)
+        return later + jnp.where(distance < near, distance, far)
+
+    def check(self, lead, num_heads, T, S):
+        _check_heads("t5_bias table", np.shape(self.table)[1], num_heads)
+
+
+@pytree
+class _Bias(Modifier):
+    array: Any
+
+    def rule(self, scores, block):
+        return scores + block.of_pair(self.array).astype(scores.dtype)
+
+    def check(self, lead, num_heads, T, S):
+        checks.broadcastable("bias", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
+
+
+def _check_heads(name: str, came: int, num_heads: int) -> None:
+    if came != num_heads:
+        raise ValueError(f"{name} must have one entry per query head, N = {num_heads}, got {came}")

@@ -1,0 +1,235 @@
+"""Scores: how well a query and a key fit. Each is `(query [..., T, H], key [..., S, H']) -> [..., T, S]`.
+
+A score is pairwise: entry (t, s) depends on row t of the query and row s of the key alone. Parameters are further
+arguments; bind them with `functools.partial`, `jax.tree_util.Partial` or a closure before handing a score to `attend`.
+
+Leading axes of query and key broadcast. In `attend` they are `[..., N]` and, where N query heads share K < N key heads,
+`[..., K, G]` for the query and `[..., K, 1]` for the key. Parameters are shared by all heads, or have a leading axis
+of N heads. Sums are kept in at least float32, which is the dtype of the result.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jattn.functional import checks
+
+Array = jax.Array
+
+
+def constant(query: Array, key: Array) -> Array:
+    """The same score for every key, so that attention is the mean of the allowed values.
+
+        a(q, k) = 0
+
+    Args:
+      query: `[..., T, H]`, floating point.
+      key: `[..., S, H']`, floating point.
+
+    Returns:
+      Zeros `[..., T, S]`.
+
+    Example:
+      >>> constant(jnp.ones((1, 3)), jnp.ones((2, 5)))
+      Array([[0., 0.]], dtype=float32)
+    """
+    query, key = _pair(query, key, same_width=False)
+    lead = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    return jnp.zeros((*lead, query.shape[-2], key.shape[-2]), query.dtype)
+
+
+def dot_product(query: Array, key: Array) -> Array:
+    """The inner product.
+
+        a(q, k) = qᵀk
+
+    Args:
+      query: `[..., T, H]`, floating point.
+      key: `[..., S, H]`, floating point.
+
+    Returns:
+      `[..., T, S]`.
+
+    Raises:
+      ValueError: the widths differ.
+
+    Paper: Luong et al. 2015, https://arxiv.org/abs/1508.04025
+
+    Example:
+      >>> dot_product(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]]))
+      Array([[11.]], dtype=float32)
+    """
+    query, key = _pair(query, key)
+    return jnp.einsum("...th,...sh->...ts", query, key)
+
+
+def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = None) -> Array:
+    """The inner product over the square root of the width, so that its variance does not grow with H.
+
+        a(q, k) = qᵀk / √H
+
+    Args:
+      query: `[..., T, H]`, floating point.
+      key: `[..., S, H]`, floating point.
+      scale: a factor to use instead of 1 / √H.
+
+    Returns:
+      `[..., T, S]`.
+
+    Raises:
+      ValueError: the widths differ.
+
+    Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+
+    Example:
+      >>> scaled_dot_product(jnp.ones((1, 4)), jnp.ones((1, 4)))
+      Array([[2.]], dtype=float32)
+    """
+    query, key = _pair(query, key)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return jnp.einsum("...th,...sh->...ts", query, key) * factor
+
+
+def bilinear(query: Array, key: Array, weight: Array) -> Array:
+    """The multiplicative ("general") score: an inner product through a learned matrix.
+
+        a(q, k) = qᵀ W k
+
+    Args:
+      query: `[..., T, H]`, floating point.
+      key: `[..., S, H']`, floating point.
+      weight: `[H, H']`, or `[N, H, H']` with one matrix per head.
+
+    Returns:
+      `[..., T, S]`.
+
+    Raises:
+      ValueError: the weight does not fit the widths or the heads.
+
+    Paper: Luong et al. 2015, https://arxiv.org/abs/1508.04025
+
+    Example:
+      >>> bilinear(jnp.ones((1, 2)), jnp.ones((1, 3)), jnp.ones((2, 3)))
+      Array([[6.]], dtype=float32)
+    """
+    query, key = _pair(query, key, same_width=False)
+    weight = _per_head(weight, query, (query.shape[-1], key.shape[-1]))
+    return jnp.einsum("...th,...sh->...ts", jnp.matmul(query, weight), key)
+
+
+def additive(query: Array, key: Array, weight: Array) -> Array:
+    """Bahdanau's score of a query and a key that are already projected to one width.
+
+        a(q, k) = wᵀ tanh(q + k)
+
+    Args:
+      query: `[..., T, H]`, floating point: W_q q.
+      key: `[..., S, H]`, floating point: W_k k.
+      weight: `[H]`, or `[N, H]` with one vector per head.
+
+    Returns:
+      `[..., T, S]`.
+
+    Raises:
+      ValueError: the widths differ, or the weight does not fit them or the heads.
+
+    Paper: Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473
+
+    Example:
+      >>> additive(jnp.ones((1, 2)), -jnp.ones((1, 2)), jnp.ones(2))
+      Array([[0.]], dtype=float32)
+    """
+    query, key = _pair(query, key)
+    weight = _per_head(weight, query, query.shape[-1:])
+    # Not an einsum: product and sum fuse with the tanh, a matrix product would write out [..., T, S, H] first.
+    return (jnp.tanh(query[..., :, None, :] + key[..., None, :, :]) * weight[..., None, None, :]).sum(-1)
+
+
+def gaussian(query: Array, key: Array, weight: float | Array = 1.0) -> Array:
+    """The exponent of the Gaussian kernel, with which attention is Nadaraya-Watson regression.
+
+        a(q, k) = −‖(q − k) · w‖² / 2
+
+    Differences are taken before squaring, so that close points keep their digits.
+
+    Args:
+      query: `[..., T, H]`, floating point.
+      key: `[..., S, H]`, floating point.
+      weight: the inverse bandwidth: a scalar, `[H]`, or `[N, H]` with one vector per head.
+
+    Returns:
+      `[..., T, S]`.
+
+    Raises:
+      ValueError: the widths differ, or the weight does not fit them or the heads.
+
+    Paper: Nadaraya 1964, https://doi.org/10.1137/1109020
+
+    Example:
+      >>> gaussian(jnp.array([[1.0]]), jnp.array([[3.0]]))
+      Array([[-2.]], dtype=float32)
+    """
+    query, key = _pair(query, key)
+    difference = query[..., :, None, :] - key[..., None, :, :]
+    if jnp.ndim(weight) > 0:
+        weight = _per_head(jnp.asarray(weight), query, query.shape[-1:])[..., None, None, :]
+    return -jnp.square(difference * weight).sum(-1) / 2
+
+
+def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
+    """The cosine of the angle between query and key; 0, with zero derivative, where either is the zero vector.
+
+        a(q, k) = scale · qᵀk / (‖q‖ ‖k‖)
+
+    Args:
+      query: `[..., T, H]`, floating point.
+      key: `[..., S, H]`, floating point.
+      scale: a factor, the inverse temperature.
+
+    Returns:
+      `[..., T, S]`.
+
+    Raises:
+      ValueError: the widths differ.
+
+    Paper: Graves et al. 2014, https://arxiv.org/abs/1410.5401
+
+    Example:
+      >>> cosine(jnp.array([[3.0, 4.0]]), jnp.array([[4.0, 3.0], [-4.0, 3.0]])).round(2)
+      Array([[0.96, 0.  ]], dtype=float32)
+    """
+    query, key = _pair(query, key)
+    return jnp.einsum("...th,...sh->...ts", _unit(query), _unit(key)) * scale
+
+
+def _unit(vector: Array) -> Array:
+    squared = jnp.square(vector).sum(-1, keepdims=True)
+    nonzero = squared > 0
+    return jnp.where(nonzero, vector / jnp.sqrt(jnp.where(nonzero, squared, 1)), 0)
+
+
+def _pair(query: Array, key: Array, same_width: bool = True) -> tuple[Array, Array]:
+    """Check a query and a key and promote both to the dtype in which sums are kept."""
+    query, key = jnp.asarray(query), jnp.asarray(key)
+    checks.floating(query=query, key=key)
+    checks.shapes(query=(query, "... T H"))
+    checks.shapes(key=(key, "... S H"))
+    if same_width and query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have one width H, got shapes {query.shape} and {key.shape}")
+    dtype = checks.accumulator(jnp.result_type(query, key))
+    return query.astype(dtype), key.astype(dtype)
+
+
+def _per_head(weight: Array, query: Array, shape: tuple[int, ...]) -> Array:
+    """Align a weight `shape` or `[N, *shape]` with the head axes `[N]` or `[K, G]` of a query `[..., T, H]`."""
+    heads = query.shape[:-2]
+    weight = jnp.asarray(weight)
+    if weight.ndim == len(shape) + 1 and weight.shape[1:] == shape and heads:
+        if heads[-1] == weight.shape[0]:
+            return weight
+        if len(heads) > 1 and heads[-2] * heads[-1] == weight.shape[0]:
+            return weight.reshape(*heads[-2:], *shape)
+    if weight.shape != shape:
+        raise ValueError(f"weight must be {shape}, or [N, …] with one per head, got shape {weight.shape}")
+    return weight

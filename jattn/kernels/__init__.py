@@ -1,0 +1,1 @@
+"""Ways to compute the same attend. Every kernel has the signature of `dense.attend` and passes `tests/contract.py`."""

@@ -1,0 +1,96 @@
+"""attend inside Flax's own attention module."""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jattn.attention import MaskLike, ModifierLike, as_mask, attend
+from jattn.functional import masks, modifiers, scores
+
+Array = jax.Array
+
+
+def attention_fn(
+    *,
+    score: Any = scores.scaled_dot_product,
+    mask: MaskLike = None,
+    modifier: ModifierLike = None,
+    implementation: str | None = None,
+) -> Any:
+    """An `attention_fn` for `flax.nnx.MultiHeadAttention` and its Linen twin that computes with `attend`.
+
+    Args:
+      score: as in `attend`.
+      mask: allowed pairs in addition to the mask that Flax passes.
+      modifier: as in `attend`, applied before Flax's bias.
+      implementation: as in `attend`.
+
+    Returns:
+      A function with the signature of `flax.nnx.dot_product_attention`. Flax broadcasts dropout over batch axes by
+      default; here every weight is dropped on its own, so `broadcast_dropout=True` with dropout on is an error.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> flax_module = nnx.MultiHeadAttention(
+      ...     4, 8, attention_fn=attention_fn(modifier=modifiers.soft_cap(30.0)), decode=False, rngs=nnx.Rngs(0)
+      ... )
+      >>> flax_module(jnp.ones((2, 5, 8))).shape
+      (2, 5, 8)
+    """
+    own_mask, own_modifier = mask, modifier
+
+    def attention(
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        *,
+        broadcast_dropout: bool = True,
+        dropout_rng: Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Array:
+        if precision is not None or options:
+            named = sorted(options) if precision is None else ["precision"]
+            raise NotImplementedError(f"attend takes no {named}; for precision see jax.default_matmul_precision")
+        drops = dropout_rate > 0 and not deterministic
+        if drops and broadcast_dropout:
+            raise NotImplementedError("attend drops each weight on its own: pass broadcast_dropout=False")
+        if dtype is not None:
+            query, key, value = (array.astype(dtype) for array in (query, key, value))
+        result = attend(
+            query, key, value,
+            score=score,
+            mask=_both(own_mask, mask, is_causal),
+            modifier=_listed(own_modifier) + (() if bias is None else (modifiers.bias(bias),)),
+            dropout_rate=dropout_rate if drops else 0.0,
+            dropout_key=dropout_rng if drops else None,
+            implementation=implementation,
+            return_weights=module is not None,
+        )  # fmt: skip
+        if module is None:
+            return result
+        collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
+        module.sow(collection, "attention_weights", result[1])
+        return result[0]
+
+    return attention
+
+
+def _both(own: MaskLike, given: Array | None, is_causal: bool) -> masks.Mask | None:
+    parts = [as_mask(own), None if given is None else masks.dense(given.astype(bool))]
+    parts = [part for part in (*parts, masks.causal() if is_causal else None) if part is not None]
+    return functools.reduce(operator.and_, parts) if parts else None
+
+
+def _listed(modifier: ModifierLike) -> tuple:
+    return () if modifier is None else tuple(modifier) if isinstance(modifier, (tuple, list)) else (modifier,)

@@ -1,0 +1,290 @@
+"""Attention pooling with one head, as modules: they own the score's parameters, project, and call `attend`.
+
+Query `[..., T, Dq]`, key `[..., S, Dk]`, value `[..., S, V]` have no head axis; masks are as in `attend` with N = 1.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import initializers
+
+from jattn.attention import MaskLike, attend
+from jattn.functional import checks, scores
+
+Array = jax.Array
+
+
+class _Dropout(nnx.Module):
+    """The dropout of attention weights: its rate, its random stream, and whether it is switched off."""
+
+    def __init__(self, rate: float, rngs: nnx.Rngs | None):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"dropout_rate must lie in 0 … 1, got {rate}")
+        if rate > 0 and rngs is None:
+            raise ValueError(f"dropout_rate = {rate} needs rngs, got None")
+        self.rate = rate
+        self.deterministic = False
+        self.rngs = rngs.dropout.fork() if rate > 0 and rngs is not None else None
+
+    def options(self, deterministic: bool | None) -> dict[str, Any]:
+        """The arguments of `attend` for one call; a key is drawn only if weights are dropped."""
+        off = self.deterministic if deterministic is None else deterministic
+        if off or self.rngs is None:
+            return {}
+        return {"dropout_rate": self.rate, "dropout_key": self.rngs()}
+
+
+class _Pooling(nnx.Module):
+    """Single-head pooling with some score; what the modules below share."""
+
+    def _pool(self, query, key, value, *, score, mask, return_weights, deterministic) -> Any:
+        checks.shapes(query=(query, "... T Dq"), key=(key, "... S Dk"), value=(value, "... S V"))
+        result = attend(
+            *(jnp.asarray(array)[..., None, :] for array in (query, key, value)),
+            score=score, mask=mask, return_weights=return_weights, **self.dropout.options(deterministic),
+        )  # fmt: skip
+        if not return_weights:
+            return result.squeeze(-2)
+        output, weights = result
+        return output.squeeze(-2), weights.squeeze(-3)
+
+
+class DotProductAttention(_Pooling):
+    """Pooling by the inner product of query and key, which have one width.
+
+        output = softmax(Q Kᵀ / √D) V
+
+    Args:
+      scaled: divide by √D (the default), or use the bare product.
+      dropout_rate: for the weights.
+      rngs: needed if `dropout_rate` > 0.
+
+    Raises:
+      ValueError: dropout without rngs; in a call, shapes that do not fit.
+
+    Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+
+    Example:
+      >>> x = jnp.ones((2, 5, 3))
+      >>> DotProductAttention()(x, x, x).shape
+      (2, 5, 3)
+    """
+
+    def __init__(self, *, scaled: bool = True, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
+        self.scaled = scaled
+        self.dropout = _Dropout(dropout_rate, rngs)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        mask: MaskLike = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Any:
+        """Pool value `[..., S, V]` into `[..., T, V]`; on request also return the weights `[..., T, S]`."""
+        score = scores.scaled_dot_product if self.scaled else scores.dot_product
+        return self._pool(
+            query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=deterministic
+        )
+
+
+class BilinearAttention(_Pooling):
+    """Pooling by the multiplicative ("general") score qᵀ W k.
+
+    Args:
+      query_features: Dq.
+      key_features: Dk.
+      dropout_rate: for the weights.
+      param_dtype: dtype of the parameters.
+      rngs: for initialisation and dropout.
+
+    Attributes:
+      weight: W, `[Dq, Dk]`.
+
+    Raises:
+      ValueError: in a call, shapes that do not fit.
+
+    Paper: Luong et al. 2015, https://arxiv.org/abs/1508.04025
+
+    Example:
+      >>> attention = BilinearAttention(3, 5, rngs=nnx.Rngs(0))
+      >>> attention(jnp.ones((2, 3)), jnp.ones((7, 5)), jnp.ones((7, 4))).shape
+      (2, 4)
+    """
+
+    def __init__(
+        self,
+        query_features: int,
+        key_features: int,
+        *,
+        dropout_rate: float = 0.0,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        initializer = initializers.lecun_normal()
+        self.weight = nnx.Param(initializer(rngs.params(), (query_features, key_features), param_dtype))
+        self.dropout = _Dropout(dropout_rate, rngs)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        mask: MaskLike = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Any:
+        """Pool value `[..., S, V]` into `[..., T, V]`; on request also return the weights `[..., T, S]`."""
+        score = functools.partial(scores.bilinear, weight=self.weight[...])
+        return self._pool(
+            query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=deterministic
+        )
+
+
+class AdditiveAttention(_Pooling):
+    """Bahdanau's pooling: query and key are projected to one width, added, and scored by a small network.
+
+        a(q, k) = wᵀ tanh(W_q q + W_k k)
+
+    Args:
+      query_features: Dq.
+      key_features: Dk.
+      hidden_features: width of the projections.
+      dropout_rate: for the weights.
+      param_dtype: dtype of the parameters.
+      rngs: for initialisation and dropout.
+
+    Attributes:
+      query: W_q, a Linear without bias.
+      key: W_k, a Linear without bias.
+      weight: w, `[hidden_features]`.
+
+    Raises:
+      ValueError: in a call, shapes that do not fit.
+
+    Paper: Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473
+
+    Example:
+      >>> attention = AdditiveAttention(3, 5, 8, rngs=nnx.Rngs(0))
+      >>> attention(jnp.ones((2, 3)), jnp.ones((7, 5)), jnp.ones((7, 4))).shape
+      (2, 4)
+    """
+
+    def __init__(
+        self,
+        query_features: int,
+        key_features: int,
+        hidden_features: int,
+        *,
+        dropout_rate: float = 0.0,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.query = linear(query_features, hidden_features)
+        self.key = linear(key_features, hidden_features)
+        weight = initializers.lecun_normal()(rngs.params(), (hidden_features, 1), param_dtype)
+        self.weight = nnx.Param(weight[:, 0])
+        self.dropout = _Dropout(dropout_rate, rngs)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        mask: MaskLike = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Any:
+        """Pool value `[..., S, V]` into `[..., T, V]`; on request also return the weights `[..., T, S]`."""
+        return self.attend_projected(
+            query,
+            self.project_key(key),
+            value,
+            mask=mask,
+            return_weights=return_weights,
+            deterministic=deterministic,
+        )
+
+    def project_key(self, key: Array) -> Array:
+        """W_k k, `[..., S, Dk] -> [..., S, hidden_features]`: once for all the queries of a decoder."""
+        return project("key", self.key, key)
+
+    def attend_projected(
+        self,
+        query: Array,
+        projected_key: Array,
+        value: Array,
+        *,
+        mask: MaskLike = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Any:
+        """As a call, with the key as `project_key` returned it."""
+        score = functools.partial(scores.additive, weight=self.weight[...])
+        return self._pool(
+            project("query", self.query, query), projected_key, value,
+            score=score, mask=mask, return_weights=return_weights, deterministic=deterministic,
+        )  # fmt: skip
+
+
+class NadarayaWatson(_Pooling):
+    """Kernel regression with a learned Gaussian kernel: a prediction is a weighted mean of the values seen.
+
+        f(x) = Σ_i softmax_i(−‖(x − x_i) w‖² / 2) y_i
+
+    For training, predict each point from the others: `mask=masks.no_self()`.
+
+    Args:
+      param_dtype: dtype of the parameter.
+      rngs: for initialisation, uniform in 0 … 1.
+
+    Attributes:
+      weight: w, a scalar, the inverse bandwidth.
+
+    Raises:
+      ValueError: in a call, shapes that do not fit.
+
+    Paper: Nadaraya 1964, https://doi.org/10.1137/1109020
+
+    Example:
+      >>> x = jnp.linspace(0, 1, 5)[:, None]
+      >>> NadarayaWatson(rngs=nnx.Rngs(0))(x, x, jnp.sin(x)).shape
+      (5, 1)
+    """
+
+    def __init__(self, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (), param_dtype))
+        self.dropout = _Dropout(0.0, None)
+
+    def __call__(
+        self, query: Array, key: Array, value: Array, *, mask: MaskLike = None, return_weights: bool = False
+    ) -> Any:
+        """Predict `[..., T, V]` at query `[..., T, D]` from key `[..., S, D]` and value `[..., S, V]`."""
+        score = functools.partial(scores.gaussian, weight=self.weight[...])
+        return self._pool(
+            query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=True
+        )
+
+
+def project(name: str, linear: Callable[[Array], Array], x: Array) -> Array:
+    """Apply a Linear to `[..., length, features]`, naming the argument if its width does not fit.
+
+    Example:
+      >>> project("query", nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))).shape
+      (5, 2)
+    """
+    checks.floating(**{name: x})
+    expected = linear.in_features  # type: ignore[attr-defined]
+    if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != expected:
+        raise ValueError(f"{name} must be [..., length, {expected}], got shape {jnp.shape(x)}")
+    return linear(jnp.asarray(x))
