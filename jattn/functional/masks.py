@@ -241,7 +241,7 @@ class _Padding(Mask):
     def _per_query(self, block):
         """Lengths `[..., 1, rows or 1, 1]`."""
         per_query = np.ndim(self.lengths) == len(block.lead) + 1
-        return block.of_query(self.lengths) if per_query else block.of_example(self.lengths)
+        return (block.of_query if per_query else block.of_example)(jnp.asarray(self.lengths, jnp.int32))
 
     def rule(self, block):
         return block.k_slot < self._per_query(block)
@@ -376,7 +376,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _each(block: Block, value: Any) -> Any:
-    return block.of_example(value) if _is_array(value) and np.ndim(value) > 0 else value
+    if not _is_array(value):
+        return value
+    value = jnp.asarray(value, jnp.int32)
+    return block.of_example(value) if value.ndim > 0 else value
 
 
 def _check_each(name: str, value: Any, lead: tuple[int, ...]) -> None:
