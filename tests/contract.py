@@ -1,6 +1,6 @@
-"""The contract of attend: every kernel passes every test here. A new kernel is one more entry of `jattn.attention.KERNELS`.
+"""The contract of attend: every kernel passes every test. A new kernel is one more entry of `attention.KERNELS`.
 
-Numbers in section comments are those of the contract. Lengths and widths are distinct primes, so that swapped axes fail.
+Numbers in section comments are those of the contract. Lengths and widths are distinct primes: swapped axes fail.
 """
 
 import functools
@@ -85,7 +85,10 @@ MASKS = {
     "segments": (masks.segments(Q_IDS, K_IDS), lambda b, h, t, s: Q_IDS[b, t] == K_IDS[b, s]),
     "dense": (masks.dense(ARRAY), lambda b, h, t, s: ARRAY[b, 0, t, s]),
     "array": (ARRAY, lambda b, h, t, s: ARRAY[b, 0, t, s]),
-    "callable": (lambda b, h, q_idx, k_idx: (q_idx + k_idx + h + b) % 3 > 0, lambda b, h, t, s: (t + s + h + b) % 3 > 0),
+    "callable": (
+        lambda b, h, q_idx, k_idx: (q_idx + k_idx + h + b) % 3 > 0,
+        lambda b, h, t, s: (t + s + h + b) % 3 > 0,
+    ),
     "algebra": (
         (masks.causal(1) & ~masks.no_self()) | masks.padding(LENGTHS) & masks.mask_mod(lambda b, h, i, j: h > j),
         lambda b, h, t, s: (s <= t + 1 and s == t) or (s < LENGTHS[b] and h > s),
@@ -102,12 +105,15 @@ MODIFIERS = {
     "alibi": (modifiers.alibi(SLOPES), lambda x, b, h, t, s: x - SLOPES[h] * abs(t - s)),
     "relative_bias": (modifiers.relative_bias(TABLE), lambda x, b, h, t, s: x + TABLE[h, t - s + 6]),
     "bias": (modifiers.bias(BIAS), lambda x, b, h, t, s: x + BIAS[b, h, t, s]),
-    "callable": (loose(lambda x, b, h, i, j: x * (1 + h) - 0.1 * b * (i - j)), lambda x, b, h, t, s: x * (1 + h) - 0.1 * b * (t - s)),
+    "callable": (
+        loose(lambda x, b, h, i, j: x * (1 + h) - 0.1 * b * (i - j)),
+        lambda x, b, h, t, s: x * (1 + h) - 0.1 * b * (t - s),
+    ),
     "tuple": (
         (modifiers.alibi(SLOPES), modifiers.soft_cap(0.5), loose(lambda x, b, h, i, j: x + h)),
         lambda x, b, h, t, s: 0.5 * math.tanh((x - SLOPES[h] * abs(t - s)) / 0.5) + h,
     ),
-}  # fmt: skip
+}
 
 
 def assert_is_truth(came, truth, rtol=1e-12):
@@ -306,7 +312,10 @@ def test_vmap_over_one_operand_with_gradients(kernel, mapped, rng, x64):
     batch = {**shared, mapped: np.stack([shared[mapped], shared[mapped] + 1, shared[mapped] - 1])}
 
     def loss(query, key, value, length, slopes):
-        mask, modifier = masks.padding(length), (modifiers.alibi(slopes), loose(lambda x, b, h, i, j: x + slopes[h] * length))
+        mask, modifier = (
+            masks.padding(length),
+            (modifiers.alibi(slopes), loose(lambda x, b, h, i, j: x + slopes[h] * length)),
+        )
         return jnp.sin(jattn.attend(query, key, value, mask=mask, modifier=modifier, implementation=kernel)).sum()
 
     def gradient(*arguments):
@@ -316,7 +325,9 @@ def test_vmap_over_one_operand_with_gradients(kernel, mapped, rng, x64):
     together = jax.vmap(jax.jit(gradient), in_axes)(*batch.values())
     for index in range(3):
         single = gradient(*({**shared, mapped: batch[mapped][index]}).values())
-        jax.tree.map(lambda a, b, i=index: np.testing.assert_allclose(a[i], b, rtol=1e-11, atol=1e-13), together, single)
+        jax.tree.map(
+            lambda a, b, i=index: np.testing.assert_allclose(a[i], b, rtol=1e-11, atol=1e-13), together, single
+        )
 
 
 def test_nested_vmap(kernel, rng, x64):
@@ -383,7 +394,9 @@ def test_a_sharded_batch_agrees(kernel, rng):
     attend = jax.jit(functools.partial(jattn.attend, implementation=kernel))
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
-    sharded = attend(*(jax.device_put(array, sharding) for array in (query, key, value)), mask=jax.device_put(mask, sharding))
+    sharded = attend(
+        *(jax.device_put(array, sharding) for array in (query, key, value)), mask=jax.device_put(mask, sharding)
+    )
     assert sharded.sharding.is_equivalent_to(sharding, 4)
     np.testing.assert_allclose(sharded, attend(query, key, value, mask=mask), rtol=1e-6)
 

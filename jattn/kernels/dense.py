@@ -1,6 +1,6 @@
 """The readable kernel: all scores at once. It is the specification that the others are held to.
 
-    weights = masked softmax(modifier(score(query, key)), mask),   output = dropout(weights) · value
+weights = masked softmax(modifier(score(query, key)), mask),   output = dropout(weights) · value
 """
 
 from collections.abc import Callable, Sequence
@@ -42,10 +42,12 @@ def attend(
     block = Block(tuple(lead), N, (0, T), (0, key.shape[-3]), positions)
     allowed = None if mask is None else mask.rule(block)
     weights, lse = attention_weights(query, key, score=score, allowed=allowed, modifiers=modifiers, block=block)
+    value = heads_first(value)
     dropped = weights if dropout_rate == 0 or dropout_key is None else drop(weights, block, dropout_rate, dropout_key)
-    output = _pool(dropped, hide(value, keys_seen(allowed, value)))
+    output = pool(dropped, hide(value, keys_seen(allowed, value.shape[-3]))).astype(value.dtype)
+    output = checkpoint_name(rearrange(output, "... N T V -> ... T N V"), "attend_output")
     lse = checkpoint_name(rearrange(lse, "... N T -> ... T N"), "attend_lse")
-    return checkpoint_name(output, "attend_output"), lse, weights if return_weights else None
+    return output, lse, weights if return_weights else None
 
 
 def attention_weights(
@@ -57,55 +59,58 @@ def attention_weights(
     modifiers: Sequence[Modifier],
     block: Block,
 ) -> tuple[Array, Array]:
-    """Weights `[..., N, T, S]` and log-sum-exp `[..., N, T]` of one block, in the dtype in which sums are kept."""
-    query = hide(query, queries_seen(allowed, query))
-    key = hide(key, keys_seen(allowed, key))
+    """Weights `[..., N, T, S]` and log-sum-exp `[..., N, T]`, in the dtype in which sums are kept."""
+    query, key = heads_first(query), heads_first(key)
+    query = hide(query, queries_seen(allowed))
+    key = hide(key, keys_seen(allowed, key.shape[-3]))
     scores = head_scores(score, query, key)
     for modifier in modifiers:
         scores = modifier.rule(scores, block)
     return softmax_and_logsumexp(scores, allowed)
 
 
+def heads_first(x: Array) -> Array:
+    """The layout in which kernels compute: `[..., T, N, H] -> [..., N, T, H]`."""
+    return rearrange(x, "... T N H -> ... N T H")
+
+
 def head_scores(score: Callable[[Array, Array], Array], query: Array, key: Array) -> Array:
-    """Evaluate a score for every head: `[..., T, N, H], [..., S, K, H'] -> [..., N, T, S]`; keys are not repeated."""
-    T, N, S, K = query.shape[-3], query.shape[-2], key.shape[-3], key.shape[-2]
+    """Evaluate a score for every head: `[..., N, T, H], [..., K, S, H'] -> [..., N, T, S]`; keys are not repeated."""
+    *lead, N, T, _ = query.shape
+    K, S = key.shape[-3:-1]
     if N == K:
-        scores = score(rearrange(query, "... T N H -> ... N T H"), rearrange(key, "... S N H -> ... N S H"))
-        heads: tuple[int, ...] = (N,)
+        scores, expected = score(query, key), (*lead, N, T, S)
     else:
-        grouped = rearrange(query, "... T (K G) H -> ... K G T H", K=K)
-        scores = score(grouped, rearrange(key, "... S K H -> ... K 1 S H"))
-        heads = (K, N // K)
-    expected = (*query.shape[:-3], *heads, T, S)
+        grouped = rearrange(query, "... (K G) T H -> ... K G T H", K=K)
+        scores, expected = score(grouped, key[..., None, :, :]), (*lead, K, N // K, T, S)
     if scores.shape != expected:
         raise ValueError(f"score must return [..., T, S] for each head, {expected}, got {scores.shape}")
     checks.floating(**{"the result of score": scores})
-    scores = scores.reshape(*query.shape[:-3], N, T, S)
-    return scores.astype(checks.accumulator(jnp.result_type(query, key)))
+    return scores.reshape(*lead, N, T, S).astype(checks.accumulator(jnp.result_type(query, key)))
 
 
-def _pool(weights: Array, value: Array) -> Array:
-    """Weighted means of the values, `[..., T, N, V]`, summed in the dtype of the weights."""
-    grouped = rearrange(weights, "... (K G) T S -> ... K G T S", K=value.shape[-2])
-    output = jnp.einsum("...kgts,...skv->...tkgv", grouped, value.astype(weights.dtype))
-    return rearrange(output, "... T K G V -> ... T (K G) V").astype(value.dtype)
+def pool(weights: Array, value: Array) -> Array:
+    """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`, in the dtype of the weights."""
+    grouped = rearrange(weights, "... (K G) T S -> ... K G T S", K=value.shape[-3])
+    pooled = jnp.einsum("...kgts,...ksv->...kgtv", grouped, value.astype(weights.dtype))
+    return rearrange(pooled, "... K G T V -> ... (K G) T V")
 
 
 def hide(rows: Array, seen: Array | None) -> Array:
-    """Replace hidden rows `[..., length, heads, width]` by zeros, so that whatever they hold reaches nothing."""
+    """Replace hidden rows by zeros, so that whatever they hold reaches nothing."""
     return rows if seen is None else jnp.where(seen, rows, 0)
 
 
-def keys_seen(allowed: Array | None, key: Array) -> Array | None:
-    """Which keys some query may attend to: broadcastable to `[..., S, K, 1]`."""
+def keys_seen(allowed: Array | None, num_kv_heads: int) -> Array | None:
+    """Which keys some query may attend to: broadcastable to `[..., K, S, 1]`."""
     if allowed is None:
         return None
     seen = allowed.any(-2)  # [..., N or 1, S or 1]
     if seen.shape[-2] > 1:
-        seen = rearrange(seen, "... (K G) S -> ... K G S", K=key.shape[-2]).any(-2)
-    return rearrange(seen, "... K S -> ... S K 1")
+        seen = rearrange(seen, "... (K G) S -> ... K G S", K=num_kv_heads).any(-2)
+    return seen[..., None]
 
 
-def queries_seen(allowed: Array | None, query: Array) -> Array | None:
-    """Which queries may attend to some key: broadcastable to `[..., T, N, 1]`."""
-    return None if allowed is None else rearrange(allowed.any(-1), "... N T -> ... T N 1")
+def queries_seen(allowed: Array | None) -> Array | None:
+    """Which queries may attend to some key: broadcastable to `[..., N, T, 1]`."""
+    return None if allowed is None else allowed.any(-1, keepdims=True)

@@ -271,9 +271,7 @@ class NadarayaWatson(_Pooling):
     ) -> Any:
         """Predict `[..., T, V]` at query `[..., T, D]` from key `[..., S, D]` and value `[..., S, V]`."""
         score = functools.partial(scores.gaussian, weight=self.weight[...])
-        return self._pool(
-            query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=True
-        )
+        return self._pool(query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=True)
 
 
 def project(name: str, linear: Callable[[Array], Array], x: Array) -> Array:
