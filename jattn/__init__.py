@@ -15,3 +15,7 @@ from jattn.functional import modifiers as modifiers
 from jattn.functional import positions as positions
 from jattn.functional import scores as scores
 from jattn.functional.softmax import masked_softmax as masked_softmax
+
+# modules that own parameters, and models built of them
+from jattn import models as models
+from jattn import nn as nn

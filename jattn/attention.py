@@ -13,14 +13,16 @@ from einops import rearrange
 
 from jattn.functional import checks, masks, modifiers, scores
 from jattn.functional.blocks import Block
-from jattn.kernels import dense
+from jattn.kernels import blockwise, dense
 
 Array = jax.Array
 Score = Callable[[Array, Array], Array]
 MaskLike = masks.Mask | Array | np.ndarray | Callable[..., Array] | None
 ModifierLike = modifiers.Modifier | Callable[..., Array] | Sequence[Any] | None
 
-KERNELS: Mapping[str, Callable[..., tuple[Array, Array, Array | None]]] = MappingProxyType({"dense": dense.attend})
+KERNELS: Mapping[str, Callable[..., tuple[Array, Array, Array | None]]] = MappingProxyType(
+    {"dense": dense.attend, "blockwise": blockwise.attend}
+)
 
 
 def attend(
@@ -80,7 +82,7 @@ def attend(
     query, key, value = (jnp.asarray(array) for array in (query, key, value))
     sizes = _check_operands(query=query, key=key, value=value)
     dtype = jnp.result_type(query, key, value)
-    prepared = _prepare(sizes, mask, modifier, positions)
+    prepared = _prepare(sizes, score, mask, modifier, positions)
     _check_dropout(dropout_rate, dropout_key)
     output, lse, weights = _first_that_can(implementation)(
         *(array.astype(dtype) for array in (query, key, value)),
@@ -117,7 +119,7 @@ def attention_weights(
     query, key = jnp.asarray(query), jnp.asarray(key)
     sizes = _check_operands(query=query, key=key)
     dtype = jnp.result_type(query, key)
-    prepared = _prepare(sizes, mask, modifier, positions)
+    prepared = _prepare(sizes, score, mask, modifier, positions)
     block = Block(sizes["..."], sizes["N"], (0, sizes["T"]), (0, sizes["S"]), prepared["positions"])
     allowed = None if prepared["mask"] is None else prepared["mask"].rule(block)
     weights, _ = dense.attention_weights(
@@ -149,9 +151,11 @@ def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
       >>> bool(jnp.allclose(merge(halves)[0], attend(q, k, k)))
       True
     """
+    parts = [(jnp.asarray(output), jnp.asarray(lse)) for output, lse in parts]
     if not parts:
         raise ValueError("parts must hold at least one (output, lse) pair, got none")
     for index, (output, lse) in enumerate(parts):
+        checks.floating(**{f"the output of parts[{index}]": output, f"the lse of parts[{index}]": lse})
         if output.shape != parts[0][0].shape or lse.shape != output.shape[:-1]:
             raise ValueError(
                 f"parts[{index}] must be an output {parts[0][0].shape} and an lse without its last axis, "
@@ -209,18 +213,21 @@ def dot_product_attention(
       >>> bool(jnp.allclose(dot_product_attention(x, x, x), jax.nn.dot_product_attention(x, x, x)))
       True
     """
+    query, key, value = (jnp.asarray(array) for array in (query, key, value))
+    _check_operands(query=query, key=key, value=value)
     parts: list[masks.Mask] = [] if mask is None else [masks.dense(mask)]
     if is_causal:
         parts.append(masks.causal())
     if local_window_size is not None:
+        if np.shape(local_window_size) not in {(), (2,)}:
+            raise ValueError(f"local_window_size must be an integer or a pair of them, got {local_window_size}")
         left, right = np.broadcast_to(np.asarray(local_window_size), 2).tolist()
         parts.append(masks.sliding_window(left, right))
     if key_value_seq_lengths is not None:
-        parts.append(masks.padding(key_value_seq_lengths))
+        parts.append(masks.padding(_check_lengths("key_value_seq_lengths", key_value_seq_lengths, key)))
     if query_seq_lengths is not None:
-        lengths = jnp.asarray(query_seq_lengths)
-        checks.in_range("query_seq_lengths", lengths, 0, np.shape(query)[-3], "T, the number of queries")
-        real = jnp.arange(np.shape(query)[-3]) < lengths[..., None]
+        lengths = _check_lengths("query_seq_lengths", query_seq_lengths, query)
+        real = jnp.arange(query.shape[-3], dtype=jnp.int32) < lengths[..., None].astype(jnp.int32)
         parts.append(masks.dense(rearrange(real, "... T -> ... 1 T 1")))
     return attend(
         query, key, value,
@@ -232,31 +239,44 @@ def dot_product_attention(
     )  # fmt: skip
 
 
+def _check_lengths(name: str, lengths: Any, rows: Array) -> Array:
+    checks.integers(**{name: lengths})
+    if np.shape(lengths) != rows.shape[:-3]:
+        raise ValueError(f"{name} must have one length per example, shape {rows.shape[:-3]}, got {np.shape(lengths)}")
+    checks.in_range(name, lengths, 0, rows.shape[-3], "the length of the array")
+    return jnp.asarray(lengths)
+
+
 def _check_operands(**operands: Array) -> checks.Sizes:
     checks.floating(**operands)
     patterns = {"query": "... T N H", "key": "... S K H'", "value": "... S K V"}
     sizes = checks.shapes(swap_axes=(-3, -2), **{name: (array, patterns[name]) for name, array in operands.items()})
-    N, K = sizes["N"], sizes["K"]
+    N, K, T, S = (sizes[letter] for letter in "NKTS")
     if min(N, K, sizes["H"], sizes["H'"]) < 1:
         raise ValueError(f"heads and head width must be at least 1, got shapes {[x.shape for x in operands.values()]}")
     if N % K:
+        swaps = {"query": (T, K), "key and value": (N, S), "all of them": (T, S)}
+        fitting = [names for names, (queries, keys) in swaps.items() if queries and keys and queries % keys == 0]
         hint = ""
-        if sizes["T"] % max(sizes["S"], 1) == 0:
-            hint = "; it would fit with axes -3 and -2 swapped: the layout is [..., length, heads, width]"
+        if fitting:
+            hint = f"; it would fit with axes -3 and -2 of {' or '.join(fitting)} swapped: [..., length, heads, width]"
         raise ValueError(f"the heads of query (N = {N}) must be a multiple of the heads of key (K = {K}){hint}")
     return sizes
 
 
-def _prepare(sizes: checks.Sizes, mask: Any, modifier: Any, positions: Any) -> dict[str, Any]:
+def _prepare(sizes: checks.Sizes, score: Any, mask: Any, modifier: Any, positions: Any) -> dict[str, Any]:
+    if not callable(score):
+        raise TypeError(f"score must be callable, (query, key) -> scores, got {type(score).__name__}")
     lead, N, T, S = sizes["..."], sizes["N"], sizes["T"], sizes["S"]
     mask = as_mask(mask)
     if mask is not None:
         mask.check(lead, N, T, S)
     listed = modifier if isinstance(modifier, (tuple, list)) else () if modifier is None else (modifier,)
     prepared = tuple(_as_modifier(part) for part in listed)
+    positions = _as_positions(positions, lead, T, S)
     for part in prepared:
-        part.check(lead, N, T, S)
-    return {"mask": mask, "modifiers": prepared, "positions": _as_positions(positions, lead, T, S)}
+        part.check(lead, N, T, S, positions is not None)
+    return {"mask": mask, "modifiers": prepared, "positions": positions}
 
 
 def as_mask(mask: MaskLike) -> masks.Mask | None:
@@ -296,14 +316,18 @@ def _as_positions(positions: Any, lead: tuple[int, ...], T: int, S: int) -> tupl
 
 
 def _check_dropout(rate: Any, key: Any) -> None:
-    if isinstance(rate, jax.core.Tracer) or not 0 <= rate <= 1:
-        raise ValueError(f"dropout_rate must be a Python number from 0 to 1, got {rate}")
+    checks.probability(dropout_rate=rate)
     if rate > 0 and key is None:
         raise ValueError(f"dropout_rate = {rate} needs a dropout_key, got None")
+    if key is not None:
+        try:
+            jax.random.key_data(key)
+        except TypeError:
+            raise TypeError(f"dropout_key must be a JAX random key (jax.random.key), got {key!r}") from None
 
 
 def _first_that_can(implementation: str | None) -> Callable[..., tuple[Array, Array, Array | None]]:
-    if implementation is not None and implementation not in KERNELS:
+    if implementation is not None and (not isinstance(implementation, str) or implementation not in KERNELS):
         raise ValueError(f"implementation must be None or one of {sorted(KERNELS)}, got {implementation!r}")
     candidates = list(KERNELS.values()) if implementation is None else [KERNELS[implementation]]
 

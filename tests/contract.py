@@ -15,12 +15,29 @@ import pytest
 import jattn
 from jattn import masks, modifiers, scores
 from jattn.attention import KERNELS
+from jattn.kernels import blockwise
 from tests import oracle
 
 B, T, S, H, V = 2, 5, 7, 3, 11
 HEADS = [pytest.param(3, 3, id="multi-head"), pytest.param(6, 2, id="grouped"), pytest.param(5, 1, id="multi-query")]
 
-pytestmark = pytest.mark.parametrize("kernel", sorted(KERNELS))
+VARIANTS = {
+    "dense": {},
+    "blockwise": {"ROWS": 3, "COLUMNS": 4, "_one_cpu_device": lambda: False},
+    "blockwise one by one": {"ROWS": 4, "COLUMNS": 3, "_one_cpu_device": lambda: True},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def kernel(request, monkeypatch):
+    """The name of a kernel, with blocks so small that these lengths need several."""
+    for name, value in VARIANTS[request.param].items():
+        monkeypatch.setattr(blockwise, name, value)
+    return request.param.split()[0]
+
+
+def test_every_kernel_is_held_to_the_contract():
+    assert {variant.split()[0] for variant in VARIANTS} == set(KERNELS)
 
 
 def loose(function):
@@ -124,8 +141,13 @@ def assert_is_truth(came, truth, rtol=1e-12):
 
 def run(kernel, query, key, value, **options):
     """Output, lse and weights; a kernel that makes no weights returns those of attention_weights."""
-    output, lse = jattn.attend(query, key, value, implementation=kernel, return_lse=True, **options)
-    return output, lse, jattn.attention_weights(query, key, **options)
+
+    @jax.jit
+    def results(query, key, value):
+        output, lse = jattn.attend(query, key, value, implementation=kernel, return_lse=True, **options)
+        return output, lse, jattn.attention_weights(query, key, **options)
+
+    return results(query, key, value)
 
 
 # 1. Truth
@@ -193,7 +215,7 @@ def test_gradients_are_the_slopes_of_the_loop(kernel, rng, x64):
         return (output * cotangent).sum() + np.sin(lse).sum()
 
     arguments = [query, key, value, weight, table]
-    came = jax.grad(loss, argnums=range(5))(*(jnp.asarray(argument) for argument in arguments))
+    came = jax.jit(jax.grad(loss, argnums=range(5)))(*(jnp.asarray(argument) for argument in arguments))
     for index, gradient in enumerate(came):
         slopes = oracle.numerical_gradient(
             lambda moved, index=index: truth(*arguments[:index], moved, *arguments[index + 1 :]), arguments[index]
@@ -210,35 +232,34 @@ def test_a_query_with_no_allowed_key_gives_zero_and_zero_gradients(kernel, rng, 
 
     def loss(*operands):
         output, lse = jattn.attend(*operands, mask=mask, implementation=kernel, return_lse=True)
-        return output.sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
+        return output.sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum(), (output, lse)
 
-    output, lse = jattn.attend(query, key, value, mask=mask, implementation=kernel, return_lse=True)
+    gradients, (output, lse) = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(query, key, value)
     assert (output[0] == 0).all() and jnp.isneginf(lse[0]).all() and jnp.isfinite(lse[1]).all()
-    for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, value):
+    for gradient in gradients:
         assert jnp.isfinite(gradient).all() and (gradient[0] == 0).all()
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("name", SCORES)
-def test_hidden_rows_reach_neither_output_nor_gradients(kernel, name, poison, rng, x64):
+def test_hidden_rows_reach_neither_output_nor_gradients(kernel, name, rng, x64):
     query, key, value = operands(rng)
     score, _ = score_cases(6, rng)[name]
     hidden_query = np.arange(T) == 1
     mask = masks.padding(LENGTHS) & masks.dense(~hidden_query[:, None])
-
-    def loss(query, key, value):
-        return jattn.attend(query, key, value, score=score, mask=mask, implementation=kernel, return_lse=True)
-
     cotangents = (rng.standard_normal((B, T, 6, V)), rng.standard_normal((B, T, 6)))
-    clean, pull = jax.vjp(loss, query, key, value)
-    gradients = pull(cotangents)
-    query, key, value = query.copy(), key.copy(), value.copy()
-    query[:, hidden_query] = poison
-    for b, length in enumerate(LENGTHS):
-        key[b, length:] = value[b, length:] = poison
-    poisoned, pull = jax.vjp(loss, query, key, value)
-    jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
-    jax.tree.map(np.testing.assert_array_equal, pull(cotangents), gradients)
+
+    @jax.jit
+    def results(*operands):
+        options = {"score": score, "mask": mask, "implementation": kernel, "return_lse": True}
+        outputs, pull = jax.vjp(functools.partial(jattn.attend, **options), *operands)
+        return outputs, pull(cotangents)
+
+    clean = results(query, key, value)
+    for poison in (np.nan, np.inf):
+        query[:, hidden_query] = poison
+        for b, length in enumerate(LENGTHS):
+            key[b, length:] = value[b, length:] = poison
+        jax.tree.map(np.testing.assert_array_equal, results(query, key, value), clean)
 
 
 # 4. Any lengths
@@ -298,9 +319,10 @@ def test_jit_vmap_and_a_loop_agree(kernel, rng, x64):
     def one(query, key, value, length):
         return attend(query, key, value, mask=masks.padding(length) & masks.causal(1))
 
-    batched = attend(query, key, value, mask=masks.padding(LENGTHS) & masks.causal(1))
+    batched = jax.jit(attend)(query, key, value, mask=masks.padding(LENGTHS) & masks.causal(1))
     mapped = jax.jit(jax.vmap(one))(query, key, value, LENGTHS)
-    looped = jnp.stack([one(*example) for example in zip(query, key, value, LENGTHS, strict=True)])
+    single = jax.jit(one)
+    looped = jnp.stack([single(*example) for example in zip(query, key, value, LENGTHS, strict=True)])
     np.testing.assert_allclose(mapped, batched, rtol=1e-12)
     np.testing.assert_allclose(looped, batched, rtol=1e-12)
 
@@ -322,9 +344,10 @@ def test_vmap_over_one_operand_with_gradients(kernel, mapped, rng, x64):
         return jax.grad(loss, argnums=(0, 1, 2, 4))(*arguments)
 
     in_axes = tuple(0 if name == mapped else None for name in shared)
-    together = jax.vmap(jax.jit(gradient), in_axes)(*batch.values())
+    together = jax.jit(jax.vmap(gradient, in_axes))(*batch.values())
+    one = jax.jit(gradient)
     for index in range(3):
-        single = gradient(*({**shared, mapped: batch[mapped][index]}).values())
+        single = one(*({**shared, mapped: batch[mapped][index]}).values())
         jax.tree.map(
             lambda a, b, i=index: np.testing.assert_allclose(a[i], b, rtol=1e-11, atol=1e-13), together, single
         )
@@ -338,7 +361,7 @@ def test_nested_vmap(kernel, rng, x64):
         return jattn.attend(query, key, value, mask=masks.padding(length), implementation=kernel)
 
     shaped = [array.reshape(2, 3, *array.shape[1:]) for array in (query, key, value, lengths)]
-    nested = jax.vmap(jax.vmap(one))(*shaped).reshape(6, T, 6, V)
+    nested = jax.jit(jax.vmap(jax.vmap(one)))(*shaped).reshape(6, T, 6, V)
     flat = jattn.attend(query, key, value, mask=masks.padding(lengths), implementation=kernel)
     np.testing.assert_allclose(nested, flat, rtol=1e-12)
 
@@ -360,7 +383,7 @@ def test_captured_float_and_integer_tracers(kernel, rng, x64):
         ).sum()  # fmt: skip
 
     slopes, lengths = np.array([0.3, 0.7, 1.1]), np.array([1, 4, 7])
-    gradient = jax.grad(loss, argnums=(0, 2))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 2)))
     expected = [gradient(slope, length, query) for slope, length in zip(slopes, lengths, strict=True)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)
     jitted = jax.jit(loss)
@@ -371,7 +394,7 @@ def test_captured_float_and_integer_tracers(kernel, rng, x64):
         lambda s, n, q: jax.lax.scan(lambda c, x: (c, gradient(*x, q)), 0, (s, n))[1],
         lambda s, n, q: jax.lax.map(lambda x: gradient(*x, q), (s, n)),
     ):
-        came = transformed(slopes, lengths, query)
+        came = jax.jit(transformed)(slopes, lengths, query)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), came, stacked)
 
 
@@ -436,7 +459,7 @@ def attend_and_gradients(kernel, query, key, value, **options):
     def loss(*operands):
         return jnp.sin(jattn.attend(*operands, implementation=kernel, **options)).sum()
 
-    return jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, key, value)
 
 
 @pytest.mark.parametrize(
@@ -471,10 +494,13 @@ def test_merging_the_halves_of_the_keys_is_the_whole(kernel, rng, x64):
         return jattn.attend(query, key, value, mask=mask, implementation=kernel, return_lse=True)
 
     cotangents = (rng.standard_normal((B, T, 6, V)), rng.standard_normal((B, T, 6)))
-    for a, b in zip(halves(query, key, value), whole(query, key, value), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
-    pulled = [jax.vjp(function, query, key, value)[1](cotangents) for function in (halves, whole)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), *pulled)
+
+    def results(function, *operands):
+        outputs, pull = jax.vjp(function, *operands)
+        return outputs, pull(cotangents)
+
+    merged, plain = (jax.jit(functools.partial(results, function))(query, key, value) for function in (halves, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), merged, plain)
 
 
 def test_a_constant_score_is_average_pooling(kernel, rng, x64):

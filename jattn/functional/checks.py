@@ -150,6 +150,30 @@ def in_range(name: str, array: Any, low: int, high: int, why: str) -> None:
     raise ValueError(f"{name} must lie in {low} … {high} ({why}), got {worst}")
 
 
+def probability(**rates: Any) -> None:
+    """Raise a `ValueError` (`TypeError`) that names the first argument which is not a Python number from 0 to 1.
+
+    Example:
+      >>> probability(dropout_rate=0.1)
+    """
+    for name, rate in rates.items():
+        if isinstance(rate, (bool, str)) or not np.isscalar(rate):
+            raise TypeError(f"{name} must be a Python number from 0 to 1, got {rate!r}")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"{name} must lie in 0 … 1, got {rate}")
+
+
+def positive(**numbers: Any) -> None:
+    """Raise a `ValueError` that names the first argument which is not an integer of at least 1.
+
+    Example:
+      >>> positive(num_heads=8)
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, (int, np.integer)) or number < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+
+
 def accumulator(dtype: Any) -> Any:
     """The dtype in which sums are kept: float32 for float16 and bfloat16, else the dtype itself.
 

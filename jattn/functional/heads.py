@@ -82,6 +82,7 @@ def repeat_kv(x: Array, num_heads: int) -> Array:
       Array([1., 1., 2., 2.], dtype=float32)
     """
     checks.shapes(x=(x, "... S K H"))
+    checks.positive(num_heads=num_heads)
     _check_divisible("num_heads", num_heads, "the number of heads of x", x.shape[-2])
     return repeat(x, "... S K H -> ... S (K G) H", G=num_heads // x.shape[-2])
 
@@ -124,6 +125,7 @@ def repeat_lengths(lengths: Array, num_heads: int) -> Array:
     """
     lengths = jnp.asarray(lengths)
     checks.integers(lengths=lengths)
+    checks.positive(num_heads=num_heads)
     if lengths.ndim not in (1, 2):
         raise ValueError(f"lengths must be [B] or [B, T], got shape {lengths.shape}")
     return repeat(lengths, "B ... -> (B N) ...", N=num_heads)

@@ -26,9 +26,9 @@ class Mask:
     def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
         """Raise a `ValueError` if the mask does not fit scores of shape `[*lead, num_heads, T, S]`."""
 
-    def extent(self) -> tuple[tuple[int, ...], int | None, int | None]:
-        """The leading shape, T and S that the mask's own arrays imply; `()` and None where they imply none."""
-        return (), None, None
+    def extent(self) -> tuple[tuple[int, ...], int | None, int | None, int | None]:
+        """The leading shape, N, T and S that the mask's own arrays imply; `()` and None where they imply none."""
+        return (), None, None, None
 
     def __call__(self, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
         """One entry, from scalars; arrays of the mask are read as having one batch axis."""
@@ -52,8 +52,8 @@ class Mask:
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:-2], T, S))
         return allowed.reshape(T, S) if allowed.size == T * S and not lead else allowed
 
-    def draw(self, T: int | None = None, S: int | None = None, *, b: int = 0, h: int = 0, num_heads: int = 1) -> str:
-        """Draw the mask of one example and head: a row per query, `█` where it may attend.
+    def draw(self, T: int | None = None, S: int | None = None, *, b: int = 0, h: int = 0) -> str:
+        """Draw the mask of flat example b and head h: a row per query, `█` where it may attend.
 
         Example:
           >>> from jattn.functional.masks import causal
@@ -61,11 +61,12 @@ class Mask:
           █ · ·
           █ █ ·
         """
-        lead, own_T, own_S = self.extent()
+        lead, own_N, own_T, own_S = self.extent()
         T, S = T or own_T or own_S or 8, S or own_S or own_T or 8
-        array = np.asarray(self.to_array(T, S, num_heads=max(num_heads, h + 1)))
-        array = array.reshape(-1, array.shape[-3] if array.ndim > 2 else 1, T, S)
-        picture = array[b if lead else 0, min(h, array.shape[1] - 1)]
+        with jax.ensure_compile_time_eval():
+            array = np.asarray(self.to_array(T, S, num_heads=own_N or h + 1))
+        array = np.broadcast_to(array, (*lead, own_N or h + 1, T, S)).reshape(-1, own_N or h + 1, T, S)
+        picture = array[b, h]
         return "\n".join(" ".join("█" if entry else "·" for entry in row) for row in picture)
 
     def __str__(self) -> str:
@@ -106,8 +107,9 @@ class _And(Mask):
         self.right.check(lead, num_heads, T, S)
 
     def extent(self):
-        (a_lead, a_T, a_S), (b_lead, b_T, b_S) = self.left.extent(), self.right.extent()
-        return np.broadcast_shapes(a_lead, b_lead), a_T or b_T, a_S or b_S
+        (a_lead, *a), (b_lead, *b) = self.left.extent(), self.right.extent()
+        sizes = (max(x or 0, y or 0) or None for x, y in zip(a, b, strict=True))
+        return np.broadcast_shapes(a_lead, b_lead), *sizes
 
     def __repr__(self):
         return " & ".join(f"({part!r})" if isinstance(part, _Or) else repr(part) for part in (self.left, self.right))

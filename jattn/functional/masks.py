@@ -202,7 +202,7 @@ class _Causal(Mask):
         _check_each("offset", self.offset, lead)
 
     def extent(self):
-        return np.shape(self.offset), None, None
+        return np.shape(self.offset), None, None, None
 
     def __repr__(self):
         return f"causal({_show(self.offset)})" if _is_array(self.offset) or self.offset else "causal()"
@@ -228,7 +228,7 @@ class _SlidingWindow(Mask):
         _check_each("right", self.right, lead)
 
     def extent(self):
-        return np.broadcast_shapes(np.shape(self.left), np.shape(self.right)), None, None
+        return np.broadcast_shapes(np.shape(self.left), np.shape(self.right)), None, None, None
 
     def __repr__(self):
         return f"sliding_window({_show(self.left)}, {_show(self.right)})"
@@ -261,7 +261,7 @@ class _Padding(Mask):
     def extent(self):
         lengths = checks.concrete(self.lengths)
         longest = None if lengths is None or lengths.size == 0 else max(int(lengths.max()), 1)
-        return np.shape(self.lengths)[:1], (np.shape(self.lengths)[1:] or (None,))[0], longest
+        return np.shape(self.lengths)[:1], None, (np.shape(self.lengths)[1:] or (None,))[0], longest
 
     def __repr__(self):
         return f"padding({_show(self.lengths)})"
@@ -273,10 +273,15 @@ class _Segments(Mask):
     k_ids: Any
 
     def rule(self, block):
-        return block.of_query(self.q_ids) == block.of_key(self.k_ids)
+        q_ids, k_ids = self._of(block)
+        return q_ids == k_ids
+
+    def _of(self, block):
+        q_ids, k_ids = (jnp.asarray(ids, jnp.int32) for ids in (self.q_ids, self.k_ids))
+        return block.of_query(q_ids), block.of_key(k_ids)
 
     def classify(self, block):
-        q_ids, k_ids = block.of_query(self.q_ids), block.of_key(self.k_ids)
+        q_ids, k_ids = self._of(block)
         q_low, q_high = q_ids.min(-2, keepdims=True), q_ids.max(-2, keepdims=True)
         k_low, k_high = k_ids.min(-1, keepdims=True), k_ids.max(-1, keepdims=True)
         one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
@@ -288,7 +293,7 @@ class _Segments(Mask):
                 raise ValueError(f"segments {name} must have shape {shape}, got {np.shape(ids)}")
 
     def extent(self):
-        return np.shape(self.q_ids)[:-1], np.shape(self.q_ids)[-1], np.shape(self.k_ids)[-1]
+        return np.shape(self.q_ids)[:-1], None, np.shape(self.q_ids)[-1], np.shape(self.k_ids)[-1]
 
     def __repr__(self):
         return f"segments({list(np.shape(self.q_ids))}, {list(np.shape(self.k_ids))})"
@@ -325,8 +330,8 @@ class _Dense(Mask):
 
     def extent(self):
         shape = np.shape(self.array)
-        T, S = ((None, None, *shape)[-2:]) if len(shape) > 1 else (None, (*shape, None)[0])
-        return shape[:-3], T if T != 1 else None, S if S != 1 else None
+        N, T, S = (size if size != 1 else None for size in (None, None, None, *shape)[-3:])
+        return shape[:-3], N, T, S
 
     def __repr__(self):
         return f"dense({list(np.shape(self.array))})"

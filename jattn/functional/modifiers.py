@@ -25,7 +25,7 @@ class Modifier:
         """Change the scores `[..., N, rows, columns]` of a block."""
         raise NotImplementedError
 
-    def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+    def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool) -> None:
         """Raise a `ValueError` if the modifier does not fit scores of shape `[*lead, num_heads, T, S]`."""
 
     def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
@@ -66,8 +66,8 @@ def soft_cap(cap: float | Array) -> Modifier:
       2.0
     """
     known = checks.concrete(cap)
-    if known is not None and not (known.ndim == 0 and known > 0):
-        raise ValueError(f"cap must be one positive number, got {cap}")
+    if known is not None and not (known.ndim == 0 and 0 < known < np.inf):
+        raise ValueError(f"cap must be one positive finite number, got {cap}")
     return _SoftCap(cap)
 
 
@@ -124,8 +124,8 @@ def relative_bias(table: Array) -> Modifier:
         score ← score + table[h, i − j + L − 1]
 
     Args:
-      table: `[2 L − 1]`, or `[N, 2 L − 1]` with one row per head; L is the longest length. Offsets beyond it are an
-        error where positions are known, and add NaN where they are traced.
+      table: `[2 L − 1]`, or `[N, 2 L − 1]` with one row per head; L is the longest length. Longer
+        inputs are an error; with positions of one's own, an offset beyond the table adds NaN.
 
     Paper: Shaw et al. 2018, https://arxiv.org/abs/1803.02155; in this form Liu et al. 2021, https://arxiv.org/abs/2103.14030
 
@@ -181,8 +181,8 @@ def bias(array: Array) -> Modifier:
       >>> float(bias(jnp.array([[0.0, 7.0]]))(1.0, 0, 0, 0, 1))
       8.0
     """
-    checks.floating(array=array)
-    return _Bias(array)
+    checks.floating(bias=array)
+    return Bias(array)
 
 
 @pytree
@@ -190,7 +190,8 @@ class _SoftCap(Modifier):
     cap: Any
 
     def rule(self, scores, block):
-        return self.cap * jnp.tanh(scores / self.cap)
+        cap = jnp.asarray(self.cap, scores.dtype)
+        return cap * jnp.tanh(scores / cap)
 
 
 @pytree
@@ -201,7 +202,7 @@ class _Alibi(Modifier):
         distance = jnp.abs(block.q_idx - block.k_idx).astype(scores.dtype)
         return scores - jnp.asarray(self.slopes, scores.dtype)[block.h] * distance
 
-    def check(self, lead, num_heads, T, S):
+    def check(self, lead, num_heads, T, S, own_positions):
         _check_heads("alibi slopes", np.shape(self.slopes)[0], num_heads)
 
 
@@ -217,9 +218,12 @@ class _RelativeBias(Modifier):
         index = (offsets,) if table.ndim == 1 else (block.h, offsets)
         return scores + table.at[index].get(mode="fill", fill_value=jnp.nan)
 
-    def check(self, lead, num_heads, T, S):
+    def check(self, lead, num_heads, T, S, own_positions):
         if np.ndim(self.table) == 2:
             _check_heads("relative_bias table", np.shape(self.table)[0], num_heads)
+        longest = (np.shape(self.table)[-1] + 1) // 2
+        if max(T, S) > longest and not own_positions:
+            raise ValueError(f"relative_bias table holds offsets of lengths up to {longest}, got T = {T} and S = {S}")
 
 
 @pytree
@@ -243,18 +247,22 @@ class _T5Bias(Modifier):
         far = near + jnp.searchsorted(jnp.asarray(edges), distance, side="right").astype(distance.dtype)
         return later + jnp.where(distance < near, distance, far)
 
-    def check(self, lead, num_heads, T, S):
+    def check(self, lead, num_heads, T, S, own_positions):
         _check_heads("t5_bias table", np.shape(self.table)[1], num_heads)
 
 
 @pytree
-class _Bias(Modifier):
+class Bias(Modifier):
+    """An explicit array, which kernels may read one block at a time."""
+
     array: Any
 
     def rule(self, scores, block):
+        """Add the block's part of the array."""
         return scores + block.of_pair(self.array).astype(scores.dtype)
 
-    def check(self, lead, num_heads, T, S):
+    def check(self, lead, num_heads, T, S, own_positions):
+        """The array must broadcast to the scores."""
         checks.broadcastable("bias", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
 
 

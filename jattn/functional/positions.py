@@ -123,7 +123,10 @@ def relative_positions(q_positions: int | Array, k_positions: int | Array) -> Ar
       Array([[ 0, -1, -2],
              [ 1,  0, -1]], dtype=int32)
     """
+    checks.integers(q_positions=q_positions, k_positions=k_positions)
     q_idx, k_idx = (jnp.asarray(_as_positions(positions), jnp.int32) for positions in (q_positions, k_positions))
+    checks.shapes(q_positions=(q_idx, "... T"))
+    checks.shapes(k_positions=(k_idx, "... S"))
     return q_idx[..., :, None] - k_idx[..., None, :]
 
 

@@ -114,7 +114,7 @@ def bilinear(query: Array, key: Array, weight: Array) -> Array:
       Array([[6.]], dtype=float32)
     """
     query, key = _pair(query, key, same_width=False)
-    weight = _per_head(weight, query, (query.shape[-1], key.shape[-1]))
+    weight = _per_head(weight, query, key, (query.shape[-1], key.shape[-1]))
     return jnp.einsum("...th,...sh->...ts", jnp.matmul(query, weight), key)
 
 
@@ -141,7 +141,7 @@ def additive(query: Array, key: Array, weight: Array) -> Array:
       Array([[0.]], dtype=float32)
     """
     query, key = _pair(query, key)
-    weight = _per_head(weight, query, query.shape[-1:])
+    weight = _per_head(weight, query, key, query.shape[-1:])
     # Not an einsum: product and sum fuse with the tanh, a matrix product would write out [..., T, S, H] first.
     return (jnp.tanh(query[..., :, None, :] + key[..., None, :, :]) * weight[..., None, None, :]).sum(-1)
 
@@ -173,7 +173,7 @@ def gaussian(query: Array, key: Array, weight: float | Array = 1.0) -> Array:
     query, key = _pair(query, key)
     difference = query[..., :, None, :] - key[..., None, :, :]
     if jnp.ndim(weight) > 0:
-        weight = _per_head(jnp.asarray(weight), query, query.shape[-1:])[..., None, None, :]
+        weight = _per_head(weight, query, key, query.shape[-1:])[..., None, None, :]
     return -jnp.square(difference * weight).sum(-1) / 2
 
 
@@ -204,9 +204,11 @@ def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
 
 
 def _unit(vector: Array) -> Array:
+    # Squares of very large or small numbers leave the range of the dtype: divide by the largest entry first
+    largest = jax.lax.stop_gradient(jnp.abs(vector).max(-1, keepdims=True, initial=0))
+    vector = vector / jnp.where(largest > 0, largest, 1)
     squared = jnp.square(vector).sum(-1, keepdims=True)
-    nonzero = squared > 0
-    return jnp.where(nonzero, vector / jnp.sqrt(jnp.where(nonzero, squared, 1)), 0)
+    return jnp.where(largest > 0, vector / jnp.sqrt(jnp.where(largest > 0, squared, 1)), 0)
 
 
 def _pair(query: Array, key: Array, same_width: bool = True) -> tuple[Array, Array]:
@@ -221,15 +223,15 @@ def _pair(query: Array, key: Array, same_width: bool = True) -> tuple[Array, Arr
     return query.astype(dtype), key.astype(dtype)
 
 
-def _per_head(weight: Array, query: Array, shape: tuple[int, ...]) -> Array:
-    """Align a weight `shape` or `[N, *shape]` with the head axes `[N]` or `[K, G]` of a query `[..., T, H]`."""
-    heads = query.shape[:-2]
+def _per_head(weight: Array, query: Array, key: Array, shape: tuple[int, ...]) -> Array:
+    """Align a weight `shape` or `[N, *shape]` with the head axes of a query, `[..., N]` or, if grouped, `[..., K, G]`."""
     weight = jnp.asarray(weight)
-    if weight.ndim == len(shape) + 1 and weight.shape[1:] == shape and heads:
-        if heads[-1] == weight.shape[0]:
-            return weight
-        if len(heads) > 1 and heads[-2] * heads[-1] == weight.shape[0]:
-            return weight.reshape(*heads[-2:], *shape)
-    if weight.shape != shape:
-        raise ValueError(f"weight must be {shape}, or [N, …] with one per head, got shape {weight.shape}")
-    return weight
+    checks.floating(weight=weight)
+    grouped = query.ndim > 3 and query.ndim == key.ndim and key.shape[-3] == 1 < query.shape[-3]
+    heads = query.shape[-4:-2] if grouped else query.shape[-3:-2]
+    if heads and weight.shape == (math.prod(heads), *shape):
+        weight = weight.reshape(*heads, *shape)
+    elif weight.shape != shape:
+        per_head = f", or {(math.prod(heads), *shape)} with one per head" if heads else ""
+        raise ValueError(f"weight must be {shape}{per_head}, got shape {weight.shape}")
+    return weight.astype(checks.accumulator(weight.dtype))

@@ -37,6 +37,7 @@ def masked_softmax(scores: Array, mask: Array | None = None, *, lengths: Array |
     """
     scores = jnp.asarray(scores)
     checks.floating(scores=scores)
+    checks.shapes(scores=(scores, "... S" if lengths is None else "... T S"))
     allowed = None
     if mask is not None:
         allowed = jnp.asarray(mask)
@@ -57,7 +58,7 @@ def _within(lengths: Any, scores: Array) -> Array:
         raise ValueError(f"lengths must be [...] = {tuple(lead)} or [..., T] = {(*lead, T)}, got {lengths.shape}")
     checks.in_range("lengths", lengths, 0, S, "S, the number of keys")
     per_row = lengths if lengths.ndim == scores.ndim - 1 else lengths[..., None]
-    return jnp.arange(S) < per_row[..., None]
+    return jnp.arange(S, dtype=jnp.int32) < per_row[..., None].astype(jnp.int32)
 
 
 def softmax_and_logsumexp(scores: Array, mask: Array | None) -> tuple[Array, Array]:

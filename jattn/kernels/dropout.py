@@ -32,7 +32,7 @@ def drop(weights: Array, block: Block, rate: float, key: Array) -> Array:
     """
     if rate == 1:
         return jnp.zeros_like(weights)
-    keep = random_bits(key, block) >= np.uint32(round(rate * 2**32))
+    keep = random_bits(key, block) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(keep, weights / (1 - rate), 0)
 
 

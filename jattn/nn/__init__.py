@@ -8,3 +8,5 @@ from jattn.nn.attention import NadarayaWatson as NadarayaWatson
 from jattn.nn.multi_head import MultiHeadAttention as MultiHeadAttention
 from jattn.nn.positions import LearnedPositions as LearnedPositions
 from jattn.nn.positions import SinusoidalPositions as SinusoidalPositions
+from jattn.nn.recurrent import GRU as GRU
+from jattn.nn.recurrent import GRUCell as GRUCell

@@ -57,11 +57,24 @@ def attention_fn(
         precision: Any = None,
         module: Any = None,
         is_causal: bool = False,
-        **options: Any,
+        promote_dtype: Any = None,
+        force_fp32_for_softmax: bool = False,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+        qk_attn_weights_einsum_cls: Any = None,
+        attn_weights_value_einsum_cls: Any = None,
     ) -> Array:
-        if precision is not None or options:
-            named = sorted(options) if precision is None else ["precision"]
-            raise NotImplementedError(f"attend takes no {named}; for precision see jax.default_matmul_precision")
+        # Linen passes only what this signature names, so what attend cannot do has to be named to be refused
+        refused = {
+            "precision (see jax.default_matmul_precision)": precision,
+            "promote_dtype": promote_dtype,
+            "an einsum of one's own (write a score)": qk_attn_weights_einsum or qk_attn_weights_einsum_cls,
+            "an einsum of the values": attn_weights_value_einsum or attn_weights_value_einsum_cls,
+        }
+        for name, given in refused.items():
+            if given is not None:
+                raise NotImplementedError(f"attend takes no {name}")
+        del force_fp32_for_softmax  # it always is at least float32
         drops = dropout_rate > 0 and not deterministic
         if drops and broadcast_dropout:
             raise NotImplementedError("attend drops each weight on its own: pass broadcast_dropout=False")

@@ -22,8 +22,7 @@ class _Dropout(nnx.Module):
     """The dropout of attention weights: its rate, its random stream, and whether it is switched off."""
 
     def __init__(self, rate: float, rngs: nnx.Rngs | None):
-        if not 0 <= rate <= 1:
-            raise ValueError(f"dropout_rate must lie in 0 … 1, got {rate}")
+        checks.probability(dropout_rate=rate)
         if rate > 0 and rngs is None:
             raise ValueError(f"dropout_rate = {rate} needs rngs, got None")
         self.rate = rate

@@ -33,6 +33,7 @@ class SinusoidalPositions(nnx.Module):
 
     def __init__(self, features: int, *, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
         sinusoidal_encoding(0, features)  # an odd width is an error here rather than in the first call
+        checks.probability(dropout_rate=dropout_rate)
         if dropout_rate > 0 and rngs is None:
             raise ValueError(f"dropout_rate = {dropout_rate} needs rngs, got None")
         self.features = features

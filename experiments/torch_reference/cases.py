@@ -1,0 +1,178 @@
+"""Every case that has a fixture. Sizes are distinct primes where they can be, so that swapped axes cannot pass."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.torch_reference import multi_head, pooling, positions, recurrent
+from experiments.torch_reference.record import Case
+
+B, T, S, H, V = 2, 5, 7, 3, 11
+Inputs = dict[str, Any]
+QUERY_KEY_VALUE: Inputs = {"query": (B, T, H), "key": (B, S, H), "value": (B, S, V)}
+LENGTHS = np.array([3, 7])
+LENGTHS_PER_QUERY = np.array([[3, 1, 7, 2, 5], [0, 4, 6, 7, 0]])
+
+
+def ids(*lists: list[int]) -> np.ndarray:
+    """Token or segment ids [B, T]."""
+    return np.array(lists)
+
+
+def some(*shape: int) -> np.ndarray:
+    """A boolean mask in which about two entries of three are True."""
+    return np.random.default_rng(0).random(shape) < 0.66
+
+
+def pooling_cases() -> list[Case]:
+    """Rows 1, 2, 3, 5, 6 and 7."""
+    lengths: Inputs = {"lengths": LENGTHS}
+    per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
+    line: Inputs = {"query": (B, T, 1), "key": (B, S, 1), "value": (B, S, V)}
+    samples = {"query": (B, T, H), "key": (B, T, H), "value": (B, T, V)}
+    widths: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, V)}
+    additive = {"query_features": 13, "key_features": 17, "hidden_features": 19, "dropout_rate": 0.5}
+    bilinear = {"score": "bilinear", "query_features": 13, "key_features": 17}
+    average, kernel = pooling.AveragePooling, pooling.KernelRegression
+    learned, scored = pooling.ParametricKernelRegression, pooling.scored_attention
+    return [
+        Case(1, "average", average, {}, QUERY_KEY_VALUE),
+        Case(1, "average_lengths", average, {}, QUERY_KEY_VALUE | lengths),
+        Case(2, "kernel_regression", kernel, {}, line),
+        Case(2, "kernel_regression_features", kernel, {}, QUERY_KEY_VALUE | lengths),
+        Case(3, "parametric", learned, {}, line),
+        Case(3, "parametric_leave_one_out", learned, {"leave_one_out": True}, samples),
+        Case(5, "additive", pooling.AdditiveAttention, additive, widths),
+        Case(5, "additive_lengths", pooling.AdditiveAttention, additive, widths | lengths),
+        Case(5, "additive_lengths_per_query", pooling.AdditiveAttention, additive, widths | per_query),
+        Case(6, "scaled_dot_product", pooling.DotProductAttention, {"dropout_rate": 0.5}, QUERY_KEY_VALUE),
+        Case(6, "scaled_dot_product_lengths", pooling.DotProductAttention, {}, QUERY_KEY_VALUE | lengths),
+        Case(6, "scaled_dot_product_lengths_per_query", pooling.DotProductAttention, {}, QUERY_KEY_VALUE | per_query),
+        Case(7, "dot_product", scored, {"score": "dot_product"}, QUERY_KEY_VALUE),
+        Case(7, "dot_product_one_query", scored, {"score": "dot_product"}, QUERY_KEY_VALUE | {"query": (B, 1, H)}),
+        Case(7, "bilinear", scored, bilinear, widths),
+        Case(7, "bilinear_lengths", scored, bilinear, widths | lengths),
+        Case(7, "cosine", scored, {"score": "cosine"}, QUERY_KEY_VALUE | lengths),
+    ]
+
+
+def mask_cases() -> list[Case]:
+    """Rows 4 and 8."""
+    scores: Inputs = {"scores": (B, T, S)}
+    with_empty_row = some(B, T, S)
+    with_empty_row[1, 2] = False
+    segments: Inputs = {
+        "query_ids": ids([0, 0, 1, 1, 3], [2, 2, 1, 0, 0]),
+        "key_ids": ids([0] * 3 + [1] * 4, [0, 1] * 3 + [2]),
+    }
+    lengths: Inputs = {"lengths": LENGTHS}
+    per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
+    kinds: list[tuple[str, dict[str, Any], Inputs]] = [
+        ("padding", {"mask": "padding"}, lengths),
+        ("padding_per_query", {"mask": "padding"}, per_query),
+        ("causal", {"mask": "causal"}, {}),
+        ("causal_offset", {"mask": "causal", "offset": 2}, {}),
+        ("causal_offset_negative", {"mask": "causal", "offset": -2}, {}),
+        ("sliding_window", {"mask": "sliding_window", "left": 2, "right": 1}, {}),
+        ("no_self", {"mask": "no_self"}, {}),
+        ("segments", {"mask": "segments"}, segments),
+        ("prefix_lm", {"mask": "prefix_lm"}, lengths),
+        ("causal_and_padding", {"mask": "causal & padding"}, lengths),
+        ("algebra", {"mask": "~window | causal & ~no_self", "left": 1, "right": 2}, {}),
+        ("dense", {"mask": "dense"}, {"dense": with_empty_row}),
+    ]
+    return [
+        Case(4, "masked_softmax", pooling.MaskedSoftmax, {}, scores),
+        Case(4, "masked_softmax_lengths", pooling.MaskedSoftmax, {}, scores | lengths),
+        Case(4, "masked_softmax_lengths_per_query", pooling.MaskedSoftmax, {}, scores | per_query),
+        Case(4, "masked_softmax_mask", pooling.MaskedSoftmax, {}, scores | {"mask": with_empty_row}),
+        *(Case(8, name, pooling.MaskedAttention, kind, QUERY_KEY_VALUE | more) for name, kind, more in kinds),
+    ]
+
+
+def multi_head_cases() -> list[Case]:
+    """Rows 9, 10, 15 and 16."""
+    attention = multi_head.MultiHeadAttention
+    widths = {"query_features": 13, "key_features": 17, "value_features": 19}
+    separate: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, 19)}
+    plain = {"num_heads": 3, "features": 33}
+    grouped = {"num_heads": 6, "features": 30, "num_kv_heads": 2}
+    multi_query = {"num_heads": 5, "features": 35, "num_kv_heads": 1}
+    lengths: Inputs = {"lengths": LENGTHS}
+    per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
+    return [
+        Case(9, "heads", multi_head.HeadSplit, {"num_heads": 3}, {"x": (B, T, 33), **lengths}),
+        Case(9, "heads_per_query", multi_head.HeadSplit, {"num_heads": 7}, {"x": (B, T, 35), **per_query}),
+        Case(10, "self_attention", attention, plain | {"dropout_rate": 0.5}, {"query": (B, T, 33)}),
+        Case(10, "widths", attention, plain | widths, separate),
+        Case(10, "widths_bias_lengths", attention, plain | widths | {"use_bias": True}, separate | lengths),
+        Case(10, "widths_lengths_per_query", attention, plain | widths, separate | per_query),
+        Case(15, "grouped_query", attention, grouped, {"query": (B, T, 30)}),
+        Case(15, "grouped_query_bias", attention, grouped | widths | {"use_bias": True}, separate | lengths),
+        Case(16, "multi_query", attention, multi_query, {"query": (B, T, 35)}),
+        Case(16, "multi_query_bias", attention, multi_query | widths | {"use_bias": True}, separate | per_query),
+    ]
+
+
+def position_cases() -> list[Case]:
+    """Rows 19, 20 and 21."""
+    sinusoidal, rotation, learned = (
+        positions.SinusoidalPositions,
+        positions.RelativeRotation,
+        positions.LearnedPositions,
+    )
+    where: Inputs = {"x": (B, T, 14), "positions": np.array([0, 1, 5, 100, 4095])}
+    return [
+        Case(19, "sinusoidal", sinusoidal, {"features": 14, "dropout_rate": 0.5}, {"x": (B, T, 14)}),
+        Case(19, "sinusoidal_long", sinusoidal, {"features": 6}, {"x": (1, 257, 6)}),
+        Case(20, "rotation", rotation, {"features": 14, "offset": 3}, where),
+        Case(20, "rotation_back", rotation, {"features": 14, "offset": -101}, where),
+        Case(21, "learned", learned, {"max_length": T, "features": 13}, {"x": (B, T, 13)}),
+        Case(21, "learned_shorter", learned, {"max_length": 11, "features": 13}, {"x": (B, T, 13)}),
+    ]
+
+
+def recurrent_cases() -> list[Case]:
+    """Rows 24 and 31."""
+    one = {"kind": "gru", "in_features": 5, "hidden_features": 7}
+    two = one | {"num_layers": 2, "dropout_rate": 0.5}
+    cell = {"kind": "gru_cell", "in_features": 5, "hidden_features": 7}
+    x: Inputs = {"x": (3, 11, 5)}
+    lengths: Inputs = {"lengths": np.array([4, 11, 1])}
+    model = {
+        "source_vocabulary": 13,
+        "target_vocabulary": 17,
+        "embedding_features": 5,
+        "hidden_features": 7,
+        "num_layers": 2,
+    }
+    tokens: Inputs = {
+        "source": ids([3, 1, 12, 4, 0, 0], [7, 7, 2, 9, 11, 5], [1, 0, 0, 0, 0, 0]),
+        "target_in": ids([1, 16, 2, 9], [1, 5, 5, 11], [1, 8, 0, 0]),
+    }
+    return [
+        Case(24, "gru", recurrent.recurrent, one, x),
+        Case(24, "gru_no_bias", recurrent.recurrent, one | {"use_bias": False}, x),
+        Case(24, "gru_two_layers", recurrent.recurrent, two, x | {"state": (2, 3, 7)}),
+        Case(24, "gru_two_layers_lengths", recurrent.recurrent, two, x | lengths),
+        Case(24, "gru_lengths_state", recurrent.recurrent, two, x | lengths | {"state": (2, 3, 7)}),
+        Case(24, "gru_cell", recurrent.recurrent, cell, {"x": (3, 5), "state": (3, 7)}),
+        Case(31, "seq2seq", recurrent.Seq2Seq, model, tokens),
+        Case(31, "seq2seq_lengths", recurrent.Seq2Seq, model, tokens | {"lengths": np.array([4, 6, 1])}),
+    ]
+
+
+GROUPS: tuple[Callable[[], list[Case]], ...] = (
+    pooling_cases,
+    mask_cases,
+    multi_head_cases,
+    position_cases,
+    recurrent_cases,
+)
+
+
+def all_cases() -> list[Case]:
+    """Every case, in the order of the rows."""
+    return sorted(itertools.chain.from_iterable(group() for group in GROUPS), key=lambda case: case.file_name)

@@ -1,0 +1,156 @@
+"""The grid of blocks into which a blockwise kernel cuts the scores `[..., N, T, S]`."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core as core
+import jax.numpy as jnp
+
+from jattn.functional.blocks import EMPTY, FULL, PARTIAL, Block
+from jattn.functional.masks import Mask
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Block (i, j) holds `rows` queries from `i · rows` and `columns` keys from `j · columns` on.
+
+    The last block of an axis ends where the axis ends, so that nothing is padded: it starts early, and entries that the
+    block before it holds too are not fresh. With `per_example` a block belongs to example b alone, without batch axes.
+
+    Attributes:
+      lead, num_heads, T, S: the shape of the scores.
+      rows, columns: the shape of a block.
+      positions: as in `Block`.
+      per_example: whether blocks are of one example or of the whole batch.
+    """
+
+    lead: tuple[int, ...]
+    num_heads: int
+    T: int
+    S: int
+    rows: int
+    columns: int
+    positions: tuple[Array, Array] | None
+    per_example: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Blocks along the queries."""
+        return math.ceil(self.T / self.rows)
+
+    @property
+    def num_columns(self) -> int:
+        """Blocks along the keys."""
+        return math.ceil(self.S / self.columns)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the last block of queries or of keys overlaps the one before."""
+        return self.T % self.rows > 0 or self.S % self.columns > 0
+
+    def row_start(self, i: Any) -> Any:
+        """First query slot of row i of blocks."""
+        return jnp.minimum(i * self.rows, self.T - self.rows)
+
+    def column_start(self, j: Any) -> Any:
+        """First key slot of column j of blocks."""
+        return jnp.minimum(j * self.columns, self.S - self.columns)
+
+    def block(self, b: Any, i: Any, j: Any) -> Block:
+        """Block (i, j), of example b if `per_example`."""
+        rows, columns = (self.row_start(i), self.rows), (self.column_start(j), self.columns)
+        return Block(self.lead, self.num_heads, rows, columns, self.positions, b if self.per_example else None)
+
+    def without_lead(self, array: Array) -> Array:
+        """Drop the batch axes, all of size 1, of what a rule returned for a block of one example."""
+        return array.reshape(array.shape[-3:]) if self.per_example else array
+
+    def allowed(self, mask: Mask | None, b: Any, i: Any, j: Any) -> Array:
+        """Which entries of block (i, j) count: allowed by the mask, and fresh."""
+        block = self.block(b, i, j)
+        fresh = ((block.q_slot >= i * self.rows) & (block.k_slot >= j * self.columns))[None]
+        return fresh if mask is None else fresh & self.without_lead(mask.rule(block))
+
+    def classify(self, mask: Mask | None, b: Any, i: Any) -> Array:
+        """EMPTY, PARTIAL or FULL for every block of row i, over all its heads and examples: `[num_columns]`."""
+
+        def one(j):
+            overlap = (self.row_start(i) != i * self.rows) | (self.column_start(j) != j * self.columns)
+            whole = jnp.where(overlap, PARTIAL, FULL)
+            if mask is None:
+                return whole
+            classes = mask.classify(self.block(b, i, j))
+            uniform = jnp.where((classes == FULL).all(), whole, PARTIAL)
+            return jnp.where((classes == EMPTY).all(), EMPTY, uniform)
+
+        return jax.vmap(one)(jnp.arange(self.num_columns, dtype=jnp.int32))
+
+    # Explicit biases, [B or 1, N or 1, T or 1, S or 1], are read and written one block at a time.
+
+    def cut(self, bias: Array, b: Any, i: Any, j: Any) -> Array:
+        """The block's part of a bias."""
+        starts, sizes = self._window(bias, b, i, j)
+        part = jax.lax.dynamic_slice(bias, starts, sizes)
+        if self.per_example:
+            return part[0]
+        return part.reshape(*(self.lead if part.shape[0] > 1 else (1,) * len(self.lead)), *part.shape[1:])
+
+    def add(self, bias: Array, part: Array, b: Any, i: Any, j: Any) -> Array:
+        """The bias with a block's part added: the transpose of `cut`."""
+        starts, sizes = self._window(bias, b, i, j)
+        part = jax.lax.dynamic_slice(bias, starts, sizes) + part.reshape(sizes)
+        return jax.lax.dynamic_update_slice(bias, part, starts)
+
+    def _window(self, bias: Array, b: Any, i: Any, j: Any) -> tuple[list[Any], list[int]]:
+        examples, heads, T, S = bias.shape
+        zero = jnp.zeros((), jnp.int32)
+        starts = [b if self.per_example and examples > 1 else zero, zero]
+        starts += [self.row_start(i) if T > 1 else zero, self.column_start(j) if S > 1 else zero]
+        rows, columns = (self.rows if T > 1 else 1), (self.columns if S > 1 else 1)
+        return starts, [1 if self.per_example else examples, heads, rows, columns]
+
+
+def four_axes(bias: Array, lead: tuple[int, ...]) -> Array:
+    """A bias broadcastable to `[..., N, T, S]` with exactly one batch axis, of size 1 if all examples share it."""
+    bias = jnp.asarray(bias)
+    bias = bias.reshape((1,) * (len(lead) + 3 - bias.ndim) + bias.shape)
+    if any(size > 1 for size in bias.shape[:-3]):
+        bias = jnp.broadcast_to(bias, (*lead, *bias.shape[-3:]))
+    return bias.reshape(-1, *bias.shape[-3:])
+
+
+def block_size(length: int, largest: int) -> int:
+    """The size of the fewest blocks of at most `largest` that cover an axis, as even as multiples of 16 allow.
+
+    Example:
+      >>> block_size(1000, 512), block_size(1040, 512), block_size(7, 512)
+      (512, 352, 7)
+    """
+    even = math.ceil(length / math.ceil(length / largest))
+    step = math.gcd(largest, 16)
+    return min(length, math.ceil(even / step) * step)
+
+
+def largest_intermediate(function: Callable[..., Any], *arguments: Any) -> int:
+    """Bytes of the largest array that a function makes on its way.
+
+    Example:
+      >>> largest_intermediate(lambda x: (x[:, None] * x).sum(), jnp.zeros(8))
+      256
+    """
+    return _largest(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _largest(jaxpr: core.Jaxpr) -> int:
+    sizes = [math.prod(var.aval.shape) * var.aval.dtype.itemsize for eqn in jaxpr.eqns for var in eqn.outvars]
+    return max([*sizes, *(_largest(inner) for inner in _inner(jaxpr))], default=0)
+
+
+def _inner(jaxpr: core.Jaxpr) -> list[core.Jaxpr]:
+    closed = [value for eqn in jaxpr.eqns for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)]
+    return [value.jaxpr for value in closed]

@@ -1,0 +1,114 @@
+"""The `jattn` command: hold jattn against PyTorch's recorded numbers, without PyTorch.
+
+jattn parity [FOLDER]            every fixture of a folder, a line each
+jattn parity run FIXTURE...      the given fixtures, tensor by tensor
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jattn.parity.compare import Comparison, run
+from jattn.parity.fixtures import load
+
+_FOLDER = pathlib.Path("tests/fixtures")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+      arguments: its words; those of the process by default.
+
+    Returns:
+      0 where all is equal, 1 where some tensor differs, 2 where the input is bad.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    one_by_one = words[:2] == ["parity", "run"]
+    options = _run_parser().parse_args(words[2:]) if one_by_one else _parser().parse_args(words)
+    try:
+        paths = options.fixture if one_by_one else _fixtures(options.folder)
+        comparisons = []
+        for path in paths:
+            comparisons.append(run(load(path), options.dtype))
+            print(_rows(comparisons[-1]) if one_by_one else _line(comparisons[-1]), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps([_report(each) for each in comparisons], indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        print(f"jattn: {error}", file=sys.stderr)
+        return 2
+    passed = sum(comparison.passed for comparison in comparisons)
+    print(f"{passed} of {len(comparisons)} fixtures are equal to PyTorch in {options.dtype}")
+    return 0 if passed == len(comparisons) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jattn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["parity"])
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=_FOLDER, help=f"default: {_FOLDER}")
+    return _with_options(parser)
+
+
+def _run_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jattn parity run", description="Compares fixtures tensor by tensor.")
+    parser.add_argument("fixture", nargs="+", type=pathlib.Path)
+    return _with_options(parser)
+
+
+def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="type of the port")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write every row to FILE")
+    return parser
+
+
+def _fixtures(folder: pathlib.Path) -> list[pathlib.Path]:
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"no fixtures (*.safetensors) in the folder {folder}")
+    return paths
+
+
+def _report(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON, which knows no infinity: null stands for it."""
+    rows = [
+        {name: None if value == math.inf else value for name, value in dataclasses.asdict(row).items()}
+        | {"passed": row.passed}
+        for row in comparison.rows
+    ]
+    return dataclasses.asdict(comparison) | {"passed": comparison.passed, "rows": rows}
+
+
+def _line(comparison: Comparison) -> str:
+    numbers = (
+        f"outputs {comparison.worst('max_error', 'output/'):7.1e}",
+        f"gradients {comparison.worst('max_error', 'grad/'):7.1e}",
+        f"of allowed {comparison.worst('share'):7.1e}",
+    )
+    return "  ".join([_word(comparison.passed), f"{comparison.fixture:42}", *numbers])
+
+
+def _rows(comparison: Comparison) -> str:
+    titles = ("max |Δ|", "relative", "ulps", "/ float32", "/ allowed")
+    lines = [
+        f"{comparison.fixture}: {comparison.system}, {comparison.dtype}",
+        "  ".join([f"{'':4}", f"{'tensor':42}", *(f"{title:>9}" for title in titles)]),
+    ]
+    for row in comparison.rows:
+        numbers = (row.max_error, row.relative_error, row.ulps, row.float32_ratio, row.share)
+        lines.append("  ".join([_word(row.passed), f"{row.name:42}", *(f"{number:9.1e}" for number in numbers)]))
+    return "\n".join(lines) + "\n"
+
+
+def _word(passed: bool) -> str:
+    return "pass" if passed else "FAIL"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,200 @@
+"""Hold a port against a fixture: outputs and all gradients, tensor by tensor."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jattn.interop.rules import to_flax, to_torch
+from jattn.parity.fixtures import Fixture, FixtureError
+from jattn.parity.systems import SYSTEMS, System
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor of a comparison.
+
+    Args:
+      name: `output/NAME`, `grad/param/NAME` or `grad/input/NAME`, in PyTorch's names.
+      max_error: largest |Δ|; infinite where the tensor is missing, misshapen, not finite, or integers that differ.
+      relative_error: the same over the largest magnitude of PyTorch's tensor.
+      ulps: the same in units in the last place of that magnitude, in the type of the comparison.
+      float32_ratio: root mean square error over PyTorch's own in float32.
+      share: error over the error that the rule of `run` allows.
+
+    Example:
+      >>> Row("output/output", 1e-12, 1e-12, 4.5e3, 1e-5, 1e-3).passed
+      True
+    """
+
+    name: str
+    max_error: float
+    relative_error: float
+    ulps: float
+    float32_ratio: float
+    share: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the tensor is equal to PyTorch's."""
+        return self.share <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All tensors of one fixture.
+
+    Args:
+      fixture: its title.
+      system: title of its system.
+      dtype: type that the port computed in.
+      rows: tensor by tensor.
+
+    Example:
+      >>> Comparison("1/average", "average pooling", "float64", ()).passed
+      False
+    """
+
+    fixture: str
+    system: str
+    dtype: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are tensors and all of them are equal."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    def worst(self, quantity: str, prefix: str = "") -> float:
+        """Largest `max_error`, `share` … of the tensors whose name begins with the prefix."""
+        return max((getattr(row, quantity) for row in self.rows if row.name.startswith(prefix)), default=0.0)
+
+
+def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = None) -> Comparison:
+    """Build the port of a fixture, load PyTorch's weights into it, and compare outputs and gradients.
+
+        float64:  |Δ| ≤ 1e-9 · (max|tensor| + 1e-3 · g),   g the largest gradient of the fixture
+        float32:  rms(Δ) ≤ max(2 · PyTorch's own rms error in float32, 4 ulp of max|tensor|, for gradients 4 ulp of g)
+
+    Gradients are of Σ ⟨cotangent, output⟩; those of parameters go back to PyTorch's names by the same rules as
+    the weights. Integer and boolean outputs must be the same.
+
+    Args:
+      fixture: what PyTorch did.
+      dtype: float64 or float32, for parameters, inputs and computation.
+      system: the port; by default that of the fixture's row.
+
+    Returns:
+      A row for each output and gradient.
+
+    Raises:
+      ValueError: an unknown row or type; arguments, inputs or weights that do not fit the module.
+    """
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float64, np.float32):
+        raise ValueError(f"dtype: expected float64 or float32, got {dtype}")
+    if system is None and fixture.system not in SYSTEMS:
+        raise FixtureError(f"{fixture.title}: expected a row in {sorted(SYSTEMS)}, got {fixture.system}")
+    system = system or SYSTEMS[fixture.system]
+    with jax.enable_x64(dtype == np.float64), jax.default_matmul_precision("highest"):
+        try:
+            found = _outputs_and_gradients(fixture, dtype, system)
+        except (KeyError, TypeError) as error:
+            message = f"{fixture.title}: {system.title} cannot be built or called with what the fixture gives"
+            raise FixtureError(f"{message}: {error!r}") from error
+    expected = _expected(fixture)
+    largest = max((_largest(array) for name, array in expected.items() if name.startswith("grad/")), default=0.0)
+    extra = found.keys() - expected.keys()
+    rows = [
+        _compare(name, found.get(name), expected[name], largest, dtype, fixture.float32_errors.get(name, 0.0))
+        for name in expected
+    ]
+    rows += [_wrong(name) for name in sorted(extra)]
+    return Comparison(fixture.title, system.title, dtype.name, tuple(rows))
+
+
+def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) -> Tensors:
+    module = nnx.eval_shape(lambda: system.build(fixture.arguments, dtype))  # the weights come from the fixture
+    module.eval()
+    structure, shapes, *rest = nnx.split(module, nnx.Param, ...)
+    weights = {name: array.astype(dtype) for name, array in fixture.parameters.items()}
+    parameters = to_flax(weights, shapes, system.rules)
+    inputs: dict[str, Any] = _cast(fixture.inputs, dtype)
+    cotangents = _cast(fixture.cotangents, dtype)
+
+    def outputs(parameters: nnx.State, floating: Any) -> tuple[Any, Any]:
+        bound = nnx.merge(structure, parameters, *rest)
+        found = system.call(bound, inputs | floating, fixture.arguments)
+        return {name: array for name, array in found.items() if _fits(array, cotangents.get(name))}, found
+
+    @jax.jit
+    def outputs_and_gradients(parameters: nnx.State, floating: Any) -> tuple[Any, Any, Any]:
+        result: Any = jax.vjp(outputs, parameters, floating, has_aux=True)
+        differentiable, pull_back, found = result
+        gradients, input_gradients = pull_back({name: cotangents[name] for name in differentiable})
+        return found, gradients, input_gradients
+
+    floating = {name: array for name, array in inputs.items() if array.dtype == dtype}
+    found, gradients, input_gradients = outputs_and_gradients(parameters, floating)
+    tensors = {f"output/{name}": array for name, array in found.items()}
+    if cotangents:
+        tensors |= {f"grad/param/{name}": array for name, array in to_torch(gradients, system.rules).items()}
+        tensors |= {f"grad/input/{name}": array for name, array in input_gradients.items()}
+    return {name: np.asarray(array) for name, array in tensors.items()}
+
+
+def _fits(array: Any, cotangent: np.ndarray | None) -> bool:
+    return cotangent is not None and (array.shape, array.dtype) == (cotangent.shape, cotangent.dtype)
+
+
+def _cast(arrays: Tensors, dtype: np.dtype) -> Tensors:
+    """Floating arrays in the type of the comparison, all others as they are."""
+    return {name: array.astype(dtype) if array.dtype.kind == "f" else array for name, array in arrays.items()}
+
+
+def _expected(fixture: Fixture) -> Tensors:
+    kinds = ("output/", "grad/param/", "grad/input/")
+    return {name: array for name, array in fixture.tensors.items() if name.startswith(kinds)}
+
+
+def _largest(array: np.ndarray) -> float:
+    return float(np.max(np.abs(array), initial=0.0))
+
+
+def _compare(
+    name: str,
+    found: np.ndarray | None,
+    expected: np.ndarray,
+    largest_gradient: float,
+    dtype: np.dtype,
+    float32_error: float,
+) -> Row:
+    if found is None or found.shape != expected.shape or found.dtype.kind != expected.dtype.kind:
+        return _wrong(name)
+    if expected.dtype.kind != "f":
+        return Row(name, 0.0, 0.0, 0.0, 0.0, 0.0) if np.array_equal(found, expected) else _wrong(name)
+    difference = np.abs(found.astype(np.float64) - expected)
+    if not np.isfinite(difference).all():
+        return _wrong(name)
+    error, magnitude = _largest(difference), _largest(expected)
+    rms = float(np.sqrt(np.mean(np.square(difference)))) if difference.size else 0.0
+    if dtype == np.float64:
+        share = _ratio(error, 1e-9 * (magnitude + 1e-3 * largest_gradient))
+    else:  # a gradient that cancels to zero is rounded at the size of what cancels
+        scale = max(magnitude, largest_gradient) if name.startswith("grad/") else magnitude
+        share = _ratio(rms, max(2 * float32_error, 4 * float(np.finfo(np.float32).eps) * scale))
+    ulp = float(np.spacing(dtype.type(magnitude)))
+    return Row(name, error, _ratio(error, magnitude), _ratio(error, ulp), _ratio(rms, float32_error), share)
+
+
+def _wrong(name: str) -> Row:
+    return Row(name, np.inf, np.inf, np.inf, np.inf, np.inf)
+
+
+def _ratio(error: float, unit: float) -> float:
+    """Error over a unit; exact agreement is 0 of any unit."""
+    return 0.0 if error == 0 else error / unit if unit > 0 else np.inf

@@ -1,0 +1,68 @@
+"""Where torch is installed: the fixtures are what the references give today."""
+
+import importlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from jattn.parity.fixtures import load
+from jattn.parity.systems import SYSTEMS
+
+FOLDER = pathlib.Path(__file__).parents[1] / "fixtures"
+FIXTURES = sorted(FOLDER.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def cases():
+    pytest.importorskip("torch")
+    from experiments.torch_reference.cases import all_cases
+
+    return {case.file_name: case for case in all_cases()}
+
+
+def test_every_case_has_a_fixture_and_every_fixture_a_case(cases):
+    assert [path.name for path in FIXTURES] == sorted(cases)
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_recording_anew_changes_nothing(cases, path):
+    from experiments.torch_reference.record import record
+
+    old, new = load(path), record(cases[path.name])
+    assert (new.system, new.case, new.arguments, new.seed) == (old.system, old.case, old.arguments, old.seed)
+    assert new.tensors.keys() == old.tensors.keys()
+    for name, expected in old.tensors.items():
+        found = new.tensors[name]
+        assert found.dtype == expected.dtype
+        scale = np.max(np.abs(expected), initial=1.0)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * scale, err_msg=name)
+
+
+def test_the_table_names_references_that_exist(cases):
+    for system in SYSTEMS.values():
+        module, name = system.reference.split(".")
+        assert callable(getattr(importlib.import_module(f"experiments.torch_reference.{module}"), name))
+
+
+def test_packed_projections_of_torch_load_into_multi_head_attention():
+    torch = pytest.importorskip("torch")
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jattn import nn
+    from jattn.interop import to_flax, to_torch
+    from jattn.interop.torch_layouts import PACKED_MULTI_HEAD_ATTENTION as rules
+
+    torch.manual_seed(0)
+    reference = torch.nn.MultiheadAttention(15, 3, batch_first=True, dtype=torch.float64)
+    tensors = {name: tensor.detach().numpy() for name, tensor in reference.state_dict().items()}
+    x = torch.randn(2, 7, 15, dtype=torch.float64)
+    with jax.enable_x64(True):
+        module = nn.MultiHeadAttention(3, 15, use_bias=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        nnx.update(module, to_flax(tensors, module, rules))
+        expected = reference(x, x, x)[0].detach().numpy()
+        np.testing.assert_allclose(module(x.numpy()), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+        back = to_torch(module, rules)
+    assert all(back[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
