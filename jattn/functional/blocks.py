@@ -1,19 +1,21 @@
 """A rectangle of the score matrix: what masks and modifiers are told about the entries they work on."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+T = TypeVar("T")
 Range = tuple[Any, int]  # start, which may be traced, and size
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
-def pytree(cls: type) -> type:
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass and a pytree: Python values are static, arrays (and pytrees of them) are leaves.
 
     Example:
@@ -23,8 +25,8 @@ def pytree(cls: type) -> type:
       >>> jax.tree.leaves(Scale(2)), jax.tree.leaves(Scale(np.float32(2)))
       ([], [np.float32(2.0)])
     """
-    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
+    made = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
 
     def flatten(value):
         fields = {name: getattr(value, name) for name in names}
@@ -33,13 +35,13 @@ def pytree(cls: type) -> type:
         return leaves, (tuple(static.items()), tuple(name for name in names if name not in static))
 
     def unflatten(treedef, leaves):
-        value = object.__new__(cls)
+        value = object.__new__(made)
         for name, field in (*treedef[0], *zip(treedef[1], leaves, strict=True)):
             object.__setattr__(value, name, field)
         return value
 
-    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
-    return cls
+    jax.tree_util.register_pytree_node(made, flatten, unflatten)
+    return made
 
 
 def _is_static(field: Any) -> bool:

@@ -157,7 +157,7 @@ def probability(**rates: Any) -> None:
       >>> probability(dropout_rate=0.1)
     """
     for name, rate in rates.items():
-        if isinstance(rate, (bool, str)) or not np.isscalar(rate):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)):
             raise TypeError(f"{name} must be a Python number from 0 to 1, got {rate!r}")
         if not 0 <= rate <= 1:
             raise ValueError(f"{name} must lie in 0 … 1, got {rate}")

@@ -143,7 +143,7 @@ def no_self() -> Mask:
     return _NoSelf()
 
 
-def dense(array: Array) -> Mask:
+def dense(array: Any) -> Mask:
     """A boolean array, True = may attend.
 
     Args:

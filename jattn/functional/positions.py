@@ -95,10 +95,10 @@ def rotary(x: Array, positions: Array | None = None, *, base: float = 10000.0, i
     """
     sizes = checks.shapes(x=(x, "... T N H"))
     checks.floating(x=x)
-    positions = np.arange(sizes["T"]) if positions is None else positions
-    if np.shape(positions) not in {(sizes["T"],), (*sizes["..."], sizes["T"])}:
-        raise ValueError(f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}")
-    angles = _angles(_as_positions(positions), sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
+    known = _as_positions(sizes["T"] if positions is None else positions)
+    if known.shape not in {(sizes["T"],), (*sizes["..."], sizes["T"])}:
+        raise ValueError(f"positions must be [T] or [..., T] for x of shape {x.shape}, got {known.shape}")
+    angles = _angles(known, sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
     dtype = checks.accumulator(x.dtype)
     sin, cos = _sin_cos(angles, dtype)
     pairs = "... (J two) -> two ... J" if interleaved else "... (two J) -> two ... J"

@@ -9,6 +9,7 @@ of N heads. Sums are kept in at least float32, which is the dtype of the result.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -223,8 +224,8 @@ def _pair(query: Array, key: Array, same_width: bool = True) -> tuple[Array, Arr
     return query.astype(dtype), key.astype(dtype)
 
 
-def _per_head(weight: Array, query: Array, key: Array, shape: tuple[int, ...]) -> Array:
-    """Align a weight `shape` or `[N, *shape]` with the head axes of a query, `[..., N]` or, if grouped, `[..., K, G]`."""
+def _per_head(weight: Any, query: Array, key: Array, shape: tuple[int, ...]) -> Array:
+    """Align a weight `shape` or `[N, *shape]` with the head axes of a query: `[..., N]`, or grouped `[..., K, G]`."""
     weight = jnp.asarray(weight)
     checks.floating(weight=weight)
     grouped = query.ndim > 3 and query.ndim == key.ndim and key.shape[-3] == 1 < query.shape[-3]

@@ -91,13 +91,13 @@ def attend(
         empty = jnp.zeros((*lead, T, N, value.shape[-1]), value.dtype)
         return empty, jnp.full((*lead, T, N), -jnp.inf, checks.accumulator(query.dtype)), None
     rows = [heads_first(array) for array in (query, key, value)]
-    tiles = _tiles(score, *rows, positions)
+    tiles = _tiles(score, rows[0], rows[1], positions)
     program, operands, context = _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key)
     output, lse = _differentiable(program)(operands, context)
     return rearrange(output, "... N T V -> ... T N V"), rearrange(lse, "... N T -> ... T N"), None
 
 
-def _tiles(score, query, key, value, positions):
+def _tiles(score, query, key, positions):
     """Choose the grid: blocks as large as their largest intermediate allows."""
     (*lead, N, T, _), S = query.shape, key.shape[-2]
     per_example = bool(lead) and _one_cpu_device()

@@ -147,7 +147,8 @@ def largest_intermediate(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def _largest(jaxpr: core.Jaxpr) -> int:
-    sizes = [math.prod(var.aval.shape) * var.aval.dtype.itemsize for eqn in jaxpr.eqns for var in eqn.outvars]
+    made: list[Any] = [var.aval for eqn in jaxpr.eqns for var in eqn.outvars]
+    sizes = [math.prod(array.shape) * array.dtype.itemsize for array in made]
     return max([*sizes, *(_largest(inner) for inner in _inner(jaxpr))], default=0)
 
 

@@ -66,11 +66,6 @@ class Config:
         """The size of textbook examples: two layers of width 32."""
         return cls(source_vocabulary, target_vocabulary, 32, 32, num_layers=2, dropout_rate=0.1)
 
-    @classmethod
-    def paper(cls, source_vocabulary: int = 30_000, target_vocabulary: int = 30_000) -> "Config":
-        """The widths of RNNsearch in the paper, whose encoder reads in both directions, and whose output is deeper."""
-        return cls(source_vocabulary, target_vocabulary, 620, 1000)
-
 
 class Memory(NamedTuple):
     """What a decoder reads of one batch of sources at every step; made by `Decoder.remember`."""
@@ -259,7 +254,9 @@ class Seq2Seq(nnx.Module):
             where values cannot be seen, the logits are NaN instead.
           TypeError: ids or lengths are not integers.
         """
+        self._check(source, lengths)
         checks.shapes(source=(source, "B S"), target_in=(target_in, "B T"))
+        _known("target_in", target_in, self.config.target_vocabulary)
         outputs, state = self.encoder(source, lengths=lengths, deterministic=deterministic)
         memory = self.decoder.remember(outputs, lengths)
         logits, weights = self.decoder(target_in, state, memory, deterministic=deterministic)
@@ -310,13 +307,16 @@ class Seq2Seq(nnx.Module):
         search = {"width": width, "length_penalty": length_penalty}
         return self._decode(source, lengths, max_length=max_length, return_weights=return_weights, **search)
 
-    def _decode(self, source: Array, lengths: Array | None, **options: Any) -> Any:
+    def _check(self, source: Array, lengths: Array | None) -> None:
         S = checks.shapes(source=(source, "B S"))["S"]
-        source = _known("source", source, self.config.source_vocabulary)
+        _known("source", source, self.config.source_vocabulary)
         if lengths is not None:
             checks.shapes(source=(source, "B S"), lengths=(lengths, "B"))
             checks.integers(lengths=lengths)
             checks.in_range("lengths", lengths, 1, S, "S, the number of source positions")
+
+    def _decode(self, source: Array, lengths: Array | None, **options: Any) -> Any:
+        self._check(source, lengths)
         graphdef, parameters = nnx.split(self)
         return _decode(graphdef, parameters, source, lengths, **options)
 

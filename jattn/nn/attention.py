@@ -40,6 +40,8 @@ class _Dropout(nnx.Module):
 class _Pooling(nnx.Module):
     """Single-head pooling with some score; what the modules below share."""
 
+    dropout: _Dropout
+
     def _pool(self, query, key, value, *, score, mask, return_weights, deterministic) -> Any:
         checks.shapes(query=(query, "... T Dq"), key=(key, "... S Dk"), value=(value, "... S V"))
         result = attend(
