@@ -110,8 +110,7 @@ class Encoder(nnx.Module):
           Outputs `[B, S, F]`, zero past the end of a sentence, and the final states `[B, L, F]`.
 
         Raises:
-          ValueError: a shape does not fit, or an id is not in the vocabulary. Under jit, where ids cannot be seen, the
-            result of an unknown id is NaN.
+          ValueError: a shape does not fit, or an id is unknown. (Under jit, where values cannot be seen: NaN.)
           TypeError: source or lengths are not integers.
         """
         return self.gru(_embed("source", source, self.embedding), lengths=lengths, deterministic=deterministic)
@@ -168,7 +167,7 @@ class Decoder(nnx.Module):
           Logits `[B, T, C]`, and attention weights `[B, T, S]` before dropout.
 
         Raises:
-          ValueError: a shape does not fit, or an id is not in the vocabulary (under jit: NaN).
+          ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
         """
         checks.shapes(target_in=(target_in, "B T"), state=(state, "B L F"), memory=(memory.value, "B S F"))
         off = self.deterministic if deterministic is None else deterministic
@@ -250,12 +249,11 @@ class Seq2Seq(nnx.Module):
           Logits `[B, T, C]`, or a tuple of them and weights `[B, T, S]`.
 
         Raises:
-          ValueError: a shape does not fit, an id is not in its vocabulary, or a length lies outside 1 … S. Under jit,
-            where values cannot be seen, the logits are NaN instead.
+          ValueError: a shape does not fit, an id is unknown, or a length lies outside 1 … S (under jit: NaN).
           TypeError: ids or lengths are not integers.
         """
-        self._check(source, lengths)
         checks.shapes(source=(source, "B S"), target_in=(target_in, "B T"))
+        self._check(source, lengths)
         _known("target_in", target_in, self.config.target_vocabulary)
         outputs, state = self.encoder(source, lengths=lengths, deterministic=deterministic)
         memory = self.decoder.remember(outputs, lengths)
@@ -336,8 +334,7 @@ def _decode(graphdef, parameters, source, lengths, *, max_length, return_weights
     if not return_weights:
         return found
 
-    def weights_of(tokens: Array) -> Array:
-        # Reading what was decoded once more is simpler than a search that carries the weights of what it drops.
+    def weights_of(tokens: Array) -> Array:  # reads them once more: simpler than a search that carries weights
         target_in = jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1)
         return decoder(target_in, state, memory, deterministic=True)[1]
 

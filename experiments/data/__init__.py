@@ -1,0 +1,1 @@
+"""Data that needs no download, and readers for the user's own."""

@@ -1,0 +1,1 @@
+"""What every training script shares: run folders, checkpoints, the loop, pictures."""

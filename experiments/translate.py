@@ -1,0 +1,329 @@
+"""Train a translator with attention (Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473) and show where it looks.
+
+Claim: in a few minutes on a laptop, the model reads dates written in eighteen languages and five scripts, and at least
+99 % of those that it has never seen come out right.
+"""
+
+import hashlib
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from sacrebleu.metrics import CHRF
+
+from experiments import BadInput
+from experiments.data import dates, pairs
+from experiments.data.batches import Batches, Vocabulary, fixed_batches
+from experiments.data.pairs import Pair, Split
+from experiments.training import pictures
+from experiments.training.checkpoints import Checkpoint, restore
+from experiments.training.loop import Recipe, train
+from experiments.training.runs import Run
+from jattn.models import seq2seq
+
+NAME = "translate"
+EVALUATION_BATCH = 256
+SHOWN = ("en", "de", "es", "fi", "ru", "el", "ja", "zh", "ko")  # the languages in the picture of the dates
+
+NEWEST = "(default: a new one in runs/translate; with --resume and --translate, the newest there)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a translator with attention; without options: dates in eighteen languages to ISO 8601."""
+
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: dates)")] = None
+    """Train on your own pairs: UTF-8 lines of source<TAB>target. A tenth of the sources is held out."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = None
+    """Folder of the run."""
+    translate: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: train)")] = None
+    """Translate this text with the trained checkpoint instead of training."""
+    resume: bool = False
+    """Continue the run after a kill or Ctrl-C; its settings are taken over."""
+    steps: int = 1000
+    """Optimization steps."""
+    batch_size: int = 128
+    """Pairs in a step."""
+    learning_rate: float = 4e-3
+    """Peak of Adam's rate, after a warm-up and before a cosine descent."""
+    features: int = 128
+    """Width of the recurrent layers and of the attention; the embeddings have half of it."""
+    dropout: float = 0.0
+    """Fraction of attention weights dropped in training."""
+    beam: int = 1
+    """Hypotheses followed in decoding; 1 is greedy."""
+    seed: int = 0
+    """Decides the weights, the split and the order of the data."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "features", "beam"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{_option(name)} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise BadInput(f"--learning-rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"--dropout must lie in [0, 1), got {self.dropout}")
+        if self.seed < 0:
+            raise BadInput(f"--seed must not be negative, got {self.seed}")
+        if self.resume and self.translate is not None:
+            raise BadInput("give --resume or --translate, not both")
+
+
+TRAINING = ("steps", "batch_size", "learning_rate", "features", "dropout", "seed")  # what the weights depend on
+
+
+@dataclass(frozen=True)
+class Translator:
+    """A model, and the characters that it reads and writes."""
+
+    model: seq2seq.Seq2Seq
+    source: Vocabulary
+    target: Vocabulary
+    max_length: int
+    beam: int
+
+    @classmethod
+    def build(cls, settings: Settings, characters: dict[str, Any]) -> "Translator":
+        """An untrained one; `characters` is what `describe` gives."""
+        source, target = Vocabulary(characters["source"]), Vocabulary(characters["target"])
+        if settings.beam > len(target):
+            raise BadInput(f"--beam must be at most the {len(target)} tokens of the target, got {settings.beam}")
+        config = seq2seq.Config(
+            source_vocabulary=len(source),
+            target_vocabulary=len(target),
+            embedding_features=max(settings.features // 2, 1),
+            hidden_features=settings.features,
+            dropout_rate=settings.dropout,
+        )
+        model = seq2seq.Seq2Seq(config, rngs=nnx.Rngs(settings.seed))
+        return cls(model, source, target, characters["max_length"], settings.beam)
+
+    def __call__(
+        self, texts: Sequence[str], *, batch_size: int = EVALUATION_BATCH
+    ) -> tuple[list[str], list[np.ndarray]]:
+        """Translations, and for each the attention weights [T, S] of its characters."""
+        self.model.eval()
+        outputs, weights = [], []
+        for tokens, lengths, count in fixed_batches([self.source.encode(text) for text in texts], batch_size):
+            found, looked = self._decode(jnp.asarray(tokens), jnp.asarray(lengths))
+            for row, look in list(zip(np.asarray(found), np.asarray(looked), strict=True))[:count]:
+                outputs.append(self.target.decode(row))
+                weights.append(look)
+        return outputs, weights
+
+    def _decode(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        options: dict[str, Any] = {"lengths": lengths, "max_length": self.max_length, "return_weights": True}
+        if self.beam == 1:
+            found, weights = self.model.greedy(tokens, **options)
+            return found.tokens, weights
+        found, weights = self.model.beam(tokens, width=self.beam, **options)
+        return found.tokens[:, 0], weights[:, 0]
+
+
+def describe(data: Split) -> dict[str, Any]:
+    """The characters of the training pairs and the longest translation: all that decoding needs of the data."""
+    return {
+        "source": Vocabulary.of(pair.source for pair in data.train).characters,
+        "target": Vocabulary.of(pair.target for pair in data.train).characters,
+        "max_length": max(len(pair.target) for pair in data.train) + 1,
+    }
+
+
+def load(settings: Settings) -> Split:
+    """The pairs: a file's, or dates."""
+    if settings.data is None:
+        return dates.dates(num_train=5000, num_test=200, seed=settings.seed)
+    return pairs.split(pairs.read_tsv(settings.data), fraction=0.1, seed=settings.seed)
+
+
+def loss(model: seq2seq.Seq2Seq, batch: Any) -> jax.Array:
+    """Mean negative log-likelihood of a target character, the end included; the batch is a traced `Batch`."""
+    logits = model(batch.source, batch.target_in, lengths=batch.source_lengths)
+    return seq2seq.loss(logits, batch.target_out, lengths=batch.target_lengths)
+
+
+def fit(
+    settings: Settings, data: Split, run: Run, checkpoint: Checkpoint | None, console: Console
+) -> Translator | None:
+    """Train, from the checkpoint on if there is one; None if Ctrl-C stopped it."""
+    characters = describe(data)
+    translator = Translator.build(settings, characters)
+    translator.model.train()
+    batches = Batches(
+        data.train, translator.source, translator.target, batch_size=settings.batch_size, seed=settings.seed
+    )
+    metadata = {
+        "experiment": NAME,
+        "settings": {name: getattr(settings, name) for name in (*TRAINING, "beam")},
+        "data": str(settings.data.absolute()) if settings.data else None,
+        "digest": _digest(data),
+        "characters": characters,
+    }
+    recipe = Recipe.adam(settings.steps, settings.learning_rate)
+    finished = train(
+        translator.model, loss, batches, recipe, run, checkpoint=checkpoint, metadata=metadata, console=console
+    )
+    return translator if finished else None
+
+
+def evaluate(translator: Translator, test: Sequence[Pair]) -> tuple[list[str], dict[str, float]]:
+    """Translations of the held-out pairs and their scores, with those of copying the source beside them.
+
+    Exact match is a fraction of the pairs; chrF2 (https://aclanthology.org/W15-3049) is in percent.
+    """
+    outputs, _ = translator([pair.source for pair in test])
+    targets = [pair.target for pair in test]
+    scores: dict[str, float] = {"pairs": len(test)}
+    for name, texts in (("", outputs), ("copy_", [pair.source for pair in test])):
+        scores[f"{name}exact_match"] = float(np.mean([a == b for a, b in zip(texts, targets, strict=True)]))
+        scores[f"{name}chrf"] = CHRF().corpus_score(texts, [targets]).score
+    return outputs, scores
+
+
+def examples(data: Split, seed: int, count: int = 9) -> list[Pair]:
+    """Held-out pairs to look at: a long one of each language shown, or any few where there are no languages."""
+    draw = random.Random(seed)
+    labels = [label for label in SHOWN if any(pair.label == label for pair in data.test)]
+    if not labels:
+        return draw.sample(data.test, min(count, len(data.test)))
+    groups = [[pair for pair in data.test if pair.label == label] for label in labels]
+    return [max(draw.sample(group, min(7, len(group))), key=lambda pair: len(pair.source)) for group in groups]
+
+
+def report(translator: Translator, data: Split, run: Run, seed: int, console: Console) -> None:
+    """Score the held-out pairs; print and draw what came out."""
+    with console.status("translating the held-out pairs …"):
+        outputs, scores = evaluate(translator, data.test)
+    (run.folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+    shown = examples(data, seed)
+    written, weights = translator([pair.source for pair in shown])
+    wrong = [(pair, output) for pair, output in zip(data.test, outputs, strict=True) if output != pair.target]
+    console.print(_table("held-out examples", list(zip(shown, written, strict=True))))
+    if wrong:
+        console.print(_table("some of the mistakes", random.Random(seed).sample(wrong, min(5, len(wrong)))))
+
+    title = f"held out: {scores['exact_match']:.1%} of {len(data.test)} right"
+    pictures.curve(run.metrics.read(), run.folder / "curve.png", title=title)
+    panels = [
+        pictures.Alignment(f"{pair.source} → {output}", pair.source, output, look)
+        for pair, output, look in zip(shown, written, weights, strict=True)
+    ]
+    pictures.alignments(panels, run.folder / "alignment.png")
+    console.print(
+        f"exact match on {len(data.test)} held-out pairs: {scores['exact_match']:.2%}"
+        f" (copying the source: {scores['copy_exact_match']:.2%})\n"
+        f"chrF2: {scores['chrf']:.1f} (copying the source: {scores['copy_chrf']:.1f})\n"
+        f"pictures: {run.folder / 'alignment.png'}, {run.folder / 'curve.png'}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _table(title: str, rows: Sequence[tuple[Pair, str]]) -> Table:
+    table = Table("", "source", "translation", "expected", "", title=title)
+    for pair, output in rows:
+        table.add_row(*map(Text, (pair.label, pair.source, output, pair.target, "✓" if output == pair.target else "✗")))
+    return table
+
+
+def parse(arguments: Sequence[str] | None, default: Settings | None = None) -> Settings:
+    """The settings that a command line gives, over the defaults."""
+    options: dict[str, Any] = {"prog": f"python -m experiments.{NAME}", "config": (tyro.conf.FlagCreatePairsOff,)}
+    return tyro.cli(Settings, args=arguments, default=default or Settings(), **options)
+
+
+def continue_from(settings: Settings, arguments: Sequence[str] | None) -> tuple[Settings, Run, Checkpoint]:
+    """The run to go on with, and the settings with those of its checkpoint where none were given.
+
+    Raises:
+      BadInput: no checkpoint, not one of this experiment, or a given setting is not the checkpoint's.
+    """
+    run = Run.open(settings.run_dir, NAME)
+    checkpoint = run.checkpoints.newest(say=_warn)
+    metadata = checkpoint.metadata
+    if metadata.get("experiment") != NAME:
+        raise BadInput(f"{run.folder} is not a run of this experiment, {NAME}")
+    data = Path(metadata["data"]) if metadata["data"] else None
+    stored = Settings(data=data, **metadata["settings"])
+    settings = parse(arguments, default=stored)
+    compared = TRAINING if settings.resume else (*TRAINING, "data")
+    for name in compared:
+        given, own = getattr(settings, name), getattr(stored, name)
+        if given != own:
+            raise BadInput(f"--{_option(name)} {given} differs from the checkpoint's, {own}, in {run.folder}")
+    return settings, run, checkpoint
+
+
+def translate_text(settings: Settings, checkpoint: Checkpoint) -> str:
+    """The translation of `--translate` by the checkpoint's weights."""
+    text = pairs.normalise(settings.translate or "")
+    if not 1 <= len(text) <= pairs.MAX_CHARACTERS:
+        raise BadInput(f"--translate must be a text of 1 to {pairs.MAX_CHARACTERS} characters, got {len(text)}")
+    if checkpoint.step < settings.steps:
+        _warn(f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}")
+    translator = Translator.build(settings, checkpoint.metadata["characters"])
+    restore(translator.model, checkpoint)
+    unknown = sorted(set(text) - set(translator.source.characters))
+    if unknown:
+        _warn(f"never seen in training: {' '.join(unknown)}")
+    (output,), _ = translator([text], batch_size=1)
+    return output
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    start = time.perf_counter()
+    try:
+        settings = parse(arguments)
+        run, checkpoint = None, None
+        if settings.resume or settings.translate is not None:
+            settings, run, checkpoint = continue_from(settings, arguments)
+        if settings.translate is not None and checkpoint:
+            print(translate_text(settings, checkpoint))
+            return
+        data = load(settings)
+        if checkpoint and checkpoint.metadata["digest"] != _digest(data):
+            raise BadInput("--data gives other pairs than those that the checkpoint was trained on")
+        run = run or Run.create(settings.run_dir, NAME)
+        console = Console()
+        console.print(
+            f"{len(data.train)} pairs to train on, {len(data.test)} held out; run folder {run.folder}", markup=False
+        )
+        translator = fit(settings, data, run, checkpoint, console)
+        if translator is None:
+            console.print(f"stopped; continue with --resume --run-dir {run.folder}", markup=False)
+            raise SystemExit(130)
+        report(translator, data, run, settings.seed, console)
+        console.print(f"took {(time.perf_counter() - start) / 60:.1f} minutes", highlight=False)
+    except BadInput as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _digest(data: Split) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

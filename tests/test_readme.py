@@ -1,0 +1,19 @@
+"""The README is true: its table is the one that the code makes, its pictures exist. Its examples run as doctests."""
+
+import re
+from pathlib import Path
+
+from jattn.parity import fixtures, systems
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_table_is_the_one_of_the_systems():
+    titles = (fixtures.load(path).title for path in sorted((ROOT / "tests" / "fixtures").glob("*.safetensors")))
+    assert systems.markdown(titles).strip() in (ROOT / "README.md").read_text()
+
+
+def test_every_picture_and_link_of_the_readme_exists():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
