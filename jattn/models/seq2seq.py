@@ -315,8 +315,7 @@ class Seq2Seq(nnx.Module):
 
     def _decode(self, source: Array, lengths: Array | None, **options: Any) -> Any:
         self._check(source, lengths)
-        graphdef, parameters = nnx.split(self)
-        return _decode(graphdef, parameters, source, lengths, **options)
+        return _decode(*nnx.split(self), source, lengths, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "return_weights", *_BEAM))
