@@ -23,3 +23,10 @@ def x64():
 def rng():
     """A NumPy generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def promotion(request):
+    """The README mixes integers and floats, as users do."""
+    with jax.numpy_dtype_promotion("standard" if request.node.name == "README.md" else "strict"):
+        yield
