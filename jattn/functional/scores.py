@@ -89,7 +89,7 @@ def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = N
     """
     query, key = _pair(query, key)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return jnp.einsum("...th,...sh->...ts", query, key) * factor
+    return jnp.einsum("...th,...sh->...ts", query * factor, key)  # T × H products instead of T × S
 
 
 def bilinear(query: Array, key: Array, weight: Array) -> Array:

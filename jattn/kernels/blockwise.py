@@ -268,9 +268,15 @@ def _forward_rows(program: Program, b: Array, operands: Operands, context: Conte
 
 
 def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, shared):
-    """Gradients of query, key and value, and `shared` = those of biases and captured arrays, added to what came in."""
+    """Gradients of query, key and value, and `shared` = those of biases and captured arrays, added to what came in.
+
+    Those of key and value are summed as `[..., width, S]`: XLA's matrix products on CPU are three times as slow where
+    they have to sum over the rows of a large left operand.
+    """
     tiles, dtype = program.tiles, lse.dtype
-    gradients = [jnp.zeros(array.shape, dtype) for array in operands[:3]]
+    gradients = [
+        jnp.zeros(array.shape, dtype) for array in (operands.query, _turned(operands.key), _turned(operands.value))
+    ]
 
     def row(i, carry):
         start = tiles.row_start(i)
@@ -290,21 +296,21 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
 
         def fold(carry, j, part):
             query, key, value, (biases, captured) = carry
-            of_query, of_key, of_cuts, of_captured, of_value = part
+            of_query, of_key, of_cuts, of_captured, of_value = part  # of_value is turned already
             column = tiles.column_start(j)
             biases = [tiles.add(bias, cut, b, i, j) for bias, cut in zip(biases, of_cuts, strict=True)]
             captured = jax.tree.map(jnp.add, captured, of_captured)
-            key, value = _add(key, of_key, column), _add(value, of_value, column)
+            key, value = _add(key, _turned(of_key), column, -1), _add(value, of_value, column, -1)
             return query + of_query, key, value, (biases, captured)
 
         query, key, value, shared = carry
         of_row = jnp.zeros((*query.shape[:-2], tiles.rows, query.shape[-1]), dtype)
         choose = functools.partial(_choose, program, context, b, i)
         of_row, key, value, shared = choose(contribution, fold, (of_row, key, value, shared))
-        return _add(query, of_row, start), key, value, shared
+        return _add(query, of_row, start, -2), key, value, shared
 
-    *gradients, shared = _loop(0, tiles.num_rows, row, (*gradients, shared))
-    return gradients, shared
+    query, key, value, shared = _loop(0, tiles.num_rows, row, (*gradients, shared))
+    return [query, _turned(key), _turned(value)], shared
 
 
 def _choose(program, context, b, i, compute, fold, carry):
@@ -365,14 +371,15 @@ def _drop(program, context, weights, b, i, j):
 
 def _outer(cotangent: Array, value: Array) -> Array:
     """Cotangent of the weights: `[..., N, T, V], [..., K, S, V] -> [..., N, T, S]`."""
-    grouped = rearrange(cotangent, "... (K G) T V -> ... K G T V", K=value.shape[-3])
-    return rearrange(jnp.einsum("...kgtv,...ksv->...kgts", grouped, value), "... K G T S -> ... (K G) T S")
+    grouped = rearrange(cotangent, "... (K G) T V -> ... K (G T) V", K=value.shape[-3])
+    outer = jnp.einsum("...ktv,...ksv->...kts", grouped, value)
+    return rearrange(outer, "... K (G T) S -> ... (K G) T S", T=cotangent.shape[-2])
 
 
 def _pool_transposed(weights: Array, cotangent: Array, num_kv_heads: int) -> Array:
-    """Cotangent of the value: `[..., N, T, S], [..., N, T, V] -> [..., K, S, V]`."""
-    grouped = (rearrange(array, "... (K G) T X -> ... K G T X", K=num_kv_heads) for array in (weights, cotangent))
-    return jnp.einsum("...kgts,...kgtv->...ksv", *grouped)
+    """Cotangent of the value, columns first: `[..., N, T, S], [..., N, T, V] -> [..., K, V, S]`."""
+    grouped = (rearrange(array, "... (K G) T X -> ... K (G T) X", K=num_kv_heads) for array in (cotangent, weights))
+    return jnp.einsum("...ktv,...kts->...kvs", *grouped)
 
 
 def _read(array: Array, start: Any, size: int, axis: int) -> Array:
@@ -383,5 +390,9 @@ def _write(array: Array, part: Array, start: Any, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
 
-def _add(array: Array, part: Array, start: Any) -> Array:
-    return _write(array, _read(array, start, part.shape[-2], -2) + part, start, -2)
+def _add(array: Array, part: Array, start: Any, axis: int) -> Array:
+    return _write(array, _read(array, start, part.shape[axis], axis) + part, start, axis)
+
+
+def _turned(array: Array) -> Array:
+    return rearrange(array, "... length width -> ... width length")

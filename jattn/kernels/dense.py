@@ -91,9 +91,9 @@ def head_scores(score: Callable[[Array, Array], Array], query: Array, key: Array
 
 def pool(weights: Array, value: Array) -> Array:
     """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`, in the dtype of the weights."""
-    grouped = rearrange(weights, "... (K G) T S -> ... K G T S", K=value.shape[-3])
-    pooled = jnp.einsum("...kgts,...ksv->...kgtv", grouped, value.astype(weights.dtype))
-    return rearrange(pooled, "... K G T V -> ... (K G) T V")
+    grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=value.shape[-3])
+    pooled = jnp.einsum("...kts,...ksv->...ktv", grouped, value.astype(weights.dtype))
+    return rearrange(pooled, "... K (G T) V -> ... (K G) T V", T=weights.shape[-2])
 
 
 def hide(rows: Array, seen: Array | None) -> Array:

@@ -61,10 +61,11 @@ def test_one_weight_per_head_reaches_its_own_head(name, num_kv_heads, rng, x64):
     N, K = 6, num_kv_heads
     query, key = rng.standard_normal((2, N, T, H)), rng.standard_normal((2, K, S, H))
     weight = rng.standard_normal((N, *WEIGHTS[name]))
+    score = jax.jit(bound(name, weight))
     if K == N:
-        came = bound(name, weight)(query, key)
+        came = score(query, key)
     else:
-        came = bound(name, weight)(query.reshape(2, K, N // K, T, H), key[:, :, None]).reshape(2, N, T, S)
+        came = score(query.reshape(2, K, N // K, T, H), key[:, :, None]).reshape(2, N, T, S)
     for b, h in np.ndindex(2, N):
         truth = loop(name, query[b, h], key[b, h // (N // K)], weight[h])
         np.testing.assert_allclose(came[b, h], truth, rtol=1e-12, atol=1e-14)

@@ -174,7 +174,8 @@ def test_dropout_follows_train_and_eval_and_the_argument(rng):
 def test_parameters_and_outputs_have_the_dtype_asked_for(rng):
     module = make(2, use_bias=True, param_dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {jnp.dtype(jnp.bfloat16)}
-    assert module(*(jnp.asarray(array, jnp.bfloat16) for array in inputs(rng))).dtype == jnp.bfloat16
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in inputs(rng)]
+    assert nnx.eval_shape(lambda m, *x: m(*x), module, *arrays).dtype == jnp.bfloat16
 
 
 def test_a_module_of_ours_inside_a_linen_model(rng):
