@@ -82,7 +82,8 @@ def attend(
     query, key, value = (jnp.asarray(array) for array in (query, key, value))
     sizes = _check_operands(query=query, key=key, value=value)
     dtype = jnp.result_type(query, key, value)
-    prepared = _prepare(sizes, score, mask, modifier, positions)
+    _check_score(score, query, key)
+    prepared = _prepare(sizes, mask, modifier, positions)
     _check_dropout(dropout_rate, dropout_key)
     output, lse, weights = _first_that_can(implementation)(
         *(array.astype(dtype) for array in (query, key, value)),
@@ -119,7 +120,8 @@ def attention_weights(
     query, key = jnp.asarray(query), jnp.asarray(key)
     sizes = _check_operands(query=query, key=key)
     dtype = jnp.result_type(query, key)
-    prepared = _prepare(sizes, score, mask, modifier, positions)
+    _check_score(score, query, key)
+    prepared = _prepare(sizes, mask, modifier, positions)
     block = Block(sizes["..."], sizes["N"], (0, sizes["T"]), (0, sizes["S"]), prepared["positions"])
     allowed = None if prepared["mask"] is None else prepared["mask"].rule(block)
     weights, _ = dense.attention_weights(
@@ -264,9 +266,18 @@ def _check_operands(**operands: Array) -> checks.Sizes:
     return sizes
 
 
-def _prepare(sizes: checks.Sizes, score: Any, mask: Any, modifier: Any, positions: Any) -> dict[str, Any]:
+def _check_score(score: Any, query: Array, key: Array) -> None:
+    """Evaluate the score on shapes alone, so that what it does not take is known before anything runs."""
     if not callable(score):
         raise TypeError(f"score must be callable, (query, key) -> scores, got {type(score).__name__}")
+    try:
+        jax.eval_shape(lambda q, k: dense.head_scores(score, dense.heads_first(q), dense.heads_first(k)), query, key)
+    except (TypeError, ValueError) as error:
+        message = f"score does not take query {query.shape} and key {key.shape}: {error}"
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
+
+
+def _prepare(sizes: checks.Sizes, mask: Any, modifier: Any, positions: Any) -> dict[str, Any]:
     lead, N, T, S = sizes["..."], sizes["N"], sizes["T"], sizes["S"]
     mask = as_mask(mask)
     if mask is not None:

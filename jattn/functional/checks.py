@@ -48,10 +48,10 @@ def _bind(arguments: Mapping[str, tuple[tuple[int, ...], str]]) -> Sizes:
         expected = (*known.get("...", lead), *(known.get(letter) for letter in named))
         detail = ", ".join(f"{letter} = {size}" for letter, size in known.items())
         message = f"{name} must be [{', '.join(letters)}]{' with ' + detail if detail else ''}, got shape {shape}"
-        chex.assert_shape(
-            jax.ShapeDtypeStruct(shape, bool), expected,
-            custom_message=message, include_default_message=False, exception_type=ValueError,
-        )  # fmt: skip
+        try:
+            chex.assert_shape(jax.ShapeDtypeStruct(shape, bool), expected, exception_type=ValueError)
+        except ValueError:
+            raise ValueError(message) from None  # the caller's own words; Chex would put "input 0" before them
         sizes |= {"...": lead} if letters[0] == "..." else {}
         sizes |= dict(zip(named, shape[len(lead) :], strict=True))
     return sizes
@@ -67,7 +67,7 @@ def _fits_when_swapped(arguments: Mapping[str, tuple[Any, str]], axes: tuple[int
             bound[name] = (tuple(shape), pattern)
         return bound
 
-    for names in [*([name] for name in arguments), list(arguments)[1:], list(arguments)]:
+    for names in [list(arguments)[1:], *([name] for name in arguments), list(arguments)]:
         try:
             _bind(swapped(names))
         except ValueError:

@@ -171,7 +171,8 @@ def mask_mod(
     """Lift a callable `(b, h, q_idx, k_idx) -> bool` on scalars, so that `&`, `|` and `~` apply to it.
 
     Args:
-      function: sees the flat batch index, the query head and the positions of query and key; may capture arrays.
+      function: sees the flat batch index, the query head and the positions of query and key; may capture arrays
+        (of JAX, if it indexes them: the indices are traced).
       bounds: `(q_low, q_high, k_low, k_high) -> EMPTY | PARTIAL | FULL`, both ends inclusive: lets kernels skip blocks.
 
     Paper: the signature of FlexAttention, Dong et al. 2024, https://arxiv.org/abs/2412.05496

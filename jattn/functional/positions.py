@@ -62,6 +62,8 @@ def sinusoidal_rotation(offset: float | Array, features: int, *, base: float = 1
       >>> bool(jnp.allclose(P[3:], P[:-3] @ sinusoidal_rotation(3, 6).T, atol=1e-6))
       True
     """
+    if np.ndim(offset) > 0:
+        raise ValueError(f"offset must be a scalar, got shape {np.shape(offset)}")
     known = checks.concrete(offset)
     sin, cos = _sin_cos(_angles(jnp.asarray(offset) if known is None else known, features, base), _default_float())
     even = 2 * np.arange(features // 2)
@@ -95,9 +97,10 @@ def rotary(x: Array, positions: Array | None = None, *, base: float = 10000.0, i
     """
     sizes = checks.shapes(x=(x, "... T N H"))
     checks.floating(x=x)
-    known = _as_positions(sizes["T"] if positions is None else positions)
-    if known.shape not in {(sizes["T"],), (*sizes["..."], sizes["T"])}:
-        raise ValueError(f"positions must be [T] or [..., T] for x of shape {x.shape}, got {known.shape}")
+    lead, T = sizes["..."], sizes["T"]
+    if positions is not None and np.shape(positions) not in {(T,), (*lead, T)}:
+        raise ValueError(f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}")
+    known = _as_positions(T if positions is None else positions)
     angles = _angles(known, sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
     dtype = checks.accumulator(x.dtype)
     sin, cos = _sin_cos(angles, dtype)

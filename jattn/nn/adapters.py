@@ -40,63 +40,67 @@ def attention_fn(
       >>> flax_module(jnp.ones((2, 5, 8))).shape
       (2, 5, 8)
     """
-    own_mask, own_modifier = mask, modifier
+    own = {"score": score, "mask": mask, "modifier": modifier, "implementation": implementation}
+    return functools.partial(_attend_for_flax, own)
 
-    def attention(
-        query: Array,
-        key: Array,
-        value: Array,
-        bias: Array | None = None,
-        mask: Array | None = None,
-        *,
-        broadcast_dropout: bool = True,
-        dropout_rng: Array | None = None,
-        dropout_rate: float = 0.0,
-        deterministic: bool = False,
-        dtype: Any = None,
-        precision: Any = None,
-        module: Any = None,
-        is_causal: bool = False,
-        promote_dtype: Any = None,
-        force_fp32_for_softmax: bool = False,
-        qk_attn_weights_einsum: Any = None,
-        attn_weights_value_einsum: Any = None,
-        qk_attn_weights_einsum_cls: Any = None,
-        attn_weights_value_einsum_cls: Any = None,
-    ) -> Array:
-        # Linen passes only what this signature names, so what attend cannot do has to be named to be refused
-        refused = {
+
+def _attend_for_flax(
+    own: dict[str, Any],
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    module: Any = None,
+    is_causal: bool = False,
+    force_fp32_for_softmax: bool = False,  # it always is at least float32
+    # Linen passes only what this signature names: what attend cannot do has to be named to be refused
+    precision: Any = None,
+    promote_dtype: Any = None,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
+    qk_attn_weights_einsum_cls: Any = None,
+    attn_weights_value_einsum_cls: Any = None,
+) -> Array:
+    _refuse(
+        {
             "precision (see jax.default_matmul_precision)": precision,
             "promote_dtype": promote_dtype,
             "an einsum of one's own (write a score)": qk_attn_weights_einsum or qk_attn_weights_einsum_cls,
             "an einsum of the values": attn_weights_value_einsum or attn_weights_value_einsum_cls,
         }
-        for name, given in refused.items():
-            if given is not None:
-                raise NotImplementedError(f"attend takes no {name}")
-        del force_fp32_for_softmax  # it always is at least float32
-        drops = dropout_rate > 0 and not deterministic
-        if drops and broadcast_dropout:
-            raise NotImplementedError("attend drops each weight on its own: pass broadcast_dropout=False")
-        if dtype is not None:
-            query, key, value = (array.astype(dtype) for array in (query, key, value))
-        result = attend(
-            query, key, value,
-            score=score,
-            mask=_both(own_mask, mask, is_causal),
-            modifier=_listed(own_modifier) + (() if bias is None else (modifiers.bias(bias),)),
-            dropout_rate=dropout_rate if drops else 0.0,
-            dropout_key=dropout_rng if drops else None,
-            implementation=implementation,
-            return_weights=module is not None,
-        )  # fmt: skip
-        if module is None:
-            return result
-        collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
-        module.sow(collection, "attention_weights", result[1])
-        return result[0]
+    )
+    drops = dropout_rate > 0 and not deterministic
+    if drops and broadcast_dropout:
+        raise NotImplementedError("attend drops each weight on its own: pass broadcast_dropout=False")
+    if dtype is not None:
+        query, key, value = (array.astype(dtype) for array in (query, key, value))
+    result = attend(
+        query, key, value,
+        score=own["score"],
+        mask=_both(own["mask"], mask, is_causal),
+        modifier=_listed(own["modifier"]) + (() if bias is None else (modifiers.bias(bias),)),
+        dropout_rate=dropout_rate if drops else 0.0,
+        dropout_key=dropout_rng if drops else None,
+        implementation=own["implementation"],
+        return_weights=module is not None,
+    )  # fmt: skip
+    if module is None:
+        return result
+    module.sow(nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates", "attention_weights", result[1])
+    return result[0]
 
-    return attention
+
+def _refuse(options: dict[str, Any]) -> None:
+    for name, given in options.items():
+        if given is not None:
+            raise NotImplementedError(f"attend takes no {name}")
 
 
 def _both(own: MaskLike, given: Array | None, is_causal: bool) -> masks.Mask | None:

@@ -1,0 +1,102 @@
+"""What is particular to the blockwise kernel: its grid, its memory, and that it lowers for every platform."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import masks, modifiers
+from jattn.functional.blocks import EMPTY, FULL, PARTIAL
+from jattn.kernels.tiles import Tiles, block_size
+
+
+def grid(T, S, rows, columns, **options):
+    return Tiles((), 1, T, S, rows, columns, options.get("positions"), per_example=False)
+
+
+@pytest.mark.parametrize(("length", "largest"), [(1, 512), (509, 512), (513, 512), (1031, 512), (37, 4), (65536, 512)])
+def test_blocks_cover_an_axis_with_none_to_spare(length, largest):
+    size = block_size(length, largest)
+    assert size <= min(length, largest) and -(-length // size) == -(-length // largest)
+
+
+def test_every_entry_is_fresh_in_exactly_one_block():
+    tiles = grid(13, 17, 5, 4)
+    seen = np.zeros((13, 17), int)
+    for i in range(tiles.num_rows):
+        for j in range(tiles.num_columns):
+            fresh = np.asarray(tiles.allowed(None, 0, i, j))[0]
+            seen[int(tiles.row_start(i)) :, int(tiles.column_start(j)) :][:5, :4] += fresh
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (masks.causal(), [[1, 0, 0], [2, 1, 0], [2, 2, 1]]),
+        (masks.sliding_window(4), [[1, 0, 0], [1, 1, 0], [0, 1, 1]]),
+        (masks.padding(np.array(6)), [[2, 1, 0], [2, 1, 0], [2, 1, 0]]),
+        (masks.segments(np.repeat([0, 1], [4, 8])), [[2, 0, 0], [0, 2, 2], [0, 2, 2]]),
+        (~masks.causal(-1), [[1, 2, 2], [0, 1, 2], [0, 0, 1]]),
+        (None, [[2, 2, 2]] * 3),
+    ],
+    ids=repr,
+)
+def test_rows_of_blocks_are_classified(mask, expected):
+    tiles = grid(12, 12, 4, 4)
+    assert (EMPTY, PARTIAL, FULL) == (0, 1, 2)
+    assert [np.asarray(tiles.classify(mask, 0, i)).tolist() for i in range(3)] == expected
+
+
+def test_every_platform_can_lower_forward_and_backward():
+    def loss(query, key, value, lengths, table, slopes):
+        mask = masks.causal() & masks.padding(lengths)
+        options = {"modifier": (modifiers.alibi(slopes), modifiers.relative_bias(table)), "implementation": "blockwise"}
+        return jattn.attend(query, key, value, mask=mask, **options).sum()
+
+    shapes = [(2, 1031, 4, 16), (2, 1031, 2, 16), (2, 1031, 2, 16), (2,), (4, 2061), (4,)]
+    dtypes = [jnp.bfloat16] * 3 + [jnp.int32, jnp.float32, jnp.float32]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 4, 5)))
+    exported = jax.export.export(gradient, platforms=["cpu", "cuda", "tpu"])(*arguments)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+MEMORY = """
+import resource, sys
+import jax, jax.numpy as jnp
+import jattn
+
+implementation, length = sys.argv[1], int(sys.argv[2])
+shape = (1, length, 2, 16)
+
+@jax.jit
+def gradients(*operands):
+    def loss(*operands):
+        bias = jattn.modifiers.bias(jnp.zeros((1, 1, 1)))
+        return jattn.attend(*operands, mask=jattn.masks.causal(), modifier=bias, implementation=implementation).sum()
+    return jax.grad(loss, argnums=(0, 1, 2))(*operands)
+
+operands = [jnp.ones(shape) for _ in range(3)]
+compiled = gradients.lower(*operands).compile()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jax.block_until_ready(compiled(*operands))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def growth(implementation: str, length: int) -> int:
+    """KiB by which the peak grows in one forward and backward pass."""
+    command = [sys.executable, "-c", MEMORY, implementation, str(length)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.slow
+def test_memory_grows_linearly_with_length_and_the_dense_kernel_fails_this():
+    """Four times the length: four times the memory if linear, sixteen times if not; eight lies between."""
+    assert growth("blockwise", 16384) < 8 * max(growth("blockwise", 4096), 8192)
+    assert growth("dense", 4096) > 8 * growth("dense", 1024)
