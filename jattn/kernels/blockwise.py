@@ -22,7 +22,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from jattn.functional import checks
-from jattn.functional.blocks import EMPTY, FULL
+from jattn.functional.blocks import EMPTY
 from jattn.functional.masks import Mask
 from jattn.functional.modifiers import Bias, Modifier
 from jattn.kernels.dense import head_scores, heads_first, hide, keys_seen, pool, queries_seen
@@ -256,7 +256,7 @@ def _forward_rows(program: Program, b: Array, operands: Operands, context: Conte
         shape = (*lead, tiles.rows)
         initial = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, V), dtype)
         choose = functools.partial(_choose, program, context, b, i)
-        maximum, total, output = choose(step, lambda carry, j, stepped: stepped, initial)
+        maximum, total, output = choose(step, lambda carry, shapes: carry, lambda carry, j, stepped: stepped, initial)
         divisor = jnp.where(total == 0, 1, total)
         output = (output / divisor[..., None]).astype(value_dtype)
         lse = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))
@@ -294,6 +294,9 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
             of_value = _pool_transposed(_drop(program, context, weights, b, i, j), cotangent, value.shape[-3])
             return *pull(of_scores), of_value
 
+        def nothing(carry, shapes):
+            return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
         def fold(carry, j, part):
             query, key, value, (biases, captured) = carry
             of_query, of_key, of_cuts, of_captured, of_value = part  # of_value is turned already
@@ -306,15 +309,15 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
         query, key, value, shared = carry
         of_row = jnp.zeros((*query.shape[:-2], tiles.rows, query.shape[-1]), dtype)
         choose = functools.partial(_choose, program, context, b, i)
-        of_row, key, value, shared = choose(contribution, fold, (of_row, key, value, shared))
+        of_row, key, value, shared = choose(contribution, nothing, fold, (of_row, key, value, shared))
         return _add(query, of_row, start, -2), key, value, shared
 
     query, key, value, shared = _loop(0, tiles.num_rows, row, (*gradients, shared))
     return [query, _turned(key), _turned(value)], shared
 
 
-def _choose(program, context, b, i, compute, fold, carry):
-    """Fold `compute(carry, j, masked)` over the blocks of row i that are not EMPTY; FULL ones need no mask."""
+def _choose(program, context, b, i, compute, nothing, fold, carry):
+    """Fold `compute(carry, j, masked)` over the blocks of row i; FULL ones need no mask, EMPTY ones are `nothing`."""
     columns = program.tiles.num_columns
     if program.classes is None:
         return _loop(0, columns, lambda j, carry: fold(carry, j, compute(carry, j, False)), carry)
@@ -323,13 +326,12 @@ def _choose(program, context, b, i, compute, fold, carry):
     first, last = jnp.argmax(seen), columns - 1 - jnp.argmax(seen[::-1])
 
     def visit(j, carry):
-        masked, full = (functools.partial(compute, carry, j, masked) for masked in (True, False))
-        return fold(carry, j, jax.lax.cond(classes[j] == FULL, full, masked))
+        # Only a block's own part passes through the branches: what does is copied, and gradients of keys are long
+        full, masked = (functools.partial(compute, carry, j, masked) for masked in (False, True))
+        empty = functools.partial(nothing, carry, jax.eval_shape(full))
+        return fold(carry, j, jax.lax.switch(classes[j], [empty, masked, full]))
 
-    def skip(j, carry):
-        return jax.lax.cond(classes[j] == EMPTY, lambda carry: carry, functools.partial(visit, j), carry)
-
-    return _loop(first, jnp.where(seen.any(), last + 1, first), skip, carry)
+    return _loop(first, jnp.where(seen.any(), last + 1, first), visit, carry)
 
 
 def _loop(first, end, body, carry):
