@@ -27,12 +27,12 @@ from jattn.functional.masks import Mask
 from jattn.functional.modifiers import Bias, Modifier
 from jattn.kernels.dense import head_scores, heads_first, hide, keys_seen, pool, queries_seen
 from jattn.kernels.dropout import drop
-from jattn.kernels.hoist import hoist
+from jattn.kernels.hoist import hoist, join, split
 from jattn.kernels.tiles import Tiles, block_size, four_axes, largest_intermediate
 
 Array = jax.Array
 
-ROWS, COLUMNS = 512, 512  # of a block whose intermediates all fit into BLOCK_BYTES
+ROWS, COLUMNS = 512, 512  # of a block whose intermediates all fit into BLOCK_BYTES; half as many in short sequences
 BLOCK_BYTES = 2**24  # additive scores have an intermediate of rows × columns × width: their blocks are smaller
 
 
@@ -101,7 +101,7 @@ def _tiles(score, query, key, positions):
     """Choose the grid: blocks as large as their largest intermediate allows."""
     (*lead, N, T, _), S = query.shape, key.shape[-2]
     per_example = bool(lead) and _one_cpu_device()
-    tiles = Tiles(tuple(lead), N, T, S, block_size(T, ROWS), block_size(S, COLUMNS), positions, per_example)
+    tiles = Tiles(tuple(lead), N, T, S, *_sides(T, S), positions, per_example)
     evaluate = functools.partial(head_scores, score)
     while max(tiles.rows, tiles.columns) > 32:
         if largest_intermediate(evaluate, *_block_shapes(tiles, query, key)) <= BLOCK_BYTES:
@@ -111,6 +111,12 @@ def _tiles(score, query, key, positions):
         else:
             tiles = dataclasses.replace(tiles, columns=block_size(S, tiles.columns // 2))
     return tiles
+
+
+def _sides(T, S):
+    """Rows and columns of a block: with fewer than four of them to an axis, too little of a mask is EMPTY or FULL."""
+    sides = ((T, ROWS), (S, COLUMNS))
+    return tuple(block_size(length, side if length > 4 * side else max(side // 2, 1)) for length, side in sides)
 
 
 def _block_shapes(tiles, query, key):
@@ -139,26 +145,10 @@ def _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key):
     pure_modify, of_modifiers = hoist(modify, jax.eval_shape(evaluate, *operands), cuts, index, index, index)
     pure_allowed, of_allowed = hoist(functools.partial(tiles.allowed, mask), index, index, index)
     pure_classes, of_classes = hoist(functools.partial(tiles.classify, mask), index, index)
-    moving, fixed = _split([of_score, of_modifiers])
+    moving, fixed = split([of_score, of_modifiers])
     classes = None if mask is None and not tiles.overlap else pure_classes
     program = Program(tiles, pure_score, pure_modify, pure_allowed, classes, dropout_rate)
     return program, Operands(*rows, biases, moving), Context(fixed, of_allowed, of_classes, dropout_key)
-
-
-def _split(captured: Any) -> tuple[Any, Any]:
-    """Arrays that gradients may flow into and all others, each with None in the place of the other."""
-
-    def moves(array):
-        return isinstance(array, jax.core.Tracer) and jnp.issubdtype(array.dtype, jnp.inexact)
-
-    moving = jax.tree.map(lambda array: array if moves(array) else None, captured)
-    fixed = jax.tree.map(lambda array: None if moves(array) else array, captured)
-    return moving, fixed
-
-
-def _join(moving: Any, fixed: Any) -> Any:
-    """The inverse of `_split`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, moving, fixed, is_leaf=lambda leaf: leaf is None)
 
 
 def _one_cpu_device() -> bool:
@@ -294,9 +284,6 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
             of_value = _pool_transposed(_drop(program, context, weights, b, i, j), cotangent, value.shape[-3])
             return *pull(of_scores), of_value
 
-        def nothing(carry, shapes):
-            return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-
         def fold(carry, j, part):
             query, key, value, (biases, captured) = carry
             of_query, of_key, of_cuts, of_captured, of_value = part  # of_value is turned already
@@ -309,7 +296,7 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
         query, key, value, shared = carry
         of_row = jnp.zeros((*query.shape[:-2], tiles.rows, query.shape[-1]), dtype)
         choose = functools.partial(_choose, program, context, b, i)
-        of_row, key, value, shared = choose(contribution, nothing, fold, (of_row, key, value, shared))
+        of_row, key, value, shared = choose(contribution, _zeros, fold, (of_row, key, value, shared))
         return _add(query, of_row, start, -2), key, value, shared
 
     query, key, value, shared = _loop(0, tiles.num_rows, row, (*gradients, shared))
@@ -334,6 +321,10 @@ def _choose(program, context, b, i, compute, nothing, fold, carry):
     return _loop(first, jnp.where(seen.any(), last + 1, first), visit, carry)
 
 
+def _zeros(carry, shapes):
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
 def _loop(first, end, body, carry):
     first, end = jnp.asarray(first, jnp.int32), jnp.asarray(end, jnp.int32)
     return jax.lax.fori_loop(first, end, lambda index, carry: body(index.astype(jnp.int32), carry), carry)
@@ -348,7 +339,7 @@ def _scores(program, operands, context, b, i, j, masked):
     allowed = program.allowed(context.allowed, b, i, j) if masked else None
 
     def scores(query, key, cuts, moving):
-        of_score, of_modifiers = _join(moving, context.captured)
+        of_score, of_modifiers = join(moving, context.captured)
         query, key = hide(query, queries_seen(allowed)), hide(key, keys_seen(allowed, key.shape[-3]))
         result = program.score(of_score, query, key)
         # Forbidden scores become zeros before they are modified, lest a NaN made of them turn up in a gradient

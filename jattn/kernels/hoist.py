@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as core
+import jax.numpy as jnp
 
 
 def hoist(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], list[Any]]:
@@ -18,7 +19,6 @@ def hoist(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., 
       `pure` and `captured` with `pure(captured, *arguments) == function(*arguments)`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> scale = jnp.arange(3.0)
       >>> pure, captured = hoist(lambda x: x * scale, jnp.ones(3))
       >>> pure([array + 1 for array in captured], jnp.ones(3))
@@ -31,3 +31,29 @@ def hoist(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., 
         return core.jaxpr_as_fun(closed_again)(*jax.tree.leaves(arguments))[0]
 
     return pure, list(closed.consts)
+
+
+def split(captured: Any) -> tuple[Any, Any]:
+    """Arrays that gradients may flow into and all others, each with None in the place of the other.
+
+    Example:
+      >>> split([jnp.ones(2)])  # known values need no gradient
+      ([None], [Array([1., 1.], dtype=float32)])
+    """
+
+    def moves(array):
+        return isinstance(array, jax.core.Tracer) and jnp.issubdtype(array.dtype, jnp.inexact)
+
+    moving = jax.tree.map(lambda array: array if moves(array) else None, captured)
+    fixed = jax.tree.map(lambda array: None if moves(array) else array, captured)
+    return moving, fixed
+
+
+def join(moving: Any, fixed: Any) -> Any:
+    """The inverse of `split`.
+
+    Example:
+      >>> join([1.0, None], [None, 2])
+      [1.0, 2]
+    """
+    return jax.tree.map(lambda a, b: b if a is None else a, moving, fixed, is_leaf=lambda leaf: leaf is None)
