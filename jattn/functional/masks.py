@@ -193,11 +193,11 @@ class _Causal(Mask):
     offset: Any
 
     def rule(self, block):
-        return block.k_idx <= block.q_idx + _each(block, self.offset)
+        return block.k_idx - block.q_idx <= _each(block, self.offset)
 
     def classify(self, block):
         (q_low, q_high), (k_low, k_high), offset = block.q_range, block.k_range, _each(block, self.offset)
-        return _classified(empty=k_low > q_high + offset, full=k_high <= q_low + offset)
+        return _classified(empty=k_low - q_high > offset, full=k_high - q_low <= offset)
 
     def check(self, lead, num_heads, T, S):
         _check_each("offset", self.offset, lead)
@@ -215,14 +215,14 @@ class _SlidingWindow(Mask):
     right: Any
 
     def rule(self, block):
-        q_idx, k_idx = block.q_idx, block.k_idx
-        return (q_idx - _each(block, self.left) <= k_idx) & (k_idx <= q_idx + _each(block, self.right))
+        later = block.k_idx - block.q_idx
+        return (-later <= _each(block, self.left)) & (later <= _each(block, self.right))
 
     def classify(self, block):
         (q_low, q_high), (k_low, k_high) = block.q_range, block.k_range
         left, right = _each(block, self.left), _each(block, self.right)
-        empty = (k_high < q_low - left) | (k_low > q_high + right)
-        return _classified(empty=empty, full=(k_low >= q_high - left) & (k_high <= q_low + right))
+        empty = (q_low - k_high > left) | (k_low - q_high > right)
+        return _classified(empty=empty, full=(q_high - k_low <= left) & (k_high - q_low <= right))
 
     def check(self, lead, num_heads, T, S):
         _check_each("left", self.left, lead)
@@ -365,15 +365,13 @@ def _classified(*, empty: Array, full: Array) -> Array:
 def _integer(name: str, value: Any) -> Any:
     if isinstance(value, (bool, np.bool_)) or not (isinstance(value, (int, np.integer)) or hasattr(value, "dtype")):
         raise TypeError(f"{name} must be an integer or an array of integers, got {value!r}")
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    checks.integers(**{name: value})
-    return value
+    checks.index(**{name: value})
+    return int(value) if isinstance(value, (int, np.integer)) else value
 
 
 def _integers(name: str, value: Any) -> Any:
     value = value if hasattr(value, "dtype") else np.asarray(value)
-    checks.integers(**{name: value})
+    checks.index(**{name: value})
     return value
 
 

@@ -95,6 +95,7 @@ def rotary(x: Array, positions: Array | None = None, *, base: float = 10000.0, i
       >>> np.asarray(rotary(jnp.ones((2, 1, 2)))[1, 0]).round(2)
       array([-0.3 ,  1.38], dtype=float32)
     """
+    x = jnp.asarray(x)
     sizes = checks.shapes(x=(x, "... T N H"))
     checks.floating(x=x)
     lead, T = sizes["..."], sizes["T"]

@@ -3,9 +3,9 @@
 A score is pairwise: entry (t, s) depends on row t of the query and row s of the key alone. Parameters are further
 arguments; bind them with `functools.partial`, `jax.tree_util.Partial` or a closure before handing a score to `attend`.
 
-Leading axes of query and key broadcast. In `attend` they are `[..., N]` and, where N query heads share K < N key heads,
-`[..., K, G]` for the query and `[..., K, 1]` for the key. Parameters are shared by all heads, or have a leading axis
-of N heads. Sums are kept in at least float32, which is the dtype of the result.
+In `attend` the leading axes are `[..., N]`, and where N query heads share K < N key heads `[..., K, G]` for the query
+and `[..., K, 1]` for the key. Parameters are shared by all heads, or have a leading axis of N heads; a score does not
+depend on the example. Sums are kept in at least float32, which is the dtype of the result.
 """
 
 import math
@@ -73,7 +73,7 @@ def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = N
     Args:
       query: `[..., T, H]`, floating point.
       key: `[..., S, H]`, floating point.
-      scale: a factor to use instead of 1 / √H.
+      scale: a factor to use instead of 1 / √H: a scalar, or `[N]` with one per head.
 
     Returns:
       `[..., T, S]`.
@@ -88,7 +88,7 @@ def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = N
       Array([[2.]], dtype=float32)
     """
     query, key = _pair(query, key)
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else _factor(scale, query, key)
     return jnp.einsum("...th,...sh->...ts", query * factor, key)  # T × H products instead of T × S
 
 
@@ -186,7 +186,7 @@ def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
     Args:
       query: `[..., T, H]`, floating point.
       key: `[..., S, H]`, floating point.
-      scale: a factor, the inverse temperature.
+      scale: a factor, the inverse temperature: a scalar, or `[N]` with one per head.
 
     Returns:
       `[..., T, S]`.
@@ -201,7 +201,7 @@ def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
       Array([[0.96, 0.  ]], dtype=float32)
     """
     query, key = _pair(query, key)
-    return jnp.einsum("...th,...sh->...ts", _unit(query), _unit(key)) * scale
+    return jnp.einsum("...th,...sh->...ts", _unit(query) * _factor(scale, query, key), _unit(key))
 
 
 def _unit(vector: Array) -> Array:
@@ -222,6 +222,10 @@ def _pair(query: Array, key: Array, same_width: bool = True) -> tuple[Array, Arr
         raise ValueError(f"query and key must have one width H, got shapes {query.shape} and {key.shape}")
     dtype = checks.accumulator(jnp.result_type(query, key))
     return query.astype(dtype), key.astype(dtype)
+
+
+def _factor(scale: Any, query: Array, key: Array) -> Any:
+    return _per_head(scale, query, key, ())[..., None, None] if jnp.ndim(scale) > 0 else scale
 
 
 def _per_head(weight: Any, query: Array, key: Array, shape: tuple[int, ...]) -> Array:

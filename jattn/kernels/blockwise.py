@@ -6,7 +6,7 @@ For one block of queries, blocks of keys are visited one after another:
 
 and at the end output = o / l, log-sum-exp = m + log l. The backward pass computes each block's weights again from the
 log-sum-exp. Blocks that the mask calls EMPTY are skipped, in FULL ones its rule is not evaluated. No array of T × S
-elements ever exists.
+elements exists but those that the caller brings, a dense mask or bias, and the gradient of such a bias.
 
 Papers: Rabe & Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022, https://arxiv.org/abs/2205.14135
 """
@@ -25,7 +25,8 @@ from jattn.functional import checks
 from jattn.functional.blocks import EMPTY
 from jattn.functional.masks import Mask
 from jattn.functional.modifiers import Bias, Modifier
-from jattn.kernels.dense import head_scores, heads_first, hide, keys_seen, pool, queries_seen
+from jattn.kernels import arrays
+from jattn.kernels.arrays import head_scores, heads_first, hide, keys_seen, pool, queries_seen, turned
 from jattn.kernels.dropout import drop
 from jattn.kernels.hoist import hoist, join, split
 from jattn.kernels.tiles import Tiles, block_size, four_axes, largest_intermediate
@@ -86,8 +87,10 @@ def attend(
     """
     if return_weights:
         raise NotImplementedError("blockwise never has all weights at once: return_weights")
+    if any(_is_manual(array) for array in (query, key, value)):
+        raise NotImplementedError("blockwise: operands in shard_map, or on a mesh with explicit axes")
     *lead, T, N, _ = query.shape
-    if 0 in (*lead, T, key.shape[-3], value.shape[-1]):
+    if 0 in (*lead, T, key.shape[-3]):
         empty = jnp.zeros((*lead, T, N, value.shape[-1]), value.dtype)
         return empty, jnp.full((*lead, T, N), -jnp.inf, checks.accumulator(query.dtype)), None
     rows = [heads_first(array) for array in (query, key, value)]
@@ -100,7 +103,7 @@ def attend(
 def _tiles(score, query, key, positions):
     """Choose the grid: blocks as large as their largest intermediate allows."""
     (*lead, N, T, _), S = query.shape, key.shape[-2]
-    per_example = bool(lead) and _one_cpu_device()
+    per_example = bool(lead) and _one_cpu_device() and _takes_one_example(score, query, key)
     tiles = Tiles(tuple(lead), N, T, S, *_sides(T, S), positions, per_example)
     evaluate = functools.partial(head_scores, score)
     while max(tiles.rows, tiles.columns) > 32:
@@ -111,6 +114,22 @@ def _tiles(score, query, key, positions):
         else:
             tiles = dataclasses.replace(tiles, columns=block_size(S, tiles.columns // 2))
     return tiles
+
+
+def _takes_one_example(score, query, key):
+    """Whether the score can do without batch axes; it cannot if it captures an array that has them."""
+    try:
+        one = (jax.ShapeDtypeStruct(rows.shape[-3:], rows.dtype) for rows in (query, key))
+        jax.eval_shape(functools.partial(head_scores, score), *one)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_manual(array):
+    """Whether the array's type carries mesh axes, with which loops here would have to agree."""
+    kind = jax.typeof(array)
+    return bool(getattr(kind, "vma", ())) or any(axis is not None for axis in kind.sharding.spec)
 
 
 def _sides(T, S):
@@ -192,7 +211,9 @@ def _backward(program, operands, context, output, lse, output_cotangent, lse_cot
     tiles = program.tiles
     # d lse reaches a score with its weight, as −delta does: both are summed over a row's weights
     delta = (output.astype(lse.dtype) * output_cotangent.astype(lse.dtype)).sum(-1) - lse_cotangent
-    delta, lse = (jnp.where(jnp.isneginf(lse), 0, array) for array in (delta, lse))
+    empty = jnp.isneginf(lse)
+    delta, lse = (jnp.where(empty, 0, array) for array in (delta, lse))
+    output_cotangent = jnp.where(empty[..., None], 0, output_cotangent)
     zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, _sum_dtype(array)), (operands.biases, operands.captured))
     one = _one_at_a_time(functools.partial(_backward_rows, program))
     if not tiles.per_example:
@@ -251,7 +272,7 @@ def _forward_rows(program: Program, b: Array, operands: Operands, context: Conte
         output = (output / divisor[..., None]).astype(value_dtype)
         lse = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))
         start = tiles.row_start(i)
-        return _write(results[0], output, start, -2), _write(results[1], lse, start, -1)
+        return arrays.write(results[0], output, start, -2), arrays.write(results[1], lse, start, -1)
 
     results = jnp.zeros((*lead, tiles.T, V), value_dtype), jnp.zeros((*lead, tiles.T), dtype)
     return _loop(0, tiles.num_rows, row, results)
@@ -265,13 +286,13 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
     """
     tiles, dtype = program.tiles, lse.dtype
     gradients = [
-        jnp.zeros(array.shape, dtype) for array in (operands.query, _turned(operands.key), _turned(operands.value))
+        jnp.zeros(array.shape, dtype) for array in (operands.query, turned(operands.key), turned(operands.value))
     ]
 
     def row(i, carry):
         start = tiles.row_start(i)
-        lse_rows, delta_rows = (_read(array, start, tiles.rows, -1)[..., None] for array in (lse, delta))
-        cotangent = _read(output_cotangent, start, tiles.rows, -2).astype(dtype)
+        lse_rows, delta_rows = (arrays.read(array, start, tiles.rows, -1)[..., None] for array in (lse, delta))
+        cotangent = arrays.read(output_cotangent, start, tiles.rows, -2).astype(dtype)
 
         def contribution(carry, j, masked):
             scores, allowed, pull = _scores(program, operands, context, b, i, j, masked)
@@ -279,9 +300,9 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
                 scores = jnp.where(allowed, scores, -jnp.inf)
             weights = jnp.exp(scores - lse_rows)
             value = _value(program, operands, allowed, j)
-            of_weights = _drop(program, context, _outer(cotangent, value), b, i, j)
+            of_weights = _drop(program, context, arrays.outer(cotangent, value), b, i, j)
             of_scores = weights * (of_weights - delta_rows)
-            of_value = _pool_transposed(_drop(program, context, weights, b, i, j), cotangent, value.shape[-3])
+            of_value = arrays.pool_transposed(_drop(program, context, weights, b, i, j), cotangent, value.shape[-3])
             return *pull(of_scores), of_value
 
         def fold(carry, j, part):
@@ -289,18 +310,18 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
             of_query, of_key, of_cuts, of_captured, of_value = part  # of_value is turned already
             column = tiles.column_start(j)
             biases = [tiles.add(bias, cut, b, i, j) for bias, cut in zip(biases, of_cuts, strict=True)]
-            captured = jax.tree.map(jnp.add, captured, of_captured)
-            key, value = _add(key, _turned(of_key), column, -1), _add(value, of_value, column, -1)
+            captured = jax.tree.map(lambda array, part: array + part.astype(array.dtype), captured, of_captured)
+            key, value = arrays.add(key, turned(of_key), column, -1), arrays.add(value, of_value, column, -1)
             return query + of_query, key, value, (biases, captured)
 
         query, key, value, shared = carry
         of_row = jnp.zeros((*query.shape[:-2], tiles.rows, query.shape[-1]), dtype)
         choose = functools.partial(_choose, program, context, b, i)
         of_row, key, value, shared = choose(contribution, _zeros, fold, (of_row, key, value, shared))
-        return _add(query, of_row, start, -2), key, value, shared
+        return arrays.add(query, of_row, start, -2), key, value, shared
 
     query, key, value, shared = _loop(0, tiles.num_rows, row, (*gradients, shared))
-    return [query, _turned(key), _turned(value)], shared
+    return [query, turned(key), turned(value)], shared
 
 
 def _choose(program, context, b, i, compute, nothing, fold, carry):
@@ -333,8 +354,8 @@ def _loop(first, end, body, carry):
 def _scores(program, operands, context, b, i, j, masked):
     """Scores of block (i, j), the entries that count or None, and the function that pulls cotangents back."""
     tiles, dtype = program.tiles, checks.accumulator(operands.query.dtype)
-    query = _read(operands.query, tiles.row_start(i), tiles.rows, -2).astype(dtype)
-    key = _read(operands.key, tiles.column_start(j), tiles.columns, -2).astype(dtype)
+    query = arrays.read(operands.query, tiles.row_start(i), tiles.rows, -2).astype(dtype)
+    key = arrays.read(operands.key, tiles.column_start(j), tiles.columns, -2).astype(dtype)
     cuts = [tiles.cut(bias, b, i, j) for bias in operands.biases]
     allowed = program.allowed(context.allowed, b, i, j) if masked else None
 
@@ -350,42 +371,13 @@ def _scores(program, operands, context, b, i, j, masked):
 
 
 def _value(program, operands, allowed, j):
-    value = _read(operands.value, program.tiles.column_start(j), program.tiles.columns, -2)
+    value = arrays.read(operands.value, program.tiles.column_start(j), program.tiles.columns, -2)
     value = value.astype(checks.accumulator(value.dtype))
     return hide(value, keys_seen(allowed, value.shape[-3]))
 
 
 def _drop(program, context, weights, b, i, j):
-    if program.dropout_rate == 0 or context.dropout_key is None:
+    if program.dropout_rate == 0:
         return weights
     block = program.tiles.block(b, i, j)
     return drop(weights.reshape(block.shape), block, program.dropout_rate, context.dropout_key).reshape(weights.shape)
-
-
-def _outer(cotangent: Array, value: Array) -> Array:
-    """Cotangent of the weights: `[..., N, T, V], [..., K, S, V] -> [..., N, T, S]`."""
-    grouped = rearrange(cotangent, "... (K G) T V -> ... K (G T) V", K=value.shape[-3])
-    outer = jnp.einsum("...ktv,...ksv->...kts", grouped, value)
-    return rearrange(outer, "... K (G T) S -> ... (K G) T S", T=cotangent.shape[-2])
-
-
-def _pool_transposed(weights: Array, cotangent: Array, num_kv_heads: int) -> Array:
-    """Cotangent of the value, columns first: `[..., N, T, S], [..., N, T, V] -> [..., K, V, S]`."""
-    grouped = (rearrange(array, "... (K G) T X -> ... K (G T) X", K=num_kv_heads) for array in (cotangent, weights))
-    return jnp.einsum("...ktv,...kts->...kvs", *grouped)
-
-
-def _read(array: Array, start: Any, size: int, axis: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-
-
-def _write(array: Array, part: Array, start: Any, axis: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
-
-
-def _add(array: Array, part: Array, start: Any, axis: int) -> Array:
-    return _write(array, _read(array, start, part.shape[axis], axis) + part, start, axis)
-
-
-def _turned(array: Array) -> Array:
-    return rearrange(array, "... length width -> ... width length")

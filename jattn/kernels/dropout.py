@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from jattn.functional.blocks import Block
 
 Array = jax.Array
 
 
-def drop(weights: Array, block: Block, rate: float, key: Array) -> Array:
+def drop(weights: Array, block: Block, rate: float, key: Any) -> Array:
     """Zero each weight with probability `rate` and scale the others by 1 / (1 − rate).
 
     Whether a weight is dropped depends on the key and on its example, head, query slot and key slot alone.
@@ -50,7 +51,7 @@ def random_bits(key: Array, block: Block) -> Array:
     """
     stream = block.b * block.num_heads + block.h  # [..., N, 1, 1]
     words = jax.vmap(lambda index: jax.random.bits(jax.random.fold_in(key, index), (2,), jnp.uint32))(stream.ravel())
-    row_word, column_word = (word.reshape(stream.shape) for word in words.T)
+    row_word, column_word = (word.reshape(stream.shape) for word in rearrange(words, "streams two -> two streams"))
     rows = _mix(row_word + block.q_slot.astype(jnp.uint32) * np.uint32(0x9E3779B9))
     return _mix(_mix(rows ^ column_word) + block.k_slot.astype(jnp.uint32) * np.uint32(0x85EBCA6B))
 

@@ -30,7 +30,7 @@ def hoist(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., 
         closed_again = core.ClosedJaxpr(closed.jaxpr, list(captured))
         return core.jaxpr_as_fun(closed_again)(*jax.tree.leaves(arguments))[0]
 
-    return pure, list(closed.consts)
+    return pure, [jnp.asarray(const) for const in closed.consts]
 
 
 def split(captured: Any) -> tuple[Any, Any]:

@@ -103,7 +103,7 @@ class Tiles:
     def add(self, bias: Array, part: Array, b: Any, i: Any, j: Any) -> Array:
         """The bias with a block's part added: the transpose of `cut`."""
         starts, sizes = self._window(bias, b, i, j)
-        part = jax.lax.dynamic_slice(bias, starts, sizes) + part.reshape(sizes)
+        part = jax.lax.dynamic_slice(bias, starts, sizes) + part.reshape(sizes).astype(bias.dtype)
         return jax.lax.dynamic_update_slice(bias, part, starts)
 
     def _window(self, bias: Array, b: Any, i: Any, j: Any) -> tuple[list[Any], list[int]]:

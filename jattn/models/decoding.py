@@ -219,8 +219,7 @@ def _check(step: Step, carry: Carry, start: Array, end: int, max_length: int) ->
     checks.shapes(start=(start, "B"), logits=(logits, "B C"))
     checks.floating(logits=logits)
     checks.in_range("end", end, 0, logits.shape[1] - 1, "C - 1, the last id of the vocabulary")
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
+    checks.positive(max_length=max_length)
     return start.astype(jnp.int32), logits
 
 

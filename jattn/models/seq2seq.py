@@ -55,10 +55,10 @@ class Config:
 
     def __post_init__(self):
         sizes = ("source_vocabulary", "target_vocabulary", "embedding_features", "hidden_features", "num_layers")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        checks.positive(**{name: getattr(self, name) for name in sizes})
+        checks.probability(dropout_rate=self.dropout_rate)
         for name in ("pad", "start", "end"):
+            checks.integers(**{name: getattr(self, name)})
             checks.in_range(name, getattr(self, name), 0, self.target_vocabulary - 1, "the last target id")
 
     @classmethod

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
 
-from jattn.attention import MaskLike, attend
+from jattn.attention import MaskLike, Score, attend
 from jattn.functional import checks, scores
 
 Array = jax.Array
@@ -38,15 +38,40 @@ class _Dropout(nnx.Module):
 
 
 class _Pooling(nnx.Module):
-    """Single-head pooling with some score; what the modules below share."""
+    """Single-head pooling; what the modules below share. Each has a score of its own."""
 
     dropout: _Dropout
 
-    def _pool(self, query, key, value, *, score, mask, return_weights, deterministic) -> Any:
+    def _score(self) -> Score:
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        mask: MaskLike = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Any:
+        """Pool value `[..., S, V]` into `[..., T, V]`.
+
+        Args:
+          query: `[..., T, Dq]`.
+          key: `[..., S, Dk]`.
+          value: `[..., S, V]`.
+          mask: as `jattn.attend` takes it.
+          return_weights: also return the weights `[..., T, S]`, before dropout.
+          deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have set it.
+
+        Returns:
+          `[..., T, V]`, or a tuple of it and the weights.
+        """
         checks.shapes(query=(query, "... T Dq"), key=(key, "... S Dk"), value=(value, "... S V"))
         result = attend(
             *(jnp.asarray(array)[..., None, :] for array in (query, key, value)),
-            score=score, mask=mask, return_weights=return_weights, **self.dropout.options(deterministic),
+            score=self._score(), mask=mask, return_weights=return_weights, **self.dropout.options(deterministic),
         )  # fmt: skip
         if not return_weights:
             return result.squeeze(-2)
@@ -79,21 +104,37 @@ class DotProductAttention(_Pooling):
         self.scaled = scaled
         self.dropout = _Dropout(dropout_rate, rngs)
 
-    def __call__(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        mask: MaskLike = None,
-        return_weights: bool = False,
-        deterministic: bool | None = None,
-    ) -> Any:
-        """Pool value `[..., S, V]` into `[..., T, V]`; on request also return the weights `[..., T, S]`."""
-        score = scores.scaled_dot_product if self.scaled else scores.dot_product
-        return self._pool(
-            query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=deterministic
-        )
+    def _score(self) -> Score:
+        return scores.scaled_dot_product if self.scaled else scores.dot_product
+
+
+class CosineAttention(_Pooling):
+    """Pooling by the cosine of the angle between query and key, which have one width.
+
+        output = softmax(scale · cos(Q, K)) V
+
+    Args:
+      scale: the inverse temperature.
+      dropout_rate: for the weights.
+      rngs: needed if `dropout_rate` > 0.
+
+    Raises:
+      ValueError: dropout without rngs; in a call, shapes that do not fit.
+
+    Paper: Graves et al. 2014, https://arxiv.org/abs/1410.5401
+
+    Example:
+      >>> x = jnp.ones((2, 5, 3))
+      >>> CosineAttention(scale=10.0)(x, x, x).shape
+      (2, 5, 3)
+    """
+
+    def __init__(self, *, scale: float = 1.0, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
+        self.scale = scale
+        self.dropout = _Dropout(dropout_rate, rngs)
+
+    def _score(self) -> Score:
+        return functools.partial(scores.cosine, scale=self.scale)
 
 
 class BilinearAttention(_Pooling):
@@ -129,25 +170,13 @@ class BilinearAttention(_Pooling):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        checks.positive(query_features=query_features, key_features=key_features)
         initializer = initializers.lecun_normal()
         self.weight = nnx.Param(initializer(rngs.params(), (query_features, key_features), param_dtype))
         self.dropout = _Dropout(dropout_rate, rngs)
 
-    def __call__(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        mask: MaskLike = None,
-        return_weights: bool = False,
-        deterministic: bool | None = None,
-    ) -> Any:
-        """Pool value `[..., S, V]` into `[..., T, V]`; on request also return the weights `[..., T, S]`."""
-        score = functools.partial(scores.bilinear, weight=self.weight[...])
-        return self._pool(
-            query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=deterministic
-        )
+    def _score(self) -> Score:
+        return functools.partial(scores.bilinear, weight=self.weight[...])
 
 
 class AdditiveAttention(_Pooling):
@@ -189,6 +218,7 @@ class AdditiveAttention(_Pooling):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        checks.positive(query_features=query_features, key_features=key_features, hidden_features=hidden_features)
         linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.query = linear(query_features, hidden_features)
         self.key = linear(key_features, hidden_features)
@@ -231,11 +261,13 @@ class AdditiveAttention(_Pooling):
         deterministic: bool | None = None,
     ) -> Any:
         """As a call, with the key as `project_key` returned it."""
-        score = functools.partial(scores.additive, weight=self.weight[...])
-        return self._pool(
+        return super().__call__(
             project("query", self.query, query), projected_key, value,
-            score=score, mask=mask, return_weights=return_weights, deterministic=deterministic,
+            mask=mask, return_weights=return_weights, deterministic=deterministic,
         )  # fmt: skip
+
+    def _score(self) -> Score:
+        return functools.partial(scores.additive, weight=self.weight[...])
 
 
 class NadarayaWatson(_Pooling):
@@ -255,7 +287,7 @@ class NadarayaWatson(_Pooling):
     Raises:
       ValueError: in a call, shapes that do not fit.
 
-    Paper: Nadaraya 1964, https://doi.org/10.1137/1109020
+    Papers: Nadaraya 1964, https://doi.org/10.1137/1109020; Watson 1964, https://www.jstor.org/stable/25049340
 
     Example:
       >>> x = jnp.linspace(0, 1, 5)[:, None]
@@ -267,12 +299,8 @@ class NadarayaWatson(_Pooling):
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (), param_dtype))
         self.dropout = _Dropout(0.0, None)
 
-    def __call__(
-        self, query: Array, key: Array, value: Array, *, mask: MaskLike = None, return_weights: bool = False
-    ) -> Any:
-        """Predict `[..., T, V]` at query `[..., T, D]` from key `[..., S, D]` and value `[..., S, V]`."""
-        score = functools.partial(scores.gaussian, weight=self.weight[...])
-        return self._pool(query, key, value, score=score, mask=mask, return_weights=return_weights, deterministic=True)
+    def _score(self) -> Score:
+        return functools.partial(scores.gaussian, weight=self.weight[...])
 
 
 def project(name: str, linear: Callable[[Array], Array], x: Array) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.attention import MaskLike, ModifierLike, attend
+from jattn.functional import checks
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn.attention import _Dropout, project
 
@@ -65,15 +66,17 @@ class MultiHeadAttention(nnx.Module):
     ):
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        checks.positive(num_heads=num_heads, features=features, num_kv_heads=self.num_kv_heads)
         for name, size, by, divisor in (
             ("features", features, "num_heads", num_heads),
             ("num_heads", num_heads, "num_kv_heads", self.num_kv_heads),
         ):
-            if divisor < 1 or size < 1 or size % divisor:
+            if size % divisor:
                 raise ValueError(f"{name} ({size}) must be a positive multiple of {by} ({divisor})")
         query_features = features if query_features is None else query_features
         key_features = query_features if key_features is None else key_features
         value_features = key_features if value_features is None else value_features
+        checks.positive(query_features=query_features, key_features=key_features, value_features=value_features)
         kv_width = features // num_heads * self.num_kv_heads
         linear = functools.partial(nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
         self.query = linear(query_features, features)

@@ -41,7 +41,7 @@ class SinusoidalPositions(nnx.Module):
 
     def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:
         """Encode x `[..., T, D]`; keeps its shape and dtype."""
-        T = _length(x, self.features)
+        T, x = _length(x, self.features), jnp.asarray(x)
         return self.dropout(x + sinusoidal_encoding(T, self.features).astype(x.dtype), deterministic=deterministic)
 
 
@@ -68,6 +68,7 @@ class LearnedPositions(nnx.Module):
     """
 
     def __init__(self, max_length: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        checks.positive(max_length=max_length, features=features)
         initializer = initializers.normal(0.02)
         self.embedding = nnx.Param(initializer(rngs.params(), (max_length, features), param_dtype))
 
@@ -77,11 +78,11 @@ class LearnedPositions(nnx.Module):
         T = _length(x, features)
         if T > max_length:
             raise ValueError(f"x has length {T}, beyond the {max_length} learned positions")
-        return x + self.embedding[:T]
+        return jnp.asarray(x) + self.embedding[:T]
 
 
 def _length(x: Array, features: int) -> int:
     checks.floating(x=x)
-    if x.ndim < 2 or x.shape[-1] != features:
-        raise ValueError(f"x must be [..., T, {features}], got shape {x.shape}")
-    return x.shape[-2]
+    if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != features:
+        raise ValueError(f"x must be [..., T, {features}], got shape {jnp.shape(x)}")
+    return jnp.shape(x)[-2]

@@ -88,7 +88,7 @@ class GRUCell(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        _positive(in_features=in_features, hidden_features=hidden_features)
+        checks.positive(in_features=in_features, hidden_features=hidden_features)
         bound = hidden_features**-0.5
 
         def uniform(*shape: int) -> nnx.Param:
@@ -172,9 +172,8 @@ class GRU(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        _positive(in_features=in_features, hidden_features=hidden_features, num_layers=num_layers)
-        if not 0 <= dropout_rate <= 1:
-            raise ValueError(f"dropout_rate must lie in 0 … 1, got {dropout_rate}")
+        checks.positive(in_features=in_features, hidden_features=hidden_features, num_layers=num_layers)
+        checks.probability(dropout_rate=dropout_rate)
         widths = [in_features] + [hidden_features] * (num_layers - 1)
         self.layers = nnx.List(
             GRUCell(width, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs) for width in widths
@@ -268,9 +267,3 @@ def _promoted(*arrays: Array) -> list[Array]:
     """All arrays but the last, in the dtype to which all promote."""
     dtype = jnp.result_type(*arrays)
     return [jnp.asarray(array, dtype) for array in arrays[:-1]]
-
-
-def _positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

@@ -51,13 +51,13 @@ def kernel_regression_module(_arguments: Arguments, dtype: Any) -> nnx.Module:
 
 
 def scored_module(arguments: Arguments, dtype: Any) -> nnx.Module:
-    """Row 7: the module of a score; the cosine has none."""
+    """Row 7: the module of a score."""
     match arguments:
         case {"score": "dot_product"}:
             return nn.DotProductAttention(scaled=False)
         case {"score": "bilinear", **widths}:
             return nn.BilinearAttention(**widths, param_dtype=dtype, rngs=nnx.Rngs(0))
-    return nnx.Module()
+    return nn.CosineAttention()
 
 
 def recurrent_module(arguments: Arguments, dtype: Any) -> nnx.Module:
@@ -93,18 +93,11 @@ def pool_with(score: Callable[..., Array]) -> Call:
 
 
 def pool(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
-    """Rows 3, 5 and 6: a module that pools values."""
+    """Rows 3 and 5 to 7: a module that pools values."""
     mask = masks.no_self() if arguments.get("leave_one_out") else padding(inputs)
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     output, weights = module(query, key, value, mask=mask, return_weights=True)
     return {"output": output, "weights": weights}
-
-
-def scored(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
-    """Row 7: the cosine is a score for `attend`, the others have modules."""
-    if arguments["score"] == "cosine":
-        return attend_single_head(inputs, padding(inputs), scores.cosine)
-    return pool(module, inputs, arguments)
 
 
 def softmax(_module: None, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
