@@ -42,7 +42,8 @@ def scaled_dot_product(q, k, h):
 def numerical_gradient(function, array, step=1e-5):
     """Central differences of a scalar float64 function of one array.
 
-    For values and third derivatives of order ten: rounding 2e-16 · 10 / step = 2e-10, truncation step² · 10 / 6 = 2e-10.
+    For values and third derivatives of order ten, rounding is 2e-16 · 10 / step = 2e-10 and truncation step² · 10 / 6,
+    as much.
     """
     array = np.array(array, np.float64)
     gradient = np.zeros_like(array)

@@ -36,7 +36,7 @@ def pool(weights: Array, value: Array) -> Array:
     """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`, in the dtype of the weights."""
     grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=value.shape[-3])
     pooled = jnp.einsum("...kts,...ksv->...ktv", grouped, value.astype(weights.dtype))
-    return rearrange(pooled, "... K (G T) V -> ... (K G) T V", T=weights.shape[-2])
+    return rearrange(pooled, "... K (G T) V -> ... (K G) T V", G=weights.shape[-3] // value.shape[-3])
 
 
 def hide(rows: Array, seen: Array | None) -> Array:
@@ -63,7 +63,7 @@ def outer(cotangent: Array, value: Array) -> Array:
     """Cotangent of the weights: `[..., N, T, V], [..., K, S, V] -> [..., N, T, S]`."""
     grouped = rearrange(cotangent, "... (K G) T V -> ... K (G T) V", K=value.shape[-3])
     outer = jnp.einsum("...ktv,...ksv->...kts", grouped, value)
-    return rearrange(outer, "... K (G T) S -> ... (K G) T S", T=cotangent.shape[-2])
+    return rearrange(outer, "... K (G T) S -> ... (K G) T S", G=cotangent.shape[-3] // value.shape[-3])
 
 
 def pool_transposed(weights: Array, cotangent: Array, num_kv_heads: int) -> Array:
