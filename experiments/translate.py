@@ -273,6 +273,8 @@ def translate_text(settings: Settings, checkpoint: Checkpoint) -> str:
     text = pairs.normalise(settings.translate or "")
     if not 1 <= len(text) <= pairs.MAX_CHARACTERS:
         raise BadInput(f"--translate must be a text of 1 to {pairs.MAX_CHARACTERS} characters, got {len(text)}")
+    if checkpoint.step == 0:
+        raise BadInput("only the untrained weights of step 0 are there: train first, or continue with --resume")
     if checkpoint.step < settings.steps:
         _warn(f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}")
     translator = Translator.build(settings, checkpoint.metadata["characters"])

@@ -319,6 +319,7 @@ def as_mask(mask: MaskLike) -> masks.Mask | None:
         return mask
     if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
         return masks.dense(mask)
+    _check_called("mask", mask, masks)
     return masks.mask_mod(mask)
 
 
@@ -328,7 +329,14 @@ def _as_modifier(modifier: Any) -> modifiers.Modifier:
     if not callable(modifier):
         kind = "jattn.modifiers.bias" if hasattr(modifier, "dtype") else "a callable"
         raise TypeError(f"modifier must be callable or a tuple of callables, got {type(modifier).__name__}: use {kind}")
+    _check_called("modifier", modifier, modifiers)
     return modifiers.ScoreMod(modifier)
+
+
+def _check_called(argument: str, function: Any, module: Any) -> None:
+    """Parentheses are easily forgotten: `mask=masks.causal`."""
+    if getattr(function, "__module__", None) == module.__name__:
+        raise TypeError(f"{argument} is the function {function.__name__} itself: call it, {function.__name__}(…)")
 
 
 def _as_positions(positions: Any, lead: tuple[int, ...], T: int, S: int) -> tuple[Array, Array] | None:

@@ -81,6 +81,17 @@ class Mask:
     def __or__(self, other: "Mask") -> "Mask":
         return _Or(self, _as_mask(other))
 
+    __array_ufunc__ = None  # let NumPy leave `array & mask` to the mask, which refuses it by name
+
+    def __rand__(self, other: Any) -> "Mask":
+        return _as_mask(other) & self
+
+    def __ror__(self, other: Any) -> "Mask":
+        return _as_mask(other) | self
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask is neither true nor false: combine masks with & | ~, not with and, or, not")
+
     def __invert__(self) -> "Mask":
         return _Not(self)
 

@@ -84,7 +84,8 @@ def padding(lengths: Array) -> Mask:
         j < length
 
     Args:
-      lengths: integers `[...]` (one per example) or `[..., T]` (one per query), from 0 to S.
+      lengths: integers `[...]` (one per example) or `[..., T]` (one per query), from 0 to S; traced lengths beyond S
+        allow all S keys.
 
     Example:
       >>> print(padding(np.array(2)).draw(3, 4))

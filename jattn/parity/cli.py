@@ -17,6 +17,8 @@ from jattn.parity.compare import Comparison, run
 from jattn.parity.fixtures import load
 
 _FOLDER = pathlib.Path("tests/fixtures")
+_OPTIONS = "[--dtype …] [--json FILE]"
+_USAGE = f"jattn parity [FOLDER] {_OPTIONS}\n       jattn parity run FIXTURE... {_OPTIONS}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one_by_one = words[:2] == ["parity", "run"]
     options = _run_parser().parse_args(words[2:]) if one_by_one else _parser().parse_args(words)
     try:
-        paths = options.fixture if one_by_one else _fixtures(options.folder)
+        paths = [_named(path) for path in options.fixture] if one_by_one else _fixtures(options.folder)
         comparisons = []
         for path in paths:
             comparisons.append(run(load(path), options.dtype))
@@ -49,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jattn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="jattn",
+        usage=_USAGE,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=["parity"])
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=_FOLDER, help=f"default: {_FOLDER}")
@@ -58,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jattn parity run", description="Compares fixtures tensor by tensor.")
-    parser.add_argument("fixture", nargs="+", type=pathlib.Path)
+    help = "a file, or a name that `jattn parity` printed, such as 10/widths"
+    parser.add_argument("fixture", nargs="+", type=pathlib.Path, help=help)
     return _with_options(parser)
 
 
@@ -71,8 +77,17 @@ def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _fixtures(folder: pathlib.Path) -> list[pathlib.Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"no fixtures (*.safetensors) in the folder {folder}")
+        raise FileNotFoundError(
+            f"no fixtures (*.safetensors) in the folder {folder}: they are in a clone of the project"
+        )
     return paths
+
+
+def _named(path: pathlib.Path) -> pathlib.Path:
+    """A fixture's file from its path, or from its name as `jattn parity` prints it: row/case."""
+    row, _, case = str(path).partition("/")
+    named = _FOLDER / f"{row:0>2}_{case}.safetensors"
+    return named if not path.exists() and named.exists() else path
 
 
 def _report(comparison: Comparison) -> dict[str, Any]:
