@@ -24,8 +24,8 @@ def pytree(cls: type[T]) -> type[T]:
       >>> @pytree
       ... class Scale:
       ...     factor: object
-      >>> jax.tree.leaves(Scale(2)), jax.tree.leaves(Scale(np.float32(2)))
-      ([], [np.float32(2.0)])
+      >>> jax.tree.leaves(Scale(2)), jax.tree.leaves(Scale(jnp.arange(2)))
+      ([], [Array([0, 1], dtype=int32)])
     """
     made = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
