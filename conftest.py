@@ -1,9 +1,14 @@
-"""Every test runs with strict dtype promotion, warnings as errors, and two CPU devices for sharding."""
+"""Every test runs with strict dtype promotion, warnings as errors, and two CPU devices for sharding.
+
+The compiler is most of the time that the tests take, so it is asked for little optimisation: of the same operations.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+DEVICES = "--xla_force_host_platform_device_count=2"
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", f"{DEVICES} {QUICK}")
 
 import jax
 import numpy as np

@@ -220,8 +220,8 @@ def _backward(program, operands, context, output, lse, output_cotangent, lse_cot
         first = jnp.zeros((), jnp.int32)
         rows, shared = one(first, operands, context, lse, delta, output_cotangent, zeros)
     else:
-        arrays = [*operands[:3], lse, delta, output_cotangent]
-        flat = [array.reshape(-1, *array.shape[len(tiles.lead) :]) for array in arrays]
+        batched = [*operands[:3], lse, delta, output_cotangent]
+        flat = [array.reshape(-1, *array.shape[len(tiles.lead) :]) for array in batched]
 
         def example(shared, numbered):
             b, query, key, value, *rest = numbered

@@ -215,10 +215,10 @@ X, Y, Z = of(B, T, DQ), of(B, S, DK), of(B, S, DV)
     [
         (r"features \(19\) must be a positive multiple of num_heads \(6\)", (6, 19), {}),
         (r"num_heads \(6\) must be a positive multiple of num_kv_heads \(4\)", (6, 18), {"num_kv_heads": 4}),
-        (r"num_heads \(6\) must be .* num_kv_heads \(0\)", (6, 18), {"num_kv_heads": 0}),
-        (r"num_heads \(0\)", (0, 18), {}),
+        (r"num_kv_heads must be an integer of at least 1, got 0", (6, 18), {"num_kv_heads": 0}),
+        (r"num_heads must be an integer of at least 1, got 0", (0, 18), {}),
         (r"num_heads \(2\) must be .* num_kv_heads \(4\)", (2, 8), {"num_kv_heads": 4}),
-        (r"features \(0\) must be a positive", (2, 0), {}),
+        (r"features must be an integer of at least 1, got 0", (2, 0), {}),
         ("dropout_rate must lie in 0 … 1, got 2", (6, 18), {"dropout_rate": 2}),
     ],
 )
