@@ -6,9 +6,11 @@ The compiler is most of the time that the tests take, so it is asked for little 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-DEVICES = "--xla_force_host_platform_device_count=2"
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ.setdefault("XLA_FLAGS", f"{DEVICES} {QUICK}")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=2"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import jax
 import numpy as np
