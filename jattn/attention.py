@@ -24,8 +24,9 @@ ModifierLike = modifiers.Modifier | Callable[..., Array] | Sequence[Any] | None
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array, Array | None]]] = MappingProxyType(
     {"dense": dense.attend, "blockwise": blockwise.attend}
 )
-# Where blockwise begins to be faster than dense, forward and backward, on two CPU cores. Outside jit its loops would be
-# compiled anew in every call, so there it is preferred only where the memory of dense would hurt.
+# Above this blockwise is preferred. On two CPU cores it was no faster than dense at 2**22 scores, and faster from 2**23
+# on (experiments/benchmarks/attend.py). Outside jit its loops would be compiled anew in every call, so there it is
+# preferred only where the memory of dense would hurt.
 MANY_SCORES = 2**23
 
 
