@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+import jattn  # noqa: F401  before doctests are collected: pytest would load a module a second time under its name
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
