@@ -9,7 +9,8 @@ from flax import nnx
 
 from jattn.interop.rules import to_flax, to_torch
 from jattn.parity.fixtures import Fixture, FixtureError
-from jattn.parity.systems import SYSTEMS, System
+from jattn.parity.system import System
+from jattn.parity.systems import SYSTEMS
 
 Tensors = dict[str, np.ndarray]
 
