@@ -23,8 +23,8 @@ HEADS = [pytest.param(3, 3, id="multi-head"), pytest.param(6, 2, id="grouped"), 
 
 VARIANTS = {
     "dense": {},
-    "blockwise": {"ROWS": 3, "COLUMNS": 4, "_one_cpu_device": lambda: False},
-    "blockwise one by one": {"ROWS": 4, "COLUMNS": 3, "_one_cpu_device": lambda: True},
+    "blockwise": {"ROWS": 3, "COLUMNS": (4, 4), "_one_cpu_device": lambda: False},
+    "blockwise one by one": {"ROWS": 4, "COLUMNS": (3, 3), "SCORES": 1, "_one_cpu_device": lambda: True},
 }
 
 
@@ -367,7 +367,7 @@ TORCH_RMS = (
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_float32_errors_are_at_most_twice_those_of_pytorch(kernel, seed, monkeypatch):
     monkeypatch.setattr(blockwise, "ROWS", 128)
-    monkeypatch.setattr(blockwise, "COLUMNS", 128)
+    monkeypatch.setattr(blockwise, "COLUMNS", (128, 128))
     rng = np.random.default_rng(seed)
     arrays = operands(rng, 3, 3, T=509, S=521, H=61, V=61, dtype=np.float32)
     cotangent = rng.standard_normal((B, 509, 3, 61)).astype(np.float32)

@@ -65,7 +65,7 @@ class Block:
       rows: first query slot and number of rows.
       columns: first key slot and number of columns.
       positions: query positions `[T]` or `[..., T]` and key positions `[S]` or `[..., S]`; None: the slots.
-      example: the flat index of one example, or None for all.
+      examples: the flat index of the first example and their number, or None for all.
       head: the index of one head, or None for all.
     """
 
@@ -74,7 +74,7 @@ class Block:
     rows: Range
     columns: Range
     positions: tuple[Array, Array] | None = None
-    example: Any = None
+    examples: Range | None = None
     head: Any = None
 
     @classmethod
@@ -85,20 +85,23 @@ class Block:
           >>> Block.point(0, 1, 2, 3).k_idx.shape
           (1, 1, 1, 1)
         """
-        return cls((1,), 1, (q_idx, 1), (k_idx, 1), example=b, head=h)
+        return cls((1,), 1, (q_idx, 1), (k_idx, 1), examples=(b, 1), head=h)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the block's scores."""
-        lead = self.lead if self.example is None else (1,) * len(self.lead)
-        return (*lead, self.num_heads if self.head is None else 1, self.rows[1], self.columns[1])
+        return (*self.batch, self.num_heads if self.head is None else 1, self.rows[1], self.columns[1])
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading axes of the block's scores: as many as `...` has, all examples of a part along the last."""
+        return self.lead if self.examples is None else (1,) * (len(self.lead) - 1) + (self.examples[1],)
 
     @property
     def b(self) -> Array:
         """Flat batch index `[..., 1, 1, 1]`; 0 where there are no leading axes."""
-        if self.example is not None:
-            return jnp.asarray(self.example, jnp.int32).reshape((1,) * (len(self.lead) + 3))
-        return jnp.arange(math.prod(self.lead), dtype=jnp.int32).reshape(*self.lead, 1, 1, 1)
+        first, count = (0, math.prod(self.lead)) if self.examples is None else self.examples
+        return (jnp.asarray(first, jnp.int32) + jnp.arange(count, dtype=jnp.int32)).reshape(*self.batch, 1, 1, 1)
 
     @property
     def h(self) -> Array:
@@ -163,20 +166,17 @@ class Block:
         heads = (0, self.num_heads) if self.head is None else (self.head, 1)
         for axis, window in ((-3, heads), (-2, self.rows), (-1, self.columns)):
             array = array if array.shape[axis] == 1 else _cut(array, axis, window)
-        if self.example is None or array.ndim == 3:
+        if self.examples is None or all(size == 1 for size in array.shape[:-3]):
             return array
         lead = array.shape[:-3] if len(self.lead) == 1 else self.lead
         return self._examples(jnp.broadcast_to(array, (*lead, *array.shape[-3:])))
 
     def _examples(self, array: Any) -> Array:
         array = jnp.asarray(array)
-        if self.example is None:
+        if self.examples is None:
             return array
         rest = array.shape[len(self.lead) :]
-        index = jnp.asarray(self.example, jnp.int32).reshape(())
-        checks.in_range("the example", self.example, 0, math.prod(array.shape[: len(self.lead)]) - 1, "the batch")
-        one = jax.lax.dynamic_index_in_dim(array.reshape(-1, *rest), index, keepdims=False)
-        return one.reshape((1,) * len(self.lead) + rest)
+        return _cut(array.reshape(-1, *rest), 0, self.examples).reshape(*self.batch, *rest)
 
     def _positions(self, indices: Array, window: Range) -> Array:
         return _cut(self._examples(indices) if indices.ndim > 1 else indices, -1, window)

@@ -17,6 +17,11 @@ def heads_first(x: Array) -> Array:
     return rearrange(x, "... T N H -> ... N T H")
 
 
+def heads_last(x: Array) -> Array:
+    """Back to the layout of arguments and results: `[..., N, T, H] -> [..., T, N, H]`."""
+    return rearrange(x, "... N T H -> ... T N H")
+
+
 def head_scores(score: Callable[[Array, Array], Array], query: Array, key: Array) -> Array:
     """Evaluate a score for every head: `[..., N, T, H], [..., K, S, H'] -> [..., N, T, S]`; keys are not repeated."""
     *lead, N, T, _ = query.shape
@@ -66,23 +71,24 @@ def outer(cotangent: Array, value: Array) -> Array:
     return rearrange(outer, "... K (G T) S -> ... (K G) T S", G=cotangent.shape[-3] // value.shape[-3])
 
 
-def pool_transposed(weights: Array, cotangent: Array, num_kv_heads: int) -> Array:
-    """Cotangent of the value, columns first: `[..., N, T, S], [..., N, T, V] -> [..., K, V, S]`."""
-    grouped = (rearrange(array, "... (K G) T X -> ... K (G T) X", K=num_kv_heads) for array in (cotangent, weights))
-    return jnp.einsum("...ktv,...kts->...kvs", *grouped)
+def pool_turned(weights: Array, cotangent: Array, num_kv_heads: int) -> Array:
+    """Cotangent of the value, columns first: `[..., N, T, S], [..., N, V, T] -> [..., K, V, S]`."""
+    grouped_weights = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=num_kv_heads)
+    grouped_cotangent = rearrange(cotangent, "... (K G) V T -> ... K V (G T)", K=num_kv_heads)
+    return jnp.einsum("...kvt,...kts->...kvs", grouped_cotangent, grouped_weights)
 
 
-def read(array: Array, start: Any, size: int, axis: int) -> Array:
+def read(array: Array, start: Any, size: int, axis: int = -3) -> Array:
     """The part of an axis from `start` on."""
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+    return array if size == array.shape[axis] else jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def write(array: Array, part: Array, start: Any, axis: int) -> Array:
+def write(array: Array, part: Array, start: Any, axis: int = -3) -> Array:
     """The array with a part of an axis replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
+    return part if part.shape == array.shape else jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
 
-def add(array: Array, part: Array, start: Any, axis: int) -> Array:
+def add(array: Array, part: Array, start: Any, axis: int = -3) -> Array:
     """The array with something added to a part of an axis."""
     return write(array, read(array, start, part.shape[axis], axis) + part, start, axis)
 

@@ -13,6 +13,7 @@ Papers: Rabe & Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022, h
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,23 +27,26 @@ from jattn.functional.blocks import EMPTY
 from jattn.functional.masks import Mask
 from jattn.functional.modifiers import Bias, Modifier
 from jattn.kernels import arrays
-from jattn.kernels.arrays import head_scores, heads_first, hide, keys_seen, pool, queries_seen, turned
+from jattn.kernels.arrays import head_scores, heads_first, heads_last, hide, keys_seen, pool, queries_seen, turned
 from jattn.kernels.dropout import drop
 from jattn.kernels.hoist import hoist, join, split
-from jattn.kernels.tiles import Tiles, block_size, four_axes, largest_intermediate
+from jattn.kernels.tiles import Tiles, block_size, four_axes, largest_intermediate, nearest_divisor
 
 Array = jax.Array
 
-ROWS, COLUMNS = 512, 512  # of a block whose intermediates all fit into BLOCK_BYTES; half as many in short sequences
+# On CPU a block's scores should fit into the cache, but XLA gives a matrix product both cores only from 512 rows on:
+# so many rows, and as many columns and examples as make about so many scores (measured on two cores)
+ROWS, SCORES = 512, 2**20
+COLUMNS = 128, 1024  # at least and at most
 BLOCK_BYTES = 2**24  # additive scores have an intermediate of rows × columns × width: their blocks are smaller
 
 
 class Operands(NamedTuple):
     """Everything that gradients may flow into."""
 
-    query: Array  # [..., N, T, H]
-    key: Array  # [..., K, S, H']
-    value: Array  # [..., K, S, V]
+    query: Array  # [..., T, N, H]
+    key: Array  # [..., S, K, H']
+    value: Array  # [..., S, K, V]
     biases: list[Array]  # [B or 1, N or 1, T or 1, S or 1]
     captured: list[list[Any]]  # by score, by modifiers; None in the place of what has no gradient
 
@@ -93,34 +97,42 @@ def attend(
     if 0 in (*lead, T, key.shape[-3]):
         empty = jnp.zeros((*lead, T, N, value.shape[-1]), value.dtype)
         return empty, jnp.full((*lead, T, N), -jnp.inf, checks.accumulator(query.dtype)), None
-    rows = [heads_first(array) for array in (query, key, value)]
+    rows = [query, key, value]
     tiles = _tiles(score, rows[0], rows[1], positions)
     program, operands, context = _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key)
     output, lse = _differentiable(program)(operands, context)
-    return rearrange(output, "... N T V -> ... T N V"), rearrange(lse, "... N T -> ... T N"), None
+    return output, lse, None
 
 
 def _tiles(score, query, key, positions):
-    """Choose the grid: blocks as large as their largest intermediate allows."""
-    (*lead, N, T, _), S = query.shape, key.shape[-2]
-    per_example = bool(lead) and _one_cpu_device() and _takes_one_example(score, query, key)
-    tiles = Tiles(tuple(lead), N, T, S, *_sides(T, S), positions, per_example)
-    evaluate = functools.partial(head_scores, score)
-    while max(tiles.rows, tiles.columns) > 32:
-        if largest_intermediate(evaluate, *_block_shapes(tiles, query, key)) <= BLOCK_BYTES:
-            break
+    """Choose the grid: blocks as large as the cache and their largest intermediate allow."""
+    (*lead, T, N, _), S = query.shape, key.shape[-3]
+    rows = block_size(T, ROWS)
+    columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
+    tiles = Tiles(tuple(lead), N, T, S, rows, columns, positions, 1 if lead and _one_cpu_device() else None)
+    while (bytes := _bytes_of_block(score, tiles, query, key)) > BLOCK_BYTES and max(tiles.rows, tiles.columns) > 32:
         if tiles.rows >= tiles.columns:
             tiles = dataclasses.replace(tiles, rows=block_size(T, tiles.rows // 2))
         else:
             tiles = dataclasses.replace(tiles, columns=block_size(S, tiles.columns // 2))
-    return tiles
+    if tiles.examples is None:
+        return tiles
+    room = min(SCORES // (N * tiles.rows * tiles.columns), BLOCK_BYTES // bytes)
+    tiles = dataclasses.replace(tiles, examples=nearest_divisor(math.prod(lead), max(room, 1)))
+    return tiles if _takes_parts(score, tiles, query, key) else dataclasses.replace(tiles, examples=None)
 
 
-def _takes_one_example(score, query, key):
-    """Whether the score can do without batch axes; it cannot if it captures an array that has them."""
+def _bytes_of_block(score, tiles, query, key):
+    """Of the largest array that is made on the way to a block's scores; unknown to a score that needs all examples."""
+    whole = dataclasses.replace(tiles, examples=None)
+    shapes = _block_shapes(tiles if _takes_parts(score, tiles, query, key) else whole, query, key)
+    return largest_intermediate(functools.partial(head_scores, score), *shapes)
+
+
+def _takes_parts(score, tiles, query, key):
+    """Whether the score can do with a part of the batch; it cannot if it captures an array that has batch axes."""
     try:
-        one = (jax.ShapeDtypeStruct(rows.shape[-3:], rows.dtype) for rows in (query, key))
-        jax.eval_shape(functools.partial(head_scores, score), *one)
+        jax.eval_shape(functools.partial(head_scores, score), *_block_shapes(tiles, query, key))
     except (TypeError, ValueError):
         return False
     return True
@@ -132,16 +144,10 @@ def _is_manual(array):
     return bool(getattr(kind, "vma", ())) or any(axis is not None for axis in kind.sharding.spec)
 
 
-def _sides(T, S):
-    """Rows and columns of a block: with fewer than four of them to an axis, too little of a mask is EMPTY or FULL."""
-    sides = ((T, ROWS), (S, COLUMNS))
-    return tuple(block_size(length, side if length > 4 * side else max(side // 2, 1)) for length, side in sides)
-
-
 def _block_shapes(tiles, query, key):
-    lead, dtype = query.shape[:-3][: 0 if tiles.per_example else None], checks.accumulator(query.dtype)
+    dtype = checks.accumulator(query.dtype)
     lengths = zip((query, key), (tiles.rows, tiles.columns), strict=True)
-    return [jax.ShapeDtypeStruct((*lead, x.shape[-3], length, x.shape[-1]), dtype) for x, length in lengths]
+    return [jax.ShapeDtypeStruct((*tiles.batch, x.shape[-2], length, x.shape[-1]), dtype) for x, length in lengths]
 
 
 def _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key):
@@ -171,7 +177,7 @@ def _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key):
 
 
 def _one_cpu_device() -> bool:
-    """Where examples run one after another, each pays for its own length; elsewhere they share a block."""
+    """Where parts of a batch run one after another, each pays for its own length; elsewhere all share a block."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
@@ -193,18 +199,16 @@ def _differentiable(program: Program) -> Callable[[Operands, Context], tuple[Arr
 
 
 def _forward(program: Program, operands: Operands, context: Context) -> tuple[Array, Array]:
-    tiles = program.tiles
     one = _one_at_a_time(functools.partial(_forward_rows, program))
-    if not tiles.per_example:
+    if program.tiles.examples is None:
         return one(jnp.zeros((), jnp.int32), operands, context)
-    rows = [array.reshape(-1, *array.shape[-3:]) for array in operands[:3]]
 
-    def example(numbered):
+    def part(_, numbered):
         b, *rows = numbered
-        return one(b, Operands(*rows, *operands[3:]), context)
+        return None, one(b, Operands(*rows, *operands[3:]), context)
 
-    output, lse = jax.lax.map(example, (jnp.arange(rows[0].shape[0], dtype=jnp.int32), *rows))
-    return output.reshape(*tiles.lead, *output.shape[1:]), lse.reshape(*tiles.lead, *lse.shape[1:])
+    _, (output, lse) = jax.lax.scan(part, None, program.tiles.parts(operands[:3]))
+    return output.reshape(*operands.query.shape[:-1], output.shape[-1]), lse.reshape(operands.query.shape[:-1])
 
 
 def _backward(program, operands, context, output, lse, output_cotangent, lse_cotangent):
@@ -216,19 +220,16 @@ def _backward(program, operands, context, output, lse, output_cotangent, lse_cot
     output_cotangent = jnp.where(empty[..., None], 0, output_cotangent)
     zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, _sum_dtype(array)), (operands.biases, operands.captured))
     one = _one_at_a_time(functools.partial(_backward_rows, program))
-    if not tiles.per_example:
-        first = jnp.zeros((), jnp.int32)
-        rows, shared = one(first, operands, context, lse, delta, output_cotangent, zeros)
+    if tiles.examples is None:
+        rows, shared = one(jnp.zeros((), jnp.int32), operands, context, lse, delta, output_cotangent, zeros)
     else:
-        batched = [*operands[:3], lse, delta, output_cotangent]
-        flat = [array.reshape(-1, *array.shape[len(tiles.lead) :]) for array in batched]
 
-        def example(shared, numbered):
+        def part(shared, numbered):
             b, query, key, value, *rest = numbered
             rows, shared = one(b, Operands(query, key, value, *operands[3:]), context, *rest, shared)
             return shared, rows
 
-        shared, rows = jax.lax.scan(example, zeros, (jnp.arange(flat[0].shape[0], dtype=jnp.int32), *flat))
+        shared, rows = jax.lax.scan(part, zeros, tiles.parts([*operands[:3], lse, delta, output_cotangent]))
     gradients = Operands(*(g.reshape(x.shape) for g, x in zip(rows, operands[:3], strict=True)), *shared)
     return jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), gradients, operands)
 
@@ -243,39 +244,42 @@ def _one_at_a_time(function):
 
 
 def _forward_rows(program: Program, b: Array, operands: Operands, context: Context) -> tuple[Array, Array]:
-    """Output `[..., N, T, V]` and log-sum-exp `[..., N, T]`, one row of blocks after another."""
+    """Output `[..., T, N, V]` and log-sum-exp `[..., T, N]`, one row of blocks after another."""
     tiles, value_dtype = program.tiles, operands.value.dtype
-    lead, V = operands.query.shape[:-2], operands.value.shape[-1]
+    (*lead, T, N, _), V = operands.query.shape, operands.value.shape[-1]
     dtype = checks.accumulator(operands.query.dtype)
+    lowest = jnp.finfo(dtype).min  # in place of −inf, which cannot be subtracted from itself
 
     def row(backwards, results):
         i = tiles.num_rows - 1 - backwards  # where two rows overlap, the earlier one holds all that counts
+        start = tiles.row_start(i)
+        query = heads_first(arrays.read(operands.query, start, tiles.rows)).astype(dtype)
 
-        def step(carry, j, masked):
-            maximum, total, output = carry
-            scores, allowed, _ = _scores(program, operands, context, b, i, j, masked)
-            if masked:
-                scores = jnp.where(allowed, scores, -jnp.inf)
-            new_maximum = jnp.maximum(maximum, scores.max(-1))
-            finite = jnp.where(jnp.isneginf(new_maximum), 0, new_maximum)
-            weights, shrink = jnp.exp(scores - finite[..., None]), jnp.exp(maximum - finite)
-            total = total * shrink + weights.sum(-1)
-            value = _value(program, operands, allowed, j)
-            output = output * shrink[..., None] + pool(_drop(program, context, weights, b, i, j), value)
-            return new_maximum, total, output
+        def part(j, masked):
+            scores, value, _ = _scores(program, operands, context, query, b, i, j, masked)
+            maximum = jnp.maximum(scores.max(-1), lowest)
+            weights = jnp.exp(scores - maximum[..., None])
+            return maximum, weights.sum(-1), pool(_drop(program, context, weights, b, i, j), value)
 
-        shape = (*lead, tiles.rows)
-        initial = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, V), dtype)
-        choose = functools.partial(_choose, program, context, b, i)
-        maximum, total, output = choose(step, lambda carry, shapes: carry, lambda carry, j, stepped: stepped, initial)
-        divisor = jnp.where(total == 0, 1, total)
+        def merge(sums, _, part):
+            if tiles.num_columns == 1:
+                return part
+            maximum = jnp.maximum(sums[0], part[0])
+            old, new = jnp.exp(sums[0] - maximum), jnp.exp(part[0] - maximum)
+            return maximum, sums[1] * old + part[1] * new, sums[2] * old[..., None] + part[2] * new[..., None]
+
+        shape = (*lead, N, tiles.rows)
+        nothing = jnp.full(shape, lowest, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, V), dtype)
+        maximum, total, output = _over_columns(program, context, b, i, part, merge, nothing, nothing)
+        divisor = jnp.maximum(total, 1)  # the largest weight alone is 1, so it is more, or nothing
         output = (output / divisor[..., None]).astype(value_dtype)
         lse = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))
-        start = tiles.row_start(i)
-        return arrays.write(results[0], output, start, -2), arrays.write(results[1], lse, start, -1)
+        parts = heads_last(output), heads_last(lse[..., None])
+        return tuple(arrays.write(result, part, start) for result, part in zip(results, parts, strict=True))
 
-    results = jnp.zeros((*lead, tiles.T, V), value_dtype), jnp.zeros((*lead, tiles.T), dtype)
-    return _loop(0, tiles.num_rows, row, results)
+    results = jnp.zeros((*lead, T, N, V), value_dtype), jnp.zeros((*lead, T, N, 1), dtype)
+    output, lse = _loop(0, tiles.num_rows, row, results)
+    return output, lse[..., 0]
 
 
 def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, shared):
@@ -285,95 +289,96 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
     they have to sum over the rows of a large left operand.
     """
     tiles, dtype = program.tiles, lse.dtype
-    gradients = [
-        jnp.zeros(array.shape, dtype) for array in (operands.query, turned(operands.key), turned(operands.value))
-    ]
 
     def row(i, carry):
         start = tiles.row_start(i)
-        lse_rows, delta_rows = (arrays.read(array, start, tiles.rows, -1)[..., None] for array in (lse, delta))
-        cotangent = arrays.read(output_cotangent, start, tiles.rows, -2).astype(dtype)
+        rows = operands.query, output_cotangent, lse[..., None], delta[..., None]
+        query, cotangent, lse_rows, delta_rows = (
+            heads_first(arrays.read(array, start, tiles.rows)).astype(dtype) for array in rows
+        )
+        cotangent_turned = turned(cotangent)
 
-        def contribution(carry, j, masked):
-            scores, allowed, pull = _scores(program, operands, context, b, i, j, masked)
-            if masked:
-                scores = jnp.where(allowed, scores, -jnp.inf)
+        def contribution(j, masked):
+            scores, value, pull = _scores(program, operands, context, query, b, i, j, masked)
             weights = jnp.exp(scores - lse_rows)
-            value = _value(program, operands, allowed, j)
             of_weights = _drop(program, context, arrays.outer(cotangent, value), b, i, j)
             of_scores = weights * (of_weights - delta_rows)
-            of_value = arrays.pool_transposed(_drop(program, context, weights, b, i, j), cotangent, value.shape[-3])
-            return *pull(of_scores), of_value
+            of_value = arrays.pool_turned(_drop(program, context, weights, b, i, j), cotangent_turned, value.shape[-3])
+            of_query, of_key, *rest = pull(of_scores)
+            return of_query, turned(of_key), *rest, of_value
 
         def fold(carry, j, part):
             query, key, value, (biases, captured) = carry
-            of_query, of_key, of_cuts, of_captured, of_value = part  # of_value is turned already
+            of_query, of_key, of_cuts, of_captured, of_value = part
             column = tiles.column_start(j)
             biases = [tiles.add(bias, cut, b, i, j) for bias, cut in zip(biases, of_cuts, strict=True)]
             captured = jax.tree.map(lambda array, part: array + part.astype(array.dtype), captured, of_captured)
-            key, value = arrays.add(key, turned(of_key), column, -1), arrays.add(value, of_value, column, -1)
+            key, value = arrays.add(key, of_key, column, -1), arrays.add(value, of_value, column, -1)
             return query + of_query, key, value, (biases, captured)
 
-        query, key, value, shared = carry
-        of_row = jnp.zeros((*query.shape[:-2], tiles.rows, query.shape[-1]), dtype)
-        choose = functools.partial(_choose, program, context, b, i)
-        of_row, key, value, shared = choose(contribution, _zeros, fold, (of_row, key, value, shared))
-        return arrays.add(query, of_row, start, -2), key, value, shared
+        of_query, *rest = carry
+        sums = _over_columns(program, context, b, i, contribution, fold, None, (jnp.zeros_like(query), *rest))
+        return arrays.add(of_query, heads_last(sums[0]), start), *sums[1:]
 
+    gradients = (
+        jnp.zeros(operands.query.shape, dtype),
+        *(jnp.zeros((*x.shape[:-3], *x.shape[-2:], x.shape[-3]), dtype) for x in operands[1:3]),
+    )
     query, key, value, shared = _loop(0, tiles.num_rows, row, (*gradients, shared))
-    return [query, turned(key), turned(value)], shared
+    return [query, *(rearrange(x, "... K H S -> ... S K H") for x in (key, value))], shared
 
 
-def _choose(program, context, b, i, compute, nothing, fold, carry):
-    """Fold `compute(carry, j, masked)` over the blocks of row i; FULL ones need no mask, EMPTY ones are `nothing`."""
+def _over_columns(program, context, b, i, compute, fold, nothing, sums):
+    """Fold `compute(j, masked)` over the blocks of row i into the sums; FULL ones need no mask, EMPTY ones are nothing.
+
+    `nothing` is what an EMPTY block computes; None: zeros.
+    """
     columns = program.tiles.num_columns
-    if program.classes is None:
-        return _loop(0, columns, lambda j, carry: fold(carry, j, compute(carry, j, False)), carry)
+    if program.classes is None or columns == 1:
+        masked = program.classes is not None
+        return _loop(0, columns, lambda j, sums: fold(sums, j, compute(j, masked)), sums)
     classes = program.classes(context.classes, b, i)
     seen = classes != EMPTY
     first, last = jnp.argmax(seen), columns - 1 - jnp.argmax(seen[::-1])
 
-    def visit(j, carry):
+    def visit(j, sums):
         # Only a block's own part passes through the branches: what does is copied, and gradients of keys are long
-        full, masked = (functools.partial(compute, carry, j, masked) for masked in (False, True))
-        empty = functools.partial(nothing, carry, jax.eval_shape(full))
-        return fold(carry, j, jax.lax.switch(classes[j], [empty, masked, full]))
+        full, masked = (functools.partial(compute, j, masked) for masked in (False, True))
+        part = jax.lax.switch(classes[j], [lambda: _zeros(full) if nothing is None else nothing, masked, full])
+        return fold(sums, j, part)
 
-    return _loop(first, jnp.where(seen.any(), last + 1, first), visit, carry)
+    return _loop(first, jnp.where(seen.any(), last + 1, first), visit, sums)
 
 
-def _zeros(carry, shapes):
-    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+def _zeros(function):
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(function))
 
 
 def _loop(first, end, body, carry):
+    if isinstance(end, int) and end == first + 1:
+        return body(jnp.zeros((), jnp.int32), carry)
     first, end = jnp.asarray(first, jnp.int32), jnp.asarray(end, jnp.int32)
     return jax.lax.fori_loop(first, end, lambda index, carry: body(index.astype(jnp.int32), carry), carry)
 
 
-def _scores(program, operands, context, b, i, j, masked):
-    """Scores of block (i, j), the entries that count or None, and the function that pulls cotangents back."""
-    tiles, dtype = program.tiles, checks.accumulator(operands.query.dtype)
-    query = arrays.read(operands.query, tiles.row_start(i), tiles.rows, -2).astype(dtype)
-    key = arrays.read(operands.key, tiles.column_start(j), tiles.columns, -2).astype(dtype)
+def _scores(program, operands, context, query, b, i, j, masked):
+    """Scores of block (i, j), −inf where forbidden, its values, and the function that pulls cotangents back."""
+    tiles, dtype = program.tiles, query.dtype
+    key, value = (
+        heads_first(arrays.read(array, tiles.column_start(j), tiles.columns)).astype(dtype) for array in operands[1:3]
+    )
     cuts = [tiles.cut(bias, b, i, j) for bias in operands.biases]
     allowed = program.allowed(context.allowed, b, i, j) if masked else None
+    keys = keys_seen(allowed, key.shape[-3])
 
     def scores(query, key, cuts, moving):
         of_score, of_modifiers = join(moving, context.captured)
-        query, key = hide(query, queries_seen(allowed)), hide(key, keys_seen(allowed, key.shape[-3]))
-        result = program.score(of_score, query, key)
+        result = program.score(of_score, hide(query, queries_seen(allowed)), hide(key, keys))
         # Forbidden scores become zeros before they are modified, lest a NaN made of them turn up in a gradient
         return program.modify(of_modifiers, hide(result, allowed), cuts, b, i, j)
 
     result, pull = jax.vjp(scores, query, key, cuts, operands.captured)
-    return result, allowed, pull
-
-
-def _value(program, operands, allowed, j):
-    value = arrays.read(operands.value, program.tiles.column_start(j), program.tiles.columns, -2)
-    value = value.astype(checks.accumulator(value.dtype))
-    return hide(value, keys_seen(allowed, value.shape[-3]))
+    return jnp.where(allowed, result, -jnp.inf) if masked else result, hide(value, keys), pull
 
 
 def _drop(program, context, weights, b, i, j):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,13 @@ class Tiles:
     """Block (i, j) holds `rows` queries from `i · rows` and `columns` keys from `j · columns` on.
 
     The last block of an axis ends where the axis ends, so that nothing is padded: it starts early, and entries that the
-    block before it holds too are not fresh. With `per_example` a block belongs to example b alone, without batch axes.
+    block before it holds too are not fresh. With `examples` a block belongs to part b of the batch, so many examples.
 
     Attributes:
       lead, num_heads, T, S: the shape of the scores.
       rows, columns: the shape of a block.
       positions: as in `Block`.
-      per_example: whether blocks are of one example or of the whole batch.
+      examples: how many examples a block holds, a divisor of the batch; None: the whole batch, with all its axes.
     """
 
     lead: tuple[int, ...]
@@ -36,7 +36,7 @@ class Tiles:
     rows: int
     columns: int
     positions: tuple[Array, Array] | None
-    per_example: bool
+    examples: int | None
 
     @property
     def num_rows(self) -> int:
@@ -62,19 +62,25 @@ class Tiles:
         return jnp.minimum(j * self.columns, self.S - self.columns)
 
     def block(self, b: Any, i: Any, j: Any) -> Block:
-        """Block (i, j), of example b if `per_example`."""
+        """Block (i, j), of part b of the batch."""
         rows, columns = (self.row_start(i), self.rows), (self.column_start(j), self.columns)
-        return Block(self.lead, self.num_heads, rows, columns, self.positions, b if self.per_example else None)
+        part = None if self.examples is None else (b * self.examples, self.examples)
+        return Block(self.lead, self.num_heads, rows, columns, self.positions, part)
 
-    def without_lead(self, array: Array) -> Array:
-        """Drop the batch axes, all of size 1, of what a rule returned for a block of one example."""
-        return array.reshape(array.shape[-3:]) if self.per_example else array
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch axes of a block: one for several examples, none for one; or those of the whole batch."""
+        return self.lead if self.examples is None else (self.examples,) * (self.examples > 1)
+
+    def own_axes(self, array: Array) -> Array:
+        """What a rule returned for a block, broadcastable to `[..., N, rows, columns]`, with the block's batch axes."""
+        return array if self.examples is None else array.reshape(*(-1,) * len(self.batch), *array.shape[-3:])
 
     def allowed(self, mask: Mask | None, b: Any, i: Any, j: Any) -> Array:
         """Which entries of block (i, j) count: allowed by the mask, and fresh."""
         block = self.block(b, i, j)
         fresh = ((block.q_slot >= i * self.rows) & (block.k_slot >= j * self.columns))[None]
-        return fresh if mask is None else fresh & self.without_lead(mask.rule(block))
+        return fresh if mask is None else fresh & self.own_axes(mask.rule(block))
 
     def classify(self, mask: Mask | None, b: Any, i: Any) -> Array:
         """EMPTY, PARTIAL or FULL for every block of row i, over all its heads and examples: `[num_columns]`."""
@@ -90,14 +96,20 @@ class Tiles:
 
         return jax.vmap(one)(jnp.arange(self.num_columns, dtype=jnp.int32))
 
+    def parts(self, batched: Sequence[Array]) -> list[Array]:
+        """The numbers of the parts of the batch, and arrays `[..., a, b]` as `[parts, *batch, a, b]`."""
+        count = math.prod(self.lead) // (self.examples or 1)
+        cut = [array.reshape(count, *self.batch, *array.shape[len(self.lead) :]) for array in batched]
+        return [jnp.arange(count, dtype=jnp.int32), *cut]
+
     # Explicit biases, [B or 1, N or 1, T or 1, S or 1], are read and written one block at a time.
 
     def cut(self, bias: Array, b: Any, i: Any, j: Any) -> Array:
         """The block's part of a bias."""
         starts, sizes = self._window(bias, b, i, j)
         part = jax.lax.dynamic_slice(bias, starts, sizes)
-        if self.per_example:
-            return part[0]
+        if self.examples is not None:
+            return self.own_axes(part)
         return part.reshape(*(self.lead if part.shape[0] > 1 else (1,) * len(self.lead)), *part.shape[1:])
 
     def add(self, bias: Array, part: Array, b: Any, i: Any, j: Any) -> Array:
@@ -109,10 +121,11 @@ class Tiles:
     def _window(self, bias: Array, b: Any, i: Any, j: Any) -> tuple[list[Any], list[int]]:
         examples, heads, T, S = bias.shape
         zero = jnp.zeros((), jnp.int32)
-        starts = [b if self.per_example and examples > 1 else zero, zero]
+        count = self.examples or examples
+        starts = [b * count if examples > count else zero, zero]
         starts += [self.row_start(i) if T > 1 else zero, self.column_start(j) if S > 1 else zero]
         rows, columns = (self.rows if T > 1 else 1), (self.columns if S > 1 else 1)
-        return starts, [1 if self.per_example else examples, heads, rows, columns]
+        return starts, [min(examples, count), heads, rows, columns]
 
 
 def four_axes(bias: Array, lead: tuple[int, ...]) -> Array:
@@ -134,6 +147,17 @@ def block_size(length: int, largest: int) -> int:
     even = math.ceil(length / math.ceil(length / largest))
     step = math.gcd(largest, 16)
     return min(length, math.ceil(even / step) * step)
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of a number that is nearest to what is wanted, as a ratio.
+
+    Example:
+      >>> nearest_divisor(12, 5), nearest_divisor(31, 8)
+      (6, 31)
+    """
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return min(divisors, key=lambda divisor: abs(math.log(divisor / wanted)))
 
 
 def largest_intermediate(function: Callable[..., Any], *arguments: Any) -> int:

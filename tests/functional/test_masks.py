@@ -178,7 +178,7 @@ def test_one_example_and_head_of_a_block_are_those_of_the_whole(name):
 
     @jax.jit
     def both(mask, b, h):
-        block = Block((B,), N, (1, 3), (2, 4), example=b, head=h)
+        block = Block((B,), N, (1, 3), (2, 4), examples=(b, 1), head=h)
         return jnp.broadcast_to(mask.rule(block), block.shape), mask.classify(block)
 
     for b, h in np.ndindex(B, N):

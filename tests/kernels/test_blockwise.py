@@ -15,7 +15,7 @@ from jattn.kernels.tiles import Tiles, block_size
 
 
 def grid(T, S, rows, columns, **options):
-    return Tiles((), 1, T, S, rows, columns, options.get("positions"), per_example=False)
+    return Tiles((), 1, T, S, rows, columns, options.get("positions"), examples=None)
 
 
 @pytest.mark.parametrize(("length", "largest"), [(1, 512), (509, 512), (513, 512), (1031, 512), (37, 4), (65536, 512)])
