@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jattn.functional import checks
 
@@ -62,7 +63,7 @@ def dot_product(query: Array, key: Array) -> Array:
       Array([[11.]], dtype=float32)
     """
     query, key = _pair(query, key)
-    return jnp.einsum("...th,...sh->...ts", query, key)
+    return _products(query, key)
 
 
 def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = None) -> Array:
@@ -89,7 +90,7 @@ def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = N
     """
     query, key = _pair(query, key)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else _factor(scale, query, key)
-    return jnp.einsum("...th,...sh->...ts", query * factor, key)  # T × H products instead of T × S
+    return _products(query * factor, key)  # T × H products instead of T × S
 
 
 def bilinear(query: Array, key: Array, weight: Array) -> Array:
@@ -116,7 +117,7 @@ def bilinear(query: Array, key: Array, weight: Array) -> Array:
     """
     query, key = _pair(query, key, same_width=False)
     weight = _per_head(weight, query, key, (query.shape[-1], key.shape[-1]))
-    return jnp.einsum("...th,...sh->...ts", jnp.matmul(query, weight), key)
+    return _products(jnp.matmul(query, weight), key)
 
 
 def additive(query: Array, key: Array, weight: Array) -> Array:
@@ -201,7 +202,7 @@ def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
       Array([[0.96, 0.  ]], dtype=float32)
     """
     query, key = _pair(query, key)
-    return jnp.einsum("...th,...sh->...ts", _unit(query) * _factor(scale, query, key), _unit(key))
+    return _products(_unit(query) * _factor(scale, query, key), _unit(key))
 
 
 def _unit(vector: Array) -> Array:
@@ -222,6 +223,15 @@ def _pair(query: Array, key: Array, same_width: bool = True) -> tuple[Array, Arr
         raise ValueError(f"query and key must have one width H, got shapes {query.shape} and {key.shape}")
     dtype = checks.accumulator(jnp.result_type(query, key))
     return query.astype(dtype), key.astype(dtype)
+
+
+def _products(query: Array, key: Array) -> Array:
+    """Inner products of all rows; heads that share a key make one matrix product."""
+    if not query.ndim == key.ndim > 2 or key.shape[-3] > 1 or query.shape[-3] == 1:
+        return jnp.einsum("...th,...sh->...ts", query, key)
+    rows = rearrange(query, "... g t h -> ... (g t) h")
+    products = jnp.einsum("...th,...sh->...ts", rows, key[..., 0, :, :])
+    return rearrange(products, "... (g t) s -> ... g t s", g=query.shape[-3])
 
 
 def _factor(scale: Any, query: Array, key: Array) -> Any:

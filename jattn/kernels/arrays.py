@@ -71,11 +71,10 @@ def outer(cotangent: Array, value: Array) -> Array:
     return rearrange(outer, "... K (G T) S -> ... (K G) T S", G=cotangent.shape[-3] // value.shape[-3])
 
 
-def pool_turned(weights: Array, cotangent: Array, num_kv_heads: int) -> Array:
-    """Cotangent of the value, columns first: `[..., N, T, S], [..., N, V, T] -> [..., K, V, S]`."""
-    grouped_weights = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=num_kv_heads)
-    grouped_cotangent = rearrange(cotangent, "... (K G) V T -> ... K V (G T)", K=num_kv_heads)
-    return jnp.einsum("...kvt,...kts->...kvs", grouped_cotangent, grouped_weights)
+def pool_turned(weights: Array, cotangent: Array) -> Array:
+    """Cotangent of the value, columns first: `[..., N, T, S], [..., K, V, G · T] -> [..., K, V, S]`."""
+    grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=cotangent.shape[-3])
+    return jnp.einsum("...kvt,...kts->...kvs", cotangent, grouped)
 
 
 def read(array: Array, start: Any, size: int, axis: int = -3) -> Array:

@@ -296,14 +296,14 @@ def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, 
         query, cotangent, lse_rows, delta_rows = (
             heads_first(arrays.read(array, start, tiles.rows)).astype(dtype) for array in rows
         )
-        cotangent_turned = turned(cotangent)
+        columns_first = rearrange(cotangent, "... (K G) T V -> ... K V (G T)", K=operands.value.shape[-2])
 
         def contribution(j, masked):
             scores, value, pull = _scores(program, operands, context, query, b, i, j, masked)
             weights = jnp.exp(scores - lse_rows)
             of_weights = _drop(program, context, arrays.outer(cotangent, value), b, i, j)
             of_scores = weights * (of_weights - delta_rows)
-            of_value = arrays.pool_turned(_drop(program, context, weights, b, i, j), cotangent_turned, value.shape[-3])
+            of_value = arrays.pool_turned(_drop(program, context, weights, b, i, j), columns_first)
             of_query, of_key, *rest = pull(of_scores)
             return of_query, turned(of_key), *rest, of_value
 

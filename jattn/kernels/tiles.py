@@ -138,15 +138,15 @@ def four_axes(bias: Array, lead: tuple[int, ...]) -> Array:
 
 
 def block_size(length: int, largest: int) -> int:
-    """The size of the fewest blocks of at most `largest` that cover an axis, as even as multiples of 16 allow.
+    """The size of the fewest blocks of at most `largest` that cover an axis: exactly, or in even multiples of 16.
 
     Example:
-      >>> block_size(1000, 512), block_size(1040, 512), block_size(7, 512)
-      (512, 352, 7)
+      >>> block_size(1000, 512), block_size(1040, 512), block_size(1031, 512), block_size(7, 512)
+      (500, 352, 352, 7)
     """
-    even = math.ceil(length / math.ceil(length / largest))
-    step = math.gcd(largest, 16)
-    return min(length, math.ceil(even / step) * step)
+    count = math.ceil(length / largest)
+    step = math.gcd(largest, 16) if length % count else 1
+    return min(length, math.ceil(length / count / step) * step)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
