@@ -24,10 +24,10 @@ ModifierLike = modifiers.Modifier | Callable[..., Array] | Sequence[Any] | None
 KERNELS: Mapping[str, Callable[..., tuple[Array, Array, Array | None]]] = MappingProxyType(
     {"dense": dense.attend, "blockwise": blockwise.attend}
 )
-# Above this blockwise is preferred. On two CPU cores it was no faster than dense at 2**22 scores, and faster from 2**23
-# on (experiments/benchmarks/attend.py). Outside jit its loops would be compiled anew in every call, so there it is
-# preferred only where the memory of dense would hurt.
-MANY_SCORES = 2**23
+# From so many scores on blockwise is preferred: on two CPU cores it took up to 1.3 times as long as dense at 2**20
+# scores, and from 2**21 on dense took 1.0 to 3.8 times as long as it. Outside jit its loops would be compiled anew in
+# every call, so there it is preferred only where the memory of dense would hurt.
+MANY_SCORES, MANY_SCORES_OUTSIDE_JIT = 2**21, 2**27
 
 
 def attend(
@@ -370,8 +370,8 @@ def _candidates(implementation: str | None, query: Array, key: Array) -> list[Ca
             raise ValueError(f"implementation must be None or one of {sorted(KERNELS)}, got {implementation!r}")
         return [KERNELS[implementation]]
     num_scores = query.size // query.shape[-1] * key.shape[-3]
-    many = MANY_SCORES if isinstance(query, jax.core.Tracer) else 16 * MANY_SCORES
-    names = sorted(KERNELS, key=lambda name: name != "blockwise") if num_scores > many else list(KERNELS)
+    many = MANY_SCORES if isinstance(query, jax.core.Tracer) else MANY_SCORES_OUTSIDE_JIT
+    names = sorted(KERNELS, key=lambda name: name != "blockwise") if num_scores >= many else list(KERNELS)
     return [KERNELS[name] for name in names]
 
 

@@ -25,10 +25,11 @@ VARIANTS = {
     "dense": {},
     "blockwise": {"ROWS": 3, "COLUMNS": (4, 4), "_one_cpu_device": lambda: False},
     "blockwise one by one": {"ROWS": 4, "COLUMNS": (3, 3), "SCORES": 1, "_one_cpu_device": lambda: True},
+    "blockwise in parts": {"ROWS": 3, "COLUMNS": (4, 4), "_one_cpu_device": lambda: True},  # all examples in one
 }
 
 
-@pytest.fixture(params=["dense", "blockwise", pytest.param("blockwise one by one", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (len(name.split()) > 1)) for name in VARIANTS])
 def kernel(request, monkeypatch):
     """The name of a kernel, with blocks so small that these lengths need several."""
     for name, value in VARIANTS[request.param].items():

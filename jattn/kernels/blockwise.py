@@ -27,7 +27,16 @@ from jattn.functional.blocks import EMPTY
 from jattn.functional.masks import Mask
 from jattn.functional.modifiers import Bias, Modifier
 from jattn.kernels import arrays
-from jattn.kernels.arrays import head_scores, heads_first, heads_last, hide, keys_seen, pool, queries_seen, turned
+from jattn.kernels.arrays import (
+    head_scores,
+    heads_first,
+    heads_last,
+    hide,
+    keys_seen,
+    pool,
+    queries_seen,
+    turned,
+)
 from jattn.kernels.dropout import drop
 from jattn.kernels.hoist import hoist, join, split
 from jattn.kernels.tiles import Tiles, block_size, four_axes, largest_intermediate, nearest_divisor
@@ -87,7 +96,8 @@ def attend(
     """As `dense.attend`, in linear memory; derivatives are reverse-mode and of first order.
 
     Raises:
-      NotImplementedError: weights are asked for, which a kernel of linear memory cannot have.
+      NotImplementedError: weights are asked for, which a kernel of linear memory cannot have, or arrays are sharded
+        explicitly.
     """
     if return_weights:
         raise NotImplementedError("blockwise never has all weights at once: return_weights")

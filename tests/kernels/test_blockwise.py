@@ -1,5 +1,6 @@
 """What is particular to the blockwise kernel: its grid, its memory, and that it lowers for every platform."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import jattn
 from jattn import masks, modifiers
 from jattn.functional.blocks import EMPTY, FULL, PARTIAL
+from jattn.kernels import blockwise
 from jattn.kernels.tiles import Tiles, block_size
 
 
@@ -50,6 +52,36 @@ def test_rows_of_blocks_are_classified(mask, expected):
     tiles = grid(12, 12, 4, 4)
     assert (EMPTY, PARTIAL, FULL) == (0, 1, 2)
     assert [np.asarray(tiles.classify(mask, 0, i)).tolist() for i in range(3)] == expected
+
+
+def test_two_parts_of_two_examples_are_the_batch(monkeypatch, rng, x64):
+    """Every kind of captured array, with gradients: biases per example, lengths, positions, dropout, a user's mask."""
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 2, length, 3, 5))) for length in (7, 11, 11))
+    bias, lengths = jnp.asarray(rng.standard_normal((2, 2, 3, 1, 11))), jnp.asarray([[2, 11], [0, 7]])
+    positions = jnp.asarray(rng.integers(0, 9, (2, 2, 7))), jnp.asarray(rng.integers(0, 9, (2, 2, 11)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(kernel, *arrays):
+        def attend(query, key, value, bias, slopes):
+            mask = masks.padding(lengths) & masks.mask_mod(lambda b, h, q_idx, k_idx: (b + h + q_idx + k_idx) % 5 > 0)
+            modifier = (modifiers.bias(bias), modifiers.alibi(slopes))
+            options = {"positions": positions, "dropout_rate": 0.3, "dropout_key": jax.random.key(1)}
+            return jattn.attend(query, key, value, mask=mask, modifier=modifier, implementation=kernel, **options)
+
+        output, pull = jax.vjp(attend, *arrays)
+        return output, *pull(jnp.cos(jnp.arange(output.size, dtype=output.dtype)).reshape(output.shape))
+
+    monkeypatch.setattr(blockwise, "_one_cpu_device", lambda: True)
+    monkeypatch.setattr(blockwise, "SCORES", 2 * 3 * 7 * 11)
+    parts = []
+    record = jax.lax.scan
+    monkeypatch.setattr(
+        jax.lax, "scan", lambda f, init, xs, **more: parts.append(xs[1].shape) or record(f, init, xs, **more)
+    )
+    arrays = query, key, value, bias, jnp.asarray([0.5, 0.25, 0.125])
+    for came, truth in zip(results("blockwise", *arrays), results("dense", *arrays), strict=True):
+        np.testing.assert_allclose(came, truth, rtol=1e-10, atol=1e-12)
+    assert parts[0] == (2, 2, 7, 3, 5)
 
 
 def test_every_platform_can_lower_forward_and_backward():
