@@ -13,7 +13,7 @@ from einops import rearrange
 
 from jattn.functional import checks, masks, modifiers, scores
 from jattn.functional.blocks import Block
-from jattn.kernels import blockwise, dense
+from jattn.kernels import blockwise, cudnn, dense
 from jattn.kernels.arrays import head_scores, heads_first
 
 Array = jax.Array
@@ -21,8 +21,8 @@ Score = Callable[[Array, Array], Array]
 MaskLike = masks.Mask | Array | np.ndarray | Callable[..., Array] | None
 ModifierLike = modifiers.Modifier | Callable[..., Array] | Sequence[Any] | None
 
-KERNELS: Mapping[str, Callable[..., tuple[Array, Array, Array | None]]] = MappingProxyType(
-    {"dense": dense.attend, "blockwise": blockwise.attend}
+KERNELS: Mapping[str, Callable[..., tuple[Array, Array | None, Array | None]]] = MappingProxyType(
+    {"dense": dense.attend, "blockwise": blockwise.attend, "cudnn": cudnn.attend}
 )
 # From so many scores on blockwise is preferred: on two CPU cores it took up to 1.3 times as long as dense at 2**20
 # scores, and from 2**21 on dense took 1.0 to 3.8 times as long as it. Outside jit its loops would be compiled anew in
@@ -65,8 +65,9 @@ def attend(
         What masks and modifiers see as `q_idx` and `k_idx`.
       dropout_rate: probability, from 0 to 1, with which a weight is dropped after the softmax.
       dropout_key: a JAX random key, needed if `dropout_rate` > 0.
-      implementation: "dense", the specification, which has derivatives of every kind and order, or "blockwise", in
-        linear memory, which has first-order reverse-mode derivatives; None chooses by the number of scores.
+      implementation: "dense", the specification, which has derivatives of every kind and order; "blockwise", in
+        linear memory, and "cudnn", NVIDIA's, which have first-order reverse-mode derivatives; None chooses by the
+        platform and the number of scores. For `jax.jvp` or a Hessian ask for "dense".
       return_lse: also return the log-sum-exp of the scores, `[..., T, N]`, before dropout.
       return_weights: also return the weights, `[..., N, T, S]`, before dropout.
 
@@ -98,6 +99,7 @@ def attend(
         **prepared,
         dropout_rate=float(dropout_rate),
         dropout_key=dropout_key,
+        return_lse=return_lse,
         return_weights=return_weights,
     )
     extras = ([lse] if return_lse else []) + ([weights] if return_weights else [])
@@ -371,8 +373,8 @@ def _candidates(implementation: str | None, query: Array, key: Array) -> list[Ca
         return [KERNELS[implementation]]
     num_scores = query.size // query.shape[-1] * key.shape[-3]
     many = MANY_SCORES if isinstance(query, jax.core.Tracer) else MANY_SCORES_OUTSIDE_JIT
-    names = sorted(KERNELS, key=lambda name: name != "blockwise") if num_scores >= many else list(KERNELS)
-    return [KERNELS[name] for name in names]
+    preferred = ["cudnn"] * (jax.default_backend() == "gpu") + ["blockwise"] * (num_scores >= many)
+    return [KERNELS[name] for name in sorted(KERNELS, key=lambda name: [*preferred, name].index(name))]
 
 
 def _first_that_can(kernels: list[Callable[..., Any]], *operands: Array, **options: Any) -> Any:

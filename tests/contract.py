@@ -38,7 +38,8 @@ def kernel(request, monkeypatch):
 
 
 def test_every_kernel_is_held_to_the_contract():
-    assert {variant.split()[0] for variant in VARIANTS} == set(KERNELS)
+    """But for one that needs its maker's hardware: see tests/kernels/test_cudnn.py."""
+    assert {variant.split()[0] for variant in VARIANTS} | {"cudnn"} == set(KERNELS)
 
 
 def loose(function):

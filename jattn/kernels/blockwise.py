@@ -91,6 +91,7 @@ def attend(
     positions: tuple[Array, Array] | None,
     dropout_rate: float,
     dropout_key: Array | None,
+    return_lse: bool,
     return_weights: bool,
 ) -> tuple[Array, Array, Array | None]:
     """As `dense.attend`, in linear memory; derivatives are reverse-mode and of first order.

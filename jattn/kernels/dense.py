@@ -30,12 +30,14 @@ def attend(
     positions: tuple[Array, Array] | None,
     dropout_rate: float,
     dropout_key: Array | None,
+    return_lse: bool,
     return_weights: bool,
 ) -> tuple[Array, Array, Array | None]:
     """Attention over checked arguments of one dtype; `jattn.attend` checks and documents them.
 
     Returns:
-      Output `[..., T, N, V]`, log-sum-exp `[..., T, N]`, and the weights `[..., N, T, S]` before dropout or None.
+      Output `[..., T, N, V]`, log-sum-exp `[..., T, N]`, and the weights `[..., N, T, S]` before dropout or None. (A
+      kernel that has to work for the log-sum-exp may return None if it was not asked for.)
     """
     *lead, T, N, _ = query.shape
     block = Block(tuple(lead), N, (0, T), (0, key.shape[-3]), positions)
