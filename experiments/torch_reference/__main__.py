@@ -1,25 +1,35 @@
 """Exports every fixture: `python -m experiments.torch_reference [FOLDER]` (needs torch)."""
 
 import argparse
+import functools
 import pathlib
+from collections.abc import Callable, Mapping
 
 import torch
 
 from experiments.torch_reference.cases import all_cases
 from experiments.torch_reference.record import record
-from jattn.parity.fixtures import save
+from experiments.torch_reference.training import all_trainings, train
+from jattn.parity.fixtures import Fixture, save
+
+
+def recordings() -> Mapping[str, Callable[[], Fixture]]:
+    """The file of every fixture, and what records it."""
+    cases = {case.file_name: functools.partial(record, case) for case in all_cases()}
+    return cases | {training.file_name: functools.partial(train, training) for training in all_trainings()}
 
 
 def main() -> None:
-    """Records all cases into a folder, in place of the fixtures of the same names."""
+    """Records all fixtures into a folder, in place of those of the same names."""
     parser = argparse.ArgumentParser(prog="python -m experiments.torch_reference", description=__doc__)
     parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path("tests/fixtures"))
     folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for case in all_cases():
-        save(folder / case.file_name, record(case))
-        print(f"{folder / case.file_name}  {(folder / case.file_name).stat().st_size / 1000:.0f} kB")
+    for name, recorded in recordings().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path, recorded())
+        print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from experiments.torch_reference import multi_head, pooling, positions, recurrent
+from experiments.torch_reference import (
+    char_rnn,
+    classification,
+    luong,
+    multi_head,
+    pooling,
+    positions,
+    recurrent,
+    self_attention,
+    sequence_pooling,
+)
 from experiments.torch_reference.record import Case
 
 B, T, S, H, V = 2, 5, 7, 3, 11
@@ -116,6 +126,34 @@ def multi_head_cases() -> list[Case]:
     ]
 
 
+def self_attention_cases() -> list[Case]:
+    """Rows 12, 13, 14 and 18."""
+    wide, shared = self_attention.WideHeads, self_attention.SharedProjectionAttention
+    single, residual = self_attention.SelfAttention, self_attention.ResidualAttention
+    heads = {"num_heads": 3, "in_features": 13, "head_features": 11}
+    slices, one, widths = {"num_heads": 3, "features": 33}, {"in_features": 13, "features": 11}, {"in_features": 13}
+    same, other, norm = widths | {"out_features": 13}, widths | {"out_features": 11}, {"use_layer_norm": True}
+    x: Inputs = {"x": (B, T, 13)}
+    sliced: Inputs = {"x": (B, T, 33)}
+    lengths: Inputs = {"lengths": np.array([3, 5])}
+    per_query: Inputs = {"lengths": np.minimum(LENGTHS_PER_QUERY, T)}
+    return [
+        Case(12, "wide_heads", wide, heads, {"query": (B, T, 13)}),
+        Case(12, "wide_heads_bias_lengths", wide, heads | {"use_bias": True}, {"query": (B, T, 13), **lengths}),
+        Case(12, "wide_heads_key", wide, heads, {"query": (B, T, 13), "key": (B, S, 13), "lengths": LENGTHS}),
+        Case(13, "shared_projection", shared, slices, sliced),
+        Case(13, "shared_projection_lengths", shared, slices, sliced | per_query),
+        Case(13, "shared_projection_scale", shared, slices | {"scale": 33**-0.5}, sliced | lengths),
+        Case(14, "single_head", single, one, x),
+        Case(14, "single_head_lengths", single, one, x | lengths),
+        Case(14, "single_head_no_bias", single, one | {"use_bias": False}, x | per_query),
+        Case(18, "residual", residual, same, x | lengths),
+        Case(18, "residual_norm", residual, same | norm, x),
+        Case(18, "residual_widths", residual, other, x),
+        Case(18, "residual_widths_norm_lengths", residual, other | norm, x | lengths),
+    ]
+
+
 def position_cases() -> list[Case]:
     """Rows 19, 20 and 21."""
     sinusoidal, rotation, learned = (
@@ -134,13 +172,90 @@ def position_cases() -> list[Case]:
     ]
 
 
+def sequence_pooling_cases() -> list[Case]:
+    """Rows 27, 28 and 29."""
+    x: Inputs = {"x": (3, 7, 5)}
+    lengths: Inputs = {"lengths": np.array([4, 7, 0])}
+    kinds: list[tuple[int, str, Callable[..., Any], dict[str, Any]]] = [
+        (27, "feature_pooling", sequence_pooling.FeaturePooling, {"features": 5}),
+        (28, "multi_hop", sequence_pooling.MultiHopPooling, {"features": 5, "num_hops": 2}),
+        (29, "learned_query", sequence_pooling.LearnedQueryPooling, {"features": 5, "hidden_features": 11}),
+    ]
+    return [
+        Case(row, f"{name}{suffix}", reference, arguments | more, inputs)
+        for row, name, reference, arguments in kinds
+        for suffix, more, inputs in (
+            ("", {}, x),
+            ("_lengths", {}, x | lengths),
+            ("_no_bias", {"use_bias": False}, x | lengths),
+        )
+    ]
+
+
 def recurrent_cases() -> list[Case]:
-    """Rows 24 and 31."""
-    one = {"kind": "gru", "in_features": 5, "hidden_features": 7}
-    two = one | {"num_layers": 2, "dropout_rate": 0.5}
-    cell = {"kind": "gru_cell", "in_features": 5, "hidden_features": 7}
+    """Row 24: each network alone, in both directions over padding, and without biases; each cell; the embedding."""
     x: Inputs = {"x": (3, 11, 5)}
-    lengths: Inputs = {"lengths": np.array([4, 11, 1])}
+    padded: Inputs = x | {"lengths": np.array([4, 11, 1])}
+    one = {"in_features": 5, "hidden_features": 7}
+    two: dict[str, Any] = one | {"num_layers": 2, "bidirectional": True, "dropout_rate": 0.5}
+    stack: dict[str, Any] = one | {"num_layers": 2, "dropout_rate": 0.5}
+    relu, proj = {"activation": "relu"}, {"proj_features": 2}
+
+    def case(name: str, kind: str, arguments: dict[str, Any], inputs: Inputs) -> Case:
+        return Case(24, name, recurrent.recurrent, {"kind": kind, **arguments}, inputs)
+
+    cases = []
+    for name, kind, own in [("rnn", "RNN", {}), ("rnn_relu", "RNN", relu), ("lstm", "LSTM", {}), ("gru", "GRU", {})]:
+        cell = ["cell"] if kind == "LSTM" else []
+        cases += [
+            case(name, kind, one | own, x),
+            case(f"{name}_no_bias", kind, one | own | {"use_bias": False}, x),
+            case(f"{name}_two_ways", kind, two | own, padded | {part: (4, 3, 7) for part in ["state", *cell]}),
+            case(f"{name}_cell", f"{kind}Cell", one | own, {"x": (3, 5)} | {part: (3, 7) for part in ["state", *cell]}),
+        ]
+    pair: Inputs = {"state": (4, 3, 2), "cell": (4, 3, 7)}
+    tokens: Inputs = {"tokens": ids([3, 1, 12, 4, 3, 2], [7, 7, 2, 9, 7, 5], [1, 0, 2, 2, 2, 11])}
+    table = {"num_embeddings": 13, "features": 5}
+    return [
+        *cases,
+        case("gru_two_layers", "GRU", stack, x | {"state": (2, 3, 7)}),
+        case("gru_lengths_state", "GRU", stack, padded | {"state": (2, 3, 7)}),
+        case("lstm_proj", "LSTM", one | proj, x),
+        case("lstm_proj_two_ways", "LSTM", two | proj, padded | pair),
+        case("embedding", "Embedding", table, tokens),
+        case("embedding_padding", "Embedding", table | {"padding_idx": 2}, tokens),
+        case("embedding_padding_counted", "Embedding", table | {"padding_idx": -6, "scale_grad_by_freq": True}, tokens),
+        case("embedding_max_norm", "Embedding", table | {"padding_idx": 0, "max_norm": 1.0}, tokens),
+        case("embedding_max_norm_1", "Embedding", table | {"max_norm": 2.0, "norm_type": 1.0}, tokens),
+    ]
+
+
+def classifier_cases() -> list[Case]:
+    """Rows 26 and 30: by the last step in one or both directions, or as popular code takes it; by attention."""
+    model = {"vocabulary": 13, "classes": 3, "embedding_features": 5, "hidden_features": 7}
+    deep: dict[str, Any] = model | {"num_layers": 2, "bidirectional": True, "dropout_rate": 0.5}
+    tokens: Inputs = {"tokens": ids([3, 1, 12, 4, 0, 0], [7, 7, 2, 9, 11, 5], [1, 0, 0, 0, 0, 0])}
+    padded: Inputs = tokens | {"lengths": np.array([4, 6, 1])}
+    feature, query = {"pooling": "FeaturePooling"}, {"pooling": "LearnedQueryPooling"}
+
+    def case(row: int, name: str, arguments: dict[str, Any], inputs: Inputs) -> Case:
+        return Case(row, name, classification.Classifier, arguments, inputs)
+
+    return [
+        case(26, "classifier", model | {"network": "RNN"}, tokens),
+        case(26, "classifier_lengths", model | {"network": "RNN"}, padded),
+        case(26, "classifier_gru_two_ways", deep | {"network": "GRU"}, padded),
+        case(26, "classifier_lstm_last_step", deep | {"pooling": "LastStep"}, tokens),
+        case(26, "classifier_lstm_last_step_lengths", deep | {"pooling": "LastStep"}, padded),
+        case(30, "attention_feature", deep | feature, tokens),
+        case(30, "attention_feature_lengths", deep | feature, padded),
+        case(30, "attention_query", deep | query, tokens),
+        case(30, "attention_query_lengths", deep | query | {"padding_idx": None}, padded),
+    ]
+
+
+def seq2seq_cases() -> list[Case]:
+    """Row 31."""
     model = {
         "source_vocabulary": 13,
         "target_vocabulary": 17,
@@ -153,14 +268,40 @@ def recurrent_cases() -> list[Case]:
         "target_in": ids([1, 16, 2, 9], [1, 5, 5, 11], [1, 8, 0, 0]),
     }
     return [
-        Case(24, "gru", recurrent.recurrent, one, x),
-        Case(24, "gru_no_bias", recurrent.recurrent, one | {"use_bias": False}, x),
-        Case(24, "gru_two_layers", recurrent.recurrent, two, x | {"state": (2, 3, 7)}),
-        Case(24, "gru_two_layers_lengths", recurrent.recurrent, two, x | lengths),
-        Case(24, "gru_lengths_state", recurrent.recurrent, two, x | lengths | {"state": (2, 3, 7)}),
-        Case(24, "gru_cell", recurrent.recurrent, cell, {"x": (3, 5), "state": (3, 7)}),
         Case(31, "seq2seq", recurrent.Seq2Seq, model, tokens),
         Case(31, "seq2seq_lengths", recurrent.Seq2Seq, model, tokens | {"lengths": np.array([4, 6, 1])}),
+    ]
+
+
+def char_rnn_cases() -> list[Case]:
+    """Row 25: "hello" and another word."""
+    tokens: Inputs = {"tokens": ids([1, 0, 2, 2, 3], [3, 3, 0, 1, 2])}
+    sizes = {"vocabulary": 5, "embedding_features": 7, "hidden_features": 3, "num_layers": 2}
+    return [
+        Case(25, "cell", char_rnn.char_rnn, {"kind": "CharCell", "vocabulary": 5}, tokens),
+        Case(25, "rnn", char_rnn.char_rnn, {"kind": "CharRNN", "vocabulary": 5}, tokens),
+        Case(25, "embedding", char_rnn.char_rnn, {"kind": "EmbeddedCharRNN", **sizes}, tokens),
+    ]
+
+
+def luong_cases() -> list[Case]:
+    """Row 32."""
+    model = {"source_vocabulary": 13, "target_vocabulary": 17, "embedding_features": 5, "hidden_features": 7}
+    tokens: Inputs = {
+        "source": ids([3, 1, 12, 4, 0, 0], [7, 7, 2, 9, 11, 5], [1, 0, 0, 0, 0, 0]),
+        "target_in": ids([1, 16, 2, 9], [1, 5, 5, 11], [1, 8, 0, 0]),
+    }
+    padded: Inputs = tokens | {"lengths": np.array([4, 6, 1])}
+    return [
+        Case(32, "luong", luong.Luong, model, tokens),
+        Case(32, "luong_lengths", luong.Luong, model, padded),
+        Case(32, "luong_reversed", luong.Luong, model | {"reverse_source": True}, tokens),
+        Case(32, "luong_reversed_lengths", luong.Luong, model | {"reverse_source": True}, padded),
+        Case(32, "luong_prediction", luong.Luong, model | {"feed": "prediction"}, padded),
+        Case(32, "luong_no_attention", luong.Luong, model | {"attention": False}, padded),
+        Case(
+            32, "luong_no_attention_prediction", luong.Luong, model | {"attention": False, "feed": "prediction"}, padded
+        ),
     ]
 
 
@@ -168,8 +309,14 @@ GROUPS: tuple[Callable[[], list[Case]], ...] = (
     pooling_cases,
     mask_cases,
     multi_head_cases,
+    self_attention_cases,
     position_cases,
+    sequence_pooling_cases,
     recurrent_cases,
+    classifier_cases,
+    seq2seq_cases,
+    char_rnn_cases,
+    luong_cases,
 )
 
 

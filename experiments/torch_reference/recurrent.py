@@ -1,4 +1,7 @@
-"""Rows 24 and 31: PyTorch's GRU, and the Bahdanau encoder-decoder that stands on it."""
+"""Rows 24 and 31: PyTorch's recurrent networks, their cells and Embedding; the Bahdanau encoder-decoder on a GRU."""
+
+import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -7,9 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from experiments.torch_reference.pooling import AdditiveAttention, Outputs
 
 
-def run_gru(
-    rnn: nn.GRU, x: torch.Tensor, state: torch.Tensor | None, lengths: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def run_packed(rnn: nn.RNNBase, x: torch.Tensor, state: Any, lengths: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
     """Runs over x [B, T, D], packed where lengths [B] are given; outputs [B, T, F] and state [L, B, F]."""
     if lengths is None:
         return rnn(x, state)
@@ -18,43 +19,60 @@ def run_gru(
     return pad_packed_sequence(outputs, batch_first=True, total_length=x.shape[1])[0], state
 
 
-class GRU(nn.Module):
-    """Row 24: r, z, n gates, two biases, the hidden bias of n inside the reset gate: PyTorch's own."""
+class Recurrent(nn.Module):
+    """Row 24: PyTorch's RNN (tanh or relu), LSTM (its state is a pair) or GRU, or a cell of theirs."""
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        num_layers: int = 1,
-        use_bias: bool = True,
-        dropout_rate: float = 0.0,
-    ) -> None:
+    def __init__(self, kind: str, in_features: int, hidden_features: int, **options: Any) -> None:
         super().__init__()
-        self.rnn = nn.GRU(in_features, hidden_features, num_layers, use_bias, True, dropout_rate)
+        names = {
+            "use_bias": "bias",
+            "dropout_rate": "dropout",
+            "proj_features": "proj_size",
+            "activation": "nonlinearity",
+        }
+        own = {names.get(name, name): value for name, value in options.items()}
+        cell = kind.endswith("Cell")
+        self.rnn = getattr(nn, kind)(in_features, hidden_features, **own, **({} if cell else {"batch_first": True}))
 
     def forward(
-        self, x: torch.Tensor, state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        cell: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> Outputs:
-        """x [B, T, D], state [L, B, F], lengths [B]."""
-        outputs, last = run_gru(self.rnn, x, state, lengths)
-        return {"output": outputs, "state": last}
+        """x [B, T, D], state and an LSTM's cell [L · directions, B, F], lengths [B]; for a cell without T and L."""
+        first = state if cell is None else (state, cell)
+        if isinstance(self.rnn, nn.RNNCellBase):
+            outputs, last = {}, self.rnn(x, first)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+                output, last = run_packed(self.rnn, x, first, lengths)
+            outputs = {"output": output}
+        state, *rest = last if isinstance(last, tuple) else (last,)
+        return outputs | {"state": state} | ({"cell": rest[0]} if rest else {})
 
 
-class GRUCell(nn.Module):
-    """Row 24: one step."""
+class Embedding(nn.Module):
+    """Row 24: PyTorch's Embedding; it looks up in a copy, so that what `max_norm` rewrites can be seen beside it."""
 
-    def __init__(self, in_features: int, hidden_features: int, use_bias: bool = True) -> None:
+    def __init__(self, num_embeddings: int, features: int, **options: Any) -> None:
         super().__init__()
-        self.cell = nn.GRUCell(in_features, hidden_features, use_bias)
+        self.embedding = nn.Embedding(num_embeddings, features, **options)
 
-    def forward(self, x: torch.Tensor, state: torch.Tensor) -> Outputs:
-        """x [B, D], state [B, F]."""
-        return {"state": self.cell(x, state)}
+    def forward(self, tokens: torch.Tensor) -> Outputs:
+        """Token ids [B, T] → rows [B, T, D], and the table as PyTorch has rewritten it."""
+        own, table = self.embedding, self.embedding.weight.clone()
+        rows = nn.functional.embedding(
+            tokens, table, own.padding_idx, own.max_norm, own.norm_type, own.scale_grad_by_freq
+        )
+        return {"output": rows, "table": table.detach()}
 
 
-def recurrent(kind: str, **arguments: int) -> nn.Module:
-    """Row 24: the network or its cell."""
-    return {"gru": GRU, "gru_cell": GRUCell}[kind](**arguments)
+def recurrent(kind: str, **arguments: Any) -> nn.Module:
+    """Row 24: `Embedding`, or the recurrent network or cell of that name."""
+    return Embedding(**arguments) if kind == "Embedding" else Recurrent(kind, **arguments)
 
 
 class Encoder(nn.Module):
@@ -67,7 +85,7 @@ class Encoder(nn.Module):
 
     def forward(self, source: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [B, S] → outputs [B, S, F] and state [L, B, F]."""
-        return run_gru(self.rnn, self.embedding(source), None, lengths)
+        return run_packed(self.rnn, self.embedding(source), None, lengths)
 
 
 class Decoder(nn.Module):

@@ -49,7 +49,10 @@ MULTI_HEAD_ATTENTION = (
     *within(LINEAR, "W_v", "value"),
     *within(LINEAR, "W_o", "out"),
 )
-"""Linear layers W_q, W_k, W_v and W_o ↔ `jattn.nn.MultiHeadAttention`; grouped and multi-query too."""
+"""Linear layers W_q, W_k, W_v and W_o ↔ `jattn.nn.MultiHeadAttention`; grouped and multi-query too.
+
+Also ↔ `jattn.nn.SharedProjectionAttention`, and without W_o ↔ `jattn.nn.SelfAttention`.
+"""
 
 PACKED_MULTI_HEAD_ATTENTION = (
     Rule(
@@ -66,28 +69,76 @@ PACKED_MULTI_HEAD_ATTENTION = (
 )
 """`torch.nn.MultiheadAttention` with query, key and value of one width ↔ `jattn.nn.MultiHeadAttention`."""
 
-GRU = (
-    Rule("weight_ih_l{layer}", "layers.{layer}.input_kernel", TRANSPOSE),
-    Rule("weight_hh_l{layer}", "layers.{layer}.hidden_kernel", TRANSPOSE),
-    Rule("bias_ih_l{layer}", "layers.{layer}.input_bias"),
-    Rule("bias_hh_l{layer}", "layers.{layer}.hidden_bias"),
+RESIDUAL_ATTENTION = (
+    *within(MULTI_HEAD_ATTENTION, "attention", "attention"),
+    *within(LINEAR, "skip", "skip"),
+    Rule("norm.weight", "norm.scale"),
+    Rule("norm.bias", "norm.bias"),
 )
-"""`torch.nn.GRU` ↔ `jattn.nn.GRU`: the same gate order, both biases kept."""
+"""An attention, a Linear on the skip path and a LayerNorm ↔ `jattn.nn.ResidualAttention`."""
 
-GRU_CELL = (
+FEATURE_POOLING = within(LINEAR, "W", "key")
+"""A Linear layer W ↔ `jattn.nn.FeaturePooling`."""
+
+MULTI_HOP_POOLING = (Rule("W.weight", "query"), Rule("W.bias", "bias"))
+"""A Linear layer W ↔ `jattn.nn.MultiHopPooling`."""
+
+LEARNED_QUERY_POOLING = (*within(LINEAR, "W", "key"), Rule("u_w", "query"))
+"""A Linear layer W and a vector u_w ↔ `jattn.nn.LearnedQueryPooling`."""
+
+RECURRENT_CELL = (
     Rule("weight_ih", "input_kernel", TRANSPOSE),
     Rule("weight_hh", "hidden_kernel", TRANSPOSE),
     Rule("bias_ih", "input_bias"),
     Rule("bias_hh", "hidden_bias"),
 )
-"""`torch.nn.GRUCell` ↔ `jattn.nn.GRUCell`."""
+"""`torch.nn.RNNCell`, `LSTMCell`, `GRUCell` ↔ `jattn.nn`'s: the same gate order, both biases kept."""
+
+RECURRENT = tuple(
+    Rule(f"{name}_l{{layer}}{end}", f"{cells}.{{layer}}.{parameter}", layout)
+    for cells, end in (("layers", ""), ("backward_layers", "_reverse"))
+    for name, parameter, layout in (
+        *((rule.torch, rule.flax, rule.layout) for rule in RECURRENT_CELL),
+        ("weight_hr", "proj_kernel", TRANSPOSE),
+    )
+)
+"""`torch.nn.RNN`, `LSTM`, `GRU` ↔ `jattn.nn`'s, with both directions and projections."""
 
 SEQ2SEQ = (
     *within(EMBEDDING, "encoder.embedding", "encoder.embedding"),
-    *within(GRU, "encoder.rnn", "encoder.gru"),
+    *within(RECURRENT, "encoder.rnn", "encoder.gru"),
     *within(ADDITIVE_ATTENTION, "decoder.attention", "decoder.attention"),
     *within(EMBEDDING, "decoder.embedding", "decoder.embedding"),
-    *within(GRU, "decoder.rnn", "decoder.gru"),
+    *within(RECURRENT, "decoder.rnn", "decoder.gru"),
     *within(LINEAR, "decoder.dense", "decoder.out"),
 )
 """The Bahdanau encoder-decoder in its usual PyTorch names ↔ `jattn.models.Seq2Seq`."""
+
+CHAR_RNN = (
+    *within(EMBEDDING, "embedding", "embedding"),
+    *within(RECURRENT_CELL, "cell", "cell"),
+    *within(RECURRENT, "rnn", "rnn"),
+    *within(LINEAR, "dense", "out"),
+)
+"""A character network, by any of its three parts that have weights ↔ `jattn.models.char_rnn`'s."""
+
+LUONG = (
+    *within(EMBEDDING, "encoder.embedding", "encoder.embedding"),
+    *within(RECURRENT, "encoder.rnn", "encoder.lstm"),
+    *within(EMBEDDING, "decoder.embedding", "decoder.embedding"),
+    *within(LINEAR, "decoder.h_projection", "decoder.first_h"),
+    *within(LINEAR, "decoder.c_projection", "decoder.first_c"),
+    *within(RECURRENT_CELL, "decoder.rnn", "decoder.cell"),
+    Rule("decoder.W.weight", "decoder.attention.weight"),
+    *within(LINEAR, "decoder.W_u", "decoder.combine"),
+    *within(LINEAR, "decoder.W_v", "decoder.out"),
+)
+"""The encoder-decoder of Luong's equations in their letters ↔ `jattn.models.Luong`."""
+
+CLASSIFIER = (
+    *within(EMBEDDING, "embedding", "embedding"),
+    *within(RECURRENT, "rnn", "network"),
+    *within(LEARNED_QUERY_POOLING, "attention", "pooling"),
+    *within(LINEAR, "fc", "out"),
+)
+"""Embedding, recurrent network, either attention pooling or none, Linear ↔ `jattn.models.Classifier`."""

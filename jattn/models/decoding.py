@@ -99,7 +99,7 @@ def beam_search(
     At each step the W · C extensions are ranked by log p. Those by `end` among the best W are complete, the best W
     others live on; after L steps the best W of all are complete. The W complete ones with the best scores are returned.
     Ties go to the one completed first, then to the better parent, then to the lower id. With α = 0 a beam of width 1 is
-    `greedy`, and one as wide as there are sequences is exhaustive.
+    `greedy`, and one as wide as the vocabulary finds the best of all sequences of at most two tokens.
 
     The search stops early, and exactly, as soon as in no example a living hypothesis can displace a complete one: log p
     never grows, so none can end above log p / ((5 + L) / 6)^α.
@@ -110,7 +110,7 @@ def beam_search(
       start: integers `[B]`: the token that each sequence's first step reads.
       end: id of the token that ends a sequence.
       max_length: L, the longest sequence.
-      width: W.
+      width: W, at most C.
       length_penalty: α ≥ 0; 0 compares log-probabilities, larger values favour longer sequences.
       pad: id that fills the places after the end; None: `end`.
 
@@ -118,8 +118,8 @@ def beam_search(
       A `Decoded` with tokens `[B, W, L]`, best first.
 
     Raises:
-      ValueError: a shape does not fit; `end` is not in the vocabulary; `max_length` or `width` < 1; there are fewer
-        sequences than `width`; or α < 0.
+      ValueError: a shape does not fit; `end` is not in the vocabulary; `max_length` < 1; `width` lies outside 1 … C; or
+        α < 0.
 
     Paper: Wu et al. 2016, https://arxiv.org/abs/1609.08144, section 7
 
@@ -131,7 +131,7 @@ def beam_search(
        [1 0 0]] [1 2]
     """
     start, logits = _check(step, carry, start, end, max_length)
-    _check_beam(logits.shape[1], max_length, width, length_penalty)
+    _check_beam(logits.shape[1], width, length_penalty)
     B, L, W = start.shape[0], max_length, width
 
     def normalised(scores, length):
@@ -223,12 +223,10 @@ def _check(step: Step, carry: Carry, start: Array, end: int, max_length: int) ->
     return start.astype(jnp.int32), logits
 
 
-def _check_beam(vocabulary: int, max_length: int, width: int, length_penalty: float) -> None:
+def _check_beam(vocabulary: int, width: int, length_penalty: float) -> None:
     if vocabulary < 2:
         raise ValueError(f"a beam needs at least two tokens to choose from, got logits for {vocabulary}")
-    sequences = sum((vocabulary - 1) ** length for length in range(min(max_length, max(width, 0)) + 1))
-    if not 1 <= width <= sequences:
-        known = f"1 … the number of sequences of at most {max_length} of {vocabulary} tokens"
-        raise ValueError(f"width must lie in {known}, got {width}")
+    if not 1 <= width <= vocabulary:
+        raise ValueError(f"width must lie in 1 … {vocabulary} (C, the size of the vocabulary), got {width}")
     if length_penalty < 0:
         raise ValueError(f"length_penalty must not be negative, got {length_penalty}")

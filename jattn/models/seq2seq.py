@@ -4,22 +4,20 @@ Paper: Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473
 """
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from einops import rearrange
 from flax import nnx
 
 from jattn.functional import checks, masks
-from jattn.models import decoding
+from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, embed, per_step
+from jattn.models.encoder_decoder import loss as loss
 from jattn.nn.attention import AdditiveAttention
 from jattn.nn.recurrent import GRU
 
 Array = jax.Array
-_BEAM = ("width", "length_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +52,14 @@ class Config:
     end: int = 2
 
     def __post_init__(self):
-        sizes = ("source_vocabulary", "target_vocabulary", "embedding_features", "hidden_features", "num_layers")
-        checks.positive(**{name: getattr(self, name) for name in sizes})
-        checks.probability(dropout_rate=self.dropout_rate)
-        for name in ("pad", "start", "end"):
-            checks.integers(**{name: getattr(self, name)})
-            checks.in_range(name, getattr(self, name), 0, self.target_vocabulary - 1, "the last target id")
+        check_config(
+            self, "source_vocabulary", "target_vocabulary", "embedding_features", "hidden_features", "num_layers"
+        )
 
     @classmethod
     def small(cls, source_vocabulary: int, target_vocabulary: int) -> "Config":
         """The size of textbook examples: two layers of width 32."""
         return cls(source_vocabulary, target_vocabulary, 32, 32, num_layers=2, dropout_rate=0.1)
-
-
-class Memory(NamedTuple):
-    """What a decoder reads of one batch of sources at every step; made by `Decoder.remember`."""
-
-    key: Array  # the encoder's outputs as the attention projects them, [B, S, F]
-    value: Array  # the encoder's outputs, [B, S, F]
-    mask: masks.Mask | None  # which of the S positions are real; None: all
 
 
 class Encoder(nnx.Module):
@@ -113,7 +100,7 @@ class Encoder(nnx.Module):
           ValueError: a shape does not fit, or an id is unknown. (Under jit, where values cannot be seen: NaN.)
           TypeError: source or lengths are not integers.
         """
-        return self.gru(_embed("source", source, self.embedding), lengths=lengths, deterministic=deterministic)
+        return self.gru(embed("source", source, self.embedding), lengths=lengths, deterministic=deterministic)
 
 
 class Decoder(nnx.Module):
@@ -172,7 +159,7 @@ class Decoder(nnx.Module):
         checks.shapes(target_in=(target_in, "B T"), state=(state, "B L F"), memory=(memory.value, "B S F"))
         off = self.deterministic if deterministic is None else deterministic
         embedded = self._project_embedding("target_in", target_in)
-        streams, decoder_of = _per_step(self, embedded.shape[1], random=self.dropout_rate > 0 and not off)
+        streams, decoder_of = per_step(self, embedded.shape[1], random=self.dropout_rate > 0 and not off)
 
         def advance(state, step):
             streams, embedded = step
@@ -192,7 +179,7 @@ class Decoder(nnx.Module):
         """The embedding's share of the first layer's input product; the context's share follows in `_advance`."""
         first: Any = self.gru.layers[0]
         kernel = first.input_kernel[self.attention.key.in_features :]
-        return _embed(name, tokens, self.embedding) @ kernel + first.input_bias[...]
+        return embed(name, tokens, self.embedding) @ kernel + first.input_bias[...]
 
     def _advance(self, state: Array, embedded: Array, memory: Memory, off: bool) -> tuple[Array, Array]:
         context, weights = self.attention.attend_projected(
@@ -203,7 +190,7 @@ class Decoder(nnx.Module):
         return self.gru.step(projected, state, deterministic=off), weights[:, 0]
 
 
-class Seq2Seq(nnx.Module):
+class Seq2Seq(EncoderDecoder):
     """Bahdanau's translator: `Encoder`, and a `Decoder` whose states begin as the encoder's end.
 
     Args:
@@ -225,176 +212,3 @@ class Seq2Seq(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, param_dtype=param_dtype, rngs=rngs)
         self.decoder = Decoder(config, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        source: Array,
-        target_in: Array,
-        *,
-        lengths: Array | None = None,
-        return_weights: bool = False,
-        deterministic: bool | None = None,
-    ) -> Any:
-        """Predict every target token from those before it (teacher forcing).
-
-        Args:
-          source: token ids `[B, S]`.
-          target_in: token ids `[B, T]`: the start token, then the target without its last token.
-          lengths: of the sources, integers `[B]` from 1 to S. None: the encoder reads the padding, and the decoder
-            attends to it, as widely copied code does.
-          return_weights: also return the attention weights of every step.
-          deterministic: True switches dropout off; None follows `train()` and `eval()`.
-
-        Returns:
-          Logits `[B, T, C]`, or a tuple of them and weights `[B, T, S]`.
-
-        Raises:
-          ValueError: a shape does not fit, an id is unknown, or a length lies outside 1 … S (under jit: NaN).
-          TypeError: ids or lengths are not integers.
-        """
-        checks.shapes(source=(source, "B S"), target_in=(target_in, "B T"))
-        self._check(source, lengths)
-        _known("target_in", target_in, self.config.target_vocabulary)
-        outputs, state = self.encoder(source, lengths=lengths, deterministic=deterministic)
-        memory = self.decoder.remember(outputs, lengths)
-        logits, weights = self.decoder(target_in, state, memory, deterministic=deterministic)
-        return (logits, weights) if return_weights else logits
-
-    def greedy(
-        self, source: Array, *, lengths: Array | None = None, max_length: int, return_weights: bool = False
-    ) -> Any:
-        """Translate by the most probable token at every step (`decoding.greedy`), compiled, without dropout.
-
-        Args:
-          source: token ids `[B, S]`.
-          lengths: of the sources, integers `[B]`, or None as in a call.
-          max_length: L, the longest translation.
-          return_weights: also return the attention weights of every step.
-
-        Returns:
-          A `Decoded` with tokens `[B, L]`, or a tuple of it and weights `[B, L, S]`, zero after the end.
-
-        Raises:
-          ValueError, TypeError: as in a call.
-        """
-        return self._decode(source, lengths, max_length=max_length, return_weights=return_weights)
-
-    def beam(
-        self,
-        source: Array,
-        *,
-        lengths: Array | None = None,
-        max_length: int,
-        width: int,
-        length_penalty: float = 0.0,
-        return_weights: bool = False,
-    ) -> Any:
-        """Translate by beam search (`decoding.beam_search`), compiled, without dropout.
-
-        Args:
-          source, lengths, max_length, return_weights: as `greedy`.
-          width: W, the number of hypotheses.
-          length_penalty: α ≥ 0; larger values favour longer translations.
-
-        Returns:
-          A `Decoded` with tokens `[B, W, L]`, best first, or a tuple of it and weights `[B, W, L, S]`.
-
-        Raises:
-          ValueError, TypeError: as in a call, and as `decoding.beam_search`.
-        """
-        search = {"width": width, "length_penalty": length_penalty}
-        return self._decode(source, lengths, max_length=max_length, return_weights=return_weights, **search)
-
-    def _check(self, source: Array, lengths: Array | None) -> None:
-        S = checks.shapes(source=(source, "B S"))["S"]
-        _known("source", source, self.config.source_vocabulary)
-        if lengths is not None:
-            checks.shapes(source=(source, "B S"), lengths=(lengths, "B"))
-            checks.integers(lengths=lengths)
-            checks.in_range("lengths", lengths, 1, S, "S, the number of source positions")
-
-    def _decode(self, source: Array, lengths: Array | None, **options: Any) -> Any:
-        self._check(source, lengths)
-        return _decode(*nnx.split(self), source, lengths, **options)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "return_weights", *_BEAM))
-def _decode(graphdef, parameters, source, lengths, *, max_length, return_weights, **beam) -> Any:
-    model = nnx.merge(graphdef, parameters)
-    decoder, config = model.decoder, model.config
-    outputs, state = model.encoder(source, lengths=lengths, deterministic=True)
-    memory = decoder.remember(outputs, lengths)
-
-    start = jnp.full(source.shape[:1], config.start, jnp.int32)
-    found = (decoding.beam_search if beam else decoding.greedy)(
-        lambda state, tokens: decoder.step(tokens, state, memory),
-        state, start=start, end=config.end, pad=config.pad, max_length=max_length, **beam,
-    )  # fmt: skip
-    if not return_weights:
-        return found
-
-    def weights_of(tokens: Array) -> Array:  # reads them once more: simpler than a search that carries weights
-        target_in = jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1)
-        return decoder(target_in, state, memory, deterministic=True)[1]
-
-    weights = (jax.vmap(weights_of, in_axes=1, out_axes=1) if beam else weights_of)(found.tokens)
-    inside = jnp.arange(max_length, dtype=jnp.int32) < found.lengths[..., None]
-    return found, jnp.where(inside[..., None], weights, 0)
-
-
-def loss(logits: Array, targets: Array, *, lengths: Array | None = None) -> Array:
-    """The mean negative log-likelihood of the real target tokens.
-
-        −(1/n) Σ log softmax(logits)[target]   over the n real tokens
-
-    Args:
-      logits: `[..., T, C]`, floating point.
-      targets: token ids `[..., T]`: what each step should predict, the end token included.
-      lengths: integers `[...]`, how many targets of each sequence are real; None: all.
-
-    Returns:
-      A scalar in nats; NaN if no token is real.
-
-    Raises:
-      ValueError: a shape does not fit, an id is not in the vocabulary (under jit: NaN), or a length lies outside 0 … T.
-      TypeError: logits are not floating point, or targets or lengths are not integers.
-
-    Example:
-      >>> loss(jnp.zeros((1, 3, 4)), jnp.array([[2, 1, 0]]), lengths=jnp.array([2])).round(3)  # log 4
-      Array(1.386, dtype=float32)
-    """
-    sizes = checks.shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
-    checks.floating(logits=logits)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, _known("targets", targets, sizes["C"]))
-    if lengths is None:
-        return jnp.mean(losses)
-    checks.shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
-    checks.integers(lengths=lengths)
-    checks.in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
-    lengths = jnp.asarray(lengths).astype(jnp.int32)
-    return jnp.mean(losses, where=jnp.arange(sizes["T"], dtype=jnp.int32) < lengths[..., None])
-
-
-def _embed(name: str, tokens: Array, embedding: nnx.Embed) -> Array:
-    return embedding(_known(name, tokens, embedding.num_embeddings))
-
-
-def _known(name: str, tokens: Array, vocabulary: int) -> Array:
-    """Check token ids; where they cannot be seen, a negative one becomes too large, which yields NaN and not a row."""
-    checks.integers(**{name: tokens})
-    checks.in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
-    tokens = jnp.asarray(tokens).astype(jnp.int32)
-    return jnp.where(tokens < 0, vocabulary, tokens)
-
-
-def _per_step(module: nnx.Module, steps: int, *, random: bool) -> tuple[Any, Any]:
-    """The random streams of every step, to scan over, and a function from those of one step to the module.
-
-    A scan traces its body once: with one stream every step would drop the same weights.
-    """
-    if not random:
-        return None, lambda streams: module
-    with nnx.split_rngs(module, splits=steps):
-        graphdef, streams, rest = nnx.split(module, nnx.RngState, ...)  # type: ignore[misc]
-        streams = jax.tree.map(jnp.asarray, streams)  # a copy: leaving the block restores the streams in place
-    return streams, lambda streams: nnx.merge(graphdef, streams, rest)

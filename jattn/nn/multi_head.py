@@ -21,14 +21,16 @@ class MultiHeadAttention(nnx.Module):
         head_n = softmax(Q_n K_nᵀ / √H) V_n,   output = Concat(head_1 … head_N) W_o
 
     With `num_kv_heads` = K < N, groups of N / K query heads share one key/value head (grouped-query attention); with
-    K = 1 all share one (multi-query attention). Keys and values are never repeated in memory.
+    K = 1 all share one (multi-query attention). Keys and values are never repeated in memory. With `out_features` = H
+    every head is as wide as the output (wide heads).
 
     Args:
       num_heads: N.
-      features: D = N · H, the width of the heads together and of the output.
+      features: D = N · H, the width of the heads together.
       query_features: width of the query input, default D.
       key_features: width of the key input, default that of the query.
       value_features: width of the value input, default that of the key.
+      out_features: width of the output, default D.
       num_kv_heads: K, default N.
       use_bias: whether the four projections have biases.
       dropout_rate: for the weights.
@@ -58,6 +60,7 @@ class MultiHeadAttention(nnx.Module):
         query_features: int | None = None,
         key_features: int | None = None,
         value_features: int | None = None,
+        out_features: int | None = None,
         num_kv_heads: int | None = None,
         use_bias: bool = False,
         dropout_rate: float = 0.0,
@@ -76,13 +79,15 @@ class MultiHeadAttention(nnx.Module):
         query_features = features if query_features is None else query_features
         key_features = query_features if key_features is None else key_features
         value_features = key_features if value_features is None else value_features
+        out_features = features if out_features is None else out_features
         checks.positive(query_features=query_features, key_features=key_features, value_features=value_features)
+        checks.positive(out_features=out_features)
         kv_width = features // num_heads * self.num_kv_heads
         linear = functools.partial(nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
         self.query = linear(query_features, features)
         self.key = linear(key_features, kv_width)
         self.value = linear(value_features, kv_width)
-        self.out = linear(features, features)
+        self.out = linear(features, out_features)
         self.dropout = _Dropout(dropout_rate, rngs)
 
     def __call__(
@@ -108,7 +113,7 @@ class MultiHeadAttention(nnx.Module):
           deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have set it.
 
         Returns:
-          `[..., T, D]`, or a tuple of it and the weights.
+          `[..., T, out_features]`, or a tuple of it and the weights.
         """
         if key is None and value is not None:
             raise ValueError("value without key: pass the key too, or leave out both for self-attention")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jattn import nn
 from jattn.functional import heads
@@ -26,10 +27,38 @@ def split_and_merge(_module: None, inputs: Arrays, arguments: Arguments) -> dict
     }
 
 
+def wide_heads(arguments: Arguments, dtype: Any) -> nnx.Module:
+    """Row 12: `MultiHeadAttention` with an output as wide as a head."""
+    num_heads, head_features = arguments["num_heads"], arguments["head_features"]
+    return nn.MultiHeadAttention(
+        num_heads,
+        num_heads * head_features,
+        query_features=arguments["in_features"],
+        out_features=head_features,
+        use_bias=arguments.get("use_bias", False),
+        param_dtype=dtype,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def residual(arguments: Arguments, dtype: Any) -> nnx.Module:
+    """Row 18, around the attention of row 14."""
+    widths, rngs = (arguments["in_features"], arguments["out_features"]), nnx.Rngs(0)
+    attention = nn.SelfAttention(*widths, param_dtype=dtype, rngs=rngs)
+    use_layer_norm = arguments.get("use_layer_norm", False)
+    return nn.ResidualAttention(attention, *widths, use_layer_norm=use_layer_norm, param_dtype=dtype, rngs=rngs)
+
+
 def multi_head(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
-    """Rows 10, 15 and 16."""
+    """Rows 10, 12, 15 and 16."""
     operands = inputs["query"], inputs.get("key"), inputs.get("value")
     output, weights = module(*operands, mask=padding(inputs), return_weights=True)
+    return {"output": output, "weights": weights}
+
+
+def self_attention(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
+    """Rows 13, 14 and 18."""
+    output, weights = module(inputs["x"], mask=padding(inputs), return_weights=True)
     return {"output": output, "weights": weights}
 
 
@@ -62,6 +91,44 @@ SYSTEMS = (
         rules=layouts.MULTI_HEAD_ATTENTION,
     ),
     System(
+        12,
+        "wide heads",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.MultiHeadAttention",),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="self_attention.WideHeads",
+        build=wide_heads,
+        call=multi_head,
+        rules=layouts.MULTI_HEAD_ATTENTION,
+        note="`features=N * H, out_features=H`",
+    ),
+    System(
+        13,
+        "shared-projection heads",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.SharedProjectionAttention",),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="self_attention.SharedProjectionAttention",
+        build=constructor(nn.SharedProjectionAttention),
+        call=self_attention,
+        rules=layouts.MULTI_HEAD_ATTENTION,
+        note="code that never calls its projections is the same with identity kernels",
+    ),
+    System(
+        14,
+        "single-head self-attention",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.SelfAttention",),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="self_attention.SelfAttention",
+        build=constructor(nn.SelfAttention),
+        call=self_attention,
+        rules=layouts.MULTI_HEAD_ATTENTION,
+    ),
+    System(
         15,
         "grouped-query attention",
         functions=("jattn.attend",),
@@ -86,5 +153,17 @@ SYSTEMS = (
         call=multi_head,
         rules=layouts.MULTI_HEAD_ATTENTION,
         note="`num_kv_heads=1`",
+    ),
+    System(
+        18,
+        "residual self-attention",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.ResidualAttention", "jattn.nn.SelfAttention"),
+        paper="He et al. 2016",
+        link="https://arxiv.org/abs/1512.03385",
+        reference="self_attention.ResidualAttention",
+        build=residual,
+        call=self_attention,
+        rules=layouts.RESIDUAL_ATTENTION,
     ),
 )

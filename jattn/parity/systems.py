@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from jattn.parity import multi_head, pooling, positions, recurrent
+from jattn.parity import classification, multi_head, pooling, positions, recurrent, sequence_to_sequence
 from jattn.parity.system import System
 
-_FAMILIES = (pooling, multi_head, positions, recurrent)
+_FAMILIES = (pooling, multi_head, positions, recurrent, classification, sequence_to_sequence)
 
 SYSTEMS: Mapping[int, System] = MappingProxyType(
-    {system.row: system for family in _FAMILIES for system in family.SYSTEMS}
+    dict(sorted((system.row, system) for family in _FAMILIES for system in family.SYSTEMS))
 )
-"""Row number → system."""
+"""Row number → system, in the order of the rows."""
 
 
 def markdown(titles: Iterable[str] = ()) -> str:

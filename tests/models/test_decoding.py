@@ -10,7 +10,6 @@ from jattn.models.decoding import beam_search, greedy
 
 B, C, L, END = 3, 5, 4, 2
 START = np.array([0, 1, 4])
-SEQUENCES = sum((C - 1) ** length for length in range(L + 1))
 
 
 def tables(seed=0):
@@ -109,18 +108,19 @@ def test_a_beam_of_one_is_greedy(seed):
     chex.assert_trees_all_equal(beam._replace(scores=0), single._replace(scores=0))
 
 
+@pytest.mark.parametrize("max_length", [1, 2])
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 3.0])
-def test_a_beam_as_wide_as_all_sequences_is_exhaustive(alpha):
-    found = search(chain(tables())[1], max_length=L, width=SEQUENCES, length_penalty=alpha)
-    for example in range(B):
-        expected = sorted(Oracle(tables(), example).everything(alpha, L), reverse=True)
-        assert len(expected) == SEQUENCES
-        assert sequences(found, example) == [tokens for _, tokens in expected]
-        scores = [score for score, _ in expected]
-        np.testing.assert_allclose(found.scores[example], scores, rtol=0, atol=TOLERANCE)
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_short_sequences(alpha, max_length):
+    """After one step it has lost none of the beginnings."""
+    for seed in range(3):
+        found = search(chain(tables(seed))[1], max_length=max_length, width=C, length_penalty=alpha)
+        for example in range(B):
+            best = sorted(Oracle(tables(seed), example).everything(alpha, max_length), reverse=True)[:C]
+            assert sequences(found, example) == [tokens for _, tokens in best]
+            np.testing.assert_allclose(found.scores[example], [score for score, _ in best], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("width", [2, 3, 7])
+@pytest.mark.parametrize("width", [2, 3, 5])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_beam_follows_its_definition_and_stops_exactly(width, alpha):
     for seed in range(5):
@@ -208,7 +208,7 @@ def test_impossible_tokens_are_never_taken():
         (ValueError, "end must lie in 0 … 4", {"end": -1}),
         (ValueError, "max_length must be an integer of at least 1, got 0", {"max_length": 0}),
         (ValueError, "width must lie in", {"width": 0}),
-        (ValueError, f"width must lie in.*got {SEQUENCES + 1}", {"width": SEQUENCES + 1}),
+        (ValueError, "width must lie in 1 … 5 .* vocabulary.*, got 6", {"width": C + 1}),
         (ValueError, "length_penalty", {"length_penalty": -0.5}),
         (ValueError, "start must be", {"start": np.array(0)}),
         (TypeError, "start must be integers", {"start": np.zeros(B)}),

@@ -6,149 +6,260 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from jattn.nn.recurrent import GRU, GRUCell, gru_step
+from jattn.functional.recurrence import gru_step, lstm_step
+from jattn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-B, T, D, F = 5, 7, 3, 11
+B, T, D, F, P = 5, 7, 3, 11, 2
 LENGTHS = np.array([7, 1, 3, 5, 2])
-# States stay within 1 and the first state; every step adds a rounding error for each of its D + F products.
+# States stay within 1 and the first state (relu's are tested small); a step adds a rounding error for each product.
 TOLERANCE = 4 * T * (D + F) * np.finfo(np.float64).eps
+KINDS = {
+    "rnn": (RNN, {}),
+    "relu": (RNN, {"activation": jax.nn.relu}),
+    "lstm": (LSTM, {}),
+    "proj": (LSTM, {"proj_features": P}),
+    "gru": (GRU, {}),
+}
+BOTH = {"num_layers": 2, "bidirectional": True}
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def oracle_step(weights, x, h):
+def oracle_step(cell, x, state):
     """PyTorch's documented equations for one example, one unit at a time."""
-    input_kernel, hidden_kernel, input_bias, hidden_bias = weights
-    after = np.empty(len(h))
-    for unit in range(len(h)):
-        rows = [gate * len(h) + unit for gate in range(3)]
-        inputs = [input_kernel[:, row] @ x + input_bias[row] for row in rows]
-        hidden = [hidden_kernel[:, row] @ h + hidden_bias[row] for row in rows]
-        r, z = sigmoid(inputs[0] + hidden[0]), sigmoid(inputs[1] + hidden[1])
-        n = np.tanh(inputs[2] + r * hidden[2])
-        after[unit] = (1 - z) * n + z * h[unit]
-    return after
+    W, U = np.asarray(cell.input_kernel), np.asarray(cell.hidden_kernel)
+    b, d = (np.zeros(W.shape[1]) if a is None else np.asarray(a) for a in (cell.input_bias, cell.hidden_bias))
+    h, *c = state
+    width = W.shape[1] // cell.gates
+    after, cells = np.empty(width), np.empty(width)
+    for unit in range(width):
+        rows = [gate * width + unit for gate in range(cell.gates)]
+        x_gates, h_gates = [W[:, row] @ x + b[row] for row in rows], [U[:, row] @ h + d[row] for row in rows]
+        if isinstance(cell, GRUCell):
+            r, z = sigmoid(x_gates[0] + h_gates[0]), sigmoid(x_gates[1] + h_gates[1])
+            after[unit] = (1 - z) * np.tanh(x_gates[2] + r * h_gates[2]) + z * h[unit]
+        elif isinstance(cell, LSTMCell):
+            i, f, g, o = np.add(x_gates, h_gates)
+            cells[unit] = sigmoid(f) * c[0][unit] + sigmoid(i) * np.tanh(g)
+            after[unit] = sigmoid(o) * np.tanh(cells[unit])
+        else:
+            after[unit] = (
+                max(x_gates[0] + h_gates[0], 0) if cell.activation is jax.nn.relu else np.tanh(x_gates[0] + h_gates[0])
+            )
+    after = after if cell.proj_kernel is None else after @ np.asarray(cell.proj_kernel)
+    return [after, cells][: len(state)]
 
 
-def oracle(gru, inputs, state, lengths):
-    outputs, final = np.zeros((*inputs.shape[:2], state.shape[-1])), state.copy()
-    weights = [[np.asarray(w) for w in (c.input_kernel, c.hidden_kernel)] for c in gru.layers]
-    for own, cell in zip(weights, gru.layers, strict=True):
-        own += [np.zeros(3 * F) if b is None else np.asarray(b) for b in (cell.input_bias, cell.hidden_bias)]
-    for example in range(len(inputs)):
-        for t in range(lengths[example]):
-            below = inputs[example, t]
-            for layer, own in enumerate(weights):
-                below = final[example, layer] = oracle_step(own, below, final[example, layer])
-            outputs[example, t] = below
+def oracle(network, inputs, state, lengths):
+    """Example by example, without its padding; the backward direction is the forward one on the reversed example."""
+    final = [np.array(part) for part in state]
+    directions = 2 if network.backward_layers else 1
+    outputs = np.zeros((B, T, directions * final[0].shape[-1]))
+    for example, length in enumerate(lengths):
+        below = list(inputs[example, :length])
+        for layer in range(len(network.layers)):
+            sides = []
+            for side, cells in enumerate([network.layers, network.backward_layers][:directions]):
+                row, seen = layer * directions + side, []
+                own = [part[example, row] for part in state]
+                for x in below[:: 1 - 2 * side]:
+                    own = oracle_step(cells[layer], x, own)
+                    seen.append(own[0])
+                sides.append(seen[:: 1 - 2 * side])
+                for part, last in zip(final, own, strict=True):
+                    part[example, row] = last
+            below = [np.concatenate(step) for step in zip(*sides, strict=True)]
+        outputs[example, :length] = below
     return outputs, final
 
 
 @nnx.jit
-def run(gru, inputs, state=None, lengths=None):
-    return gru(inputs, state, lengths=lengths)
+def run(network, inputs, state=None, lengths=None):
+    return network(inputs, state, lengths=lengths)
 
 
-def build(**options):
-    return GRU(D, F, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+def build(kind="gru", **options):
+    network, own = KINDS[kind]
+    return network(D, F, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **own, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"use_bias": False}], ids=str)
-@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])
-def test_equals_a_loop(x64, rng, options, lengths):
-    gru = build(**options)
-    inputs, state = rng.normal(size=(B, T, D)), rng.normal(size=(B, len(gru.layers), F))
-    outputs, final = run(gru, inputs, state, lengths)
-    expected = oracle(gru, inputs, state, [T] * B if lengths is None else lengths)
-    np.testing.assert_allclose(outputs, expected[0], rtol=0, atol=TOLERANCE * np.abs(state).max())
-    np.testing.assert_allclose(final, expected[1], rtol=0, atol=TOLERANCE * np.abs(state).max())
+def states(network, rng):
+    """A random state as a call takes it."""
+    rows = len(network.layers) + len(network.backward_layers)
+    widths = [P if network.layers[0].proj_kernel is not None else F, F]
+    parts = [rng.normal(size=(B, rows, width)) for width in widths]
+    return tuple(parts) if isinstance(network, LSTM) else parts[0]
+
+
+def parts_of(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("rnn", BOTH), ("relu", {}), ("lstm", {}), ("proj", BOTH), ("gru", BOTH), ("gru", {"use_bias": False}),
+], ids=str)  # fmt: skip
+def test_equals_a_loop(x64, rng, kind, options):
+    network = build(kind, **options)
+    inputs, state = rng.normal(size=(B, T, D)), states(network, rng)
+    lengths = LENGTHS if options else None
+    outputs, final = run(network, inputs, state, lengths)
+    expected, expected_final = oracle(network, inputs, parts_of(state), [T] * B if lengths is None else lengths)
+    scale = max(np.abs(expected).max(), *(np.abs(part).max() for part in expected_final))
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=TOLERANCE * scale)
+    for part, expected_part in zip(parts_of(final), expected_final, strict=True):
+        np.testing.assert_allclose(part, expected_part, rtol=0, atol=TOLERANCE * scale)
 
 
 def test_the_first_state_is_zero_unless_given(x64, rng):
-    gru, inputs = build(num_layers=2), rng.normal(size=(B, T, D))
-    chex.assert_trees_all_equal(run(gru, inputs), run(gru, inputs, np.zeros((B, 2, F))))
+    network, inputs = build("proj"), rng.normal(size=(B, T, D))
+    zero = jax.tree.map(np.zeros_like, states(network, rng))
+    chex.assert_trees_all_equal(run(network, inputs), run(network, inputs, zero))
 
 
 def test_full_lengths_are_no_lengths(x64, rng):
-    gru, inputs = build(num_layers=2), rng.normal(size=(B, T, D))
-    chex.assert_trees_all_equal(run(gru, inputs, lengths=np.full(B, T)), run(gru, inputs))
+    network, inputs = build("lstm", **BOTH), rng.normal(size=(B, T, D))
+    chex.assert_trees_all_equal(run(network, inputs, lengths=np.full(B, T)), run(network, inputs))
 
 
-def test_one_step_is_the_cell(x64, rng):
-    gru, inputs, state = build(), rng.normal(size=(B, 1, D)), rng.normal(size=(B, 1, F))
-    outputs, final = gru(inputs, state)
-    expected = gru.layers[0](inputs[:, 0], state[:, 0])
-    np.testing.assert_allclose(outputs[:, 0], expected, rtol=0, atol=TOLERANCE)
-    np.testing.assert_array_equal(final, outputs)
+def test_both_directions_are_two_runs_one_of_them_reversed_within_the_lengths(x64, rng):
+    both, inputs = build("lstm", bidirectional=True), rng.normal(size=(B, T, D))
+    forward, backward = build("lstm"), build("lstm")
+    nnx.update(forward.layers[0], nnx.state(both.layers[0]))
+    nnx.update(backward.layers[0], nnx.state(both.backward_layers[0]))
+    flip = np.maximum(LENGTHS[:, None] - 1 - np.arange(T), 0)[..., None]
+    outputs, (h, c) = run(both, inputs, lengths=LENGTHS)
+    ahead, (h_ahead, c_ahead) = run(forward, inputs, lengths=LENGTHS)
+    back, (h_back, c_back) = run(backward, np.take_along_axis(inputs, flip, 1), lengths=LENGTHS)
+    inside = np.arange(T)[:, None] < LENGTHS[:, None, None]
+    expected = np.concatenate([ahead, np.where(inside, np.take_along_axis(np.asarray(back), flip, 1), 0)], -1)
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(h, np.concatenate([h_ahead, h_back], 1), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(c, np.concatenate([c_ahead, c_back], 1), rtol=0, atol=TOLERANCE)
 
 
-def test_steps_one_by_one_are_the_sequence(x64, rng):
-    gru, inputs, state = build(num_layers=2), rng.normal(size=(B, T, D)), jnp.zeros((B, 2, F))
-    outputs, final = run(gru, inputs)
+def test_the_unit_projection_is_none(x64, rng):
+    plain, inputs = build("lstm"), rng.normal(size=(B, T, D))
+    projected = LSTM(D, F, proj_features=F, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    nnx.update(projected.layers[0], nnx.state(plain.layers[0]))
+    projected.layers[0].proj_kernel[...] = jnp.eye(F)
+    chex.assert_trees_all_close(run(projected, inputs), run(plain, inputs), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("cell", [RNNCell, LSTMCell, GRUCell])
+def test_one_step_is_the_cell(x64, rng, cell):
+    network = build(cell.__name__[:-4].lower())
+    inputs, state = rng.normal(size=(B, 1, D)), states(network, rng)
+    outputs, final = network(inputs, state)
+    assert isinstance(network.layers[0], cell)
+    after = parts_of(network.layers[0](inputs[:, 0], jax.tree.map(lambda part: part[:, 0], state)))
+    np.testing.assert_allclose(outputs[:, 0], after[0], rtol=0, atol=TOLERANCE)
+    for part, expected in zip(parts_of(final), after, strict=True):
+        np.testing.assert_allclose(part[:, 0], expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["proj", "gru"])
+def test_steps_one_by_one_are_the_sequence(x64, rng, kind):
+    network, inputs = build(kind, num_layers=2), rng.normal(size=(B, T, D))
+    state = jax.tree.map(jnp.zeros_like, states(network, rng))
+    outputs, final = run(network, inputs)
     for t in range(T):
-        state = gru.step(gru.layers[0].project(inputs[:, t]), state)
-        np.testing.assert_allclose(outputs[:, t], state[:, -1], rtol=0, atol=TOLERANCE)
-    np.testing.assert_allclose(final, state, rtol=0, atol=TOLERANCE)
+        state = network.step(network.layers[0].project(inputs[:, t]), state)
+        np.testing.assert_allclose(outputs[:, t], parts_of(state)[0][:, -1], rtol=0, atol=TOLERANCE)
+    chex.assert_trees_all_close(state, final, rtol=0, atol=TOLERANCE)
 
 
 def test_a_sequence_in_two_parts_is_the_whole(x64, rng):
-    gru, inputs = build(num_layers=2), rng.normal(size=(B, T, D))
-    first, state = run(gru, inputs[:, :3])
-    second, final = run(gru, inputs[:, 3:], state)
-    expected = run(gru, inputs)
+    network, inputs = build("lstm", num_layers=2), rng.normal(size=(B, T, D))
+    first, state = run(network, inputs[:, :3])
+    second, final = run(network, inputs[:, 3:], state)
+    expected = run(network, inputs)
     np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), expected[0], rtol=0, atol=TOLERANCE)
-    np.testing.assert_allclose(final, expected[1], rtol=0, atol=TOLERANCE)
+    chex.assert_trees_all_close(final, expected[1], rtol=0, atol=TOLERANCE)
 
 
-def test_what_lies_past_the_end_is_not_seen(x64, rng):
-    gru, clean = build(num_layers=2), rng.normal(size=(B, T, D))
+@pytest.mark.parametrize("kind", ["proj", "gru"])
+def test_what_lies_past_the_end_is_not_seen(x64, rng, kind):
+    network, clean = build(kind, **BOTH), rng.normal(size=(B, T, D))
     dirty = np.where(np.arange(T)[:, None] < LENGTHS[:, None, None], clean, np.nan)
 
-    def total(gru, inputs):
-        outputs, final = gru(inputs, lengths=LENGTHS)
-        return jnp.sum(outputs**2) + jnp.sum(final**3), outputs
+    def total(network, inputs, state):
+        outputs, final = network(inputs, state, lengths=LENGTHS)
+        return jnp.sum(outputs**2) + sum(jnp.sum(part**3) for part in parts_of(final)), outputs
 
-    gradient = nnx.jit(nnx.value_and_grad(total, argnums=(0, 1), has_aux=True))
-    (_, outputs), from_clean = gradient(gru, jnp.asarray(clean))
-    (_, dirty_outputs), from_dirty = gradient(gru, jnp.asarray(dirty))
+    gradient = nnx.jit(nnx.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+    state = jax.tree.map(jnp.asarray, states(network, rng))
+    (_, outputs), from_clean = gradient(network, jnp.asarray(clean), state)
+    (_, dirty_outputs), from_dirty = gradient(network, jnp.asarray(dirty), state)
     np.testing.assert_array_equal(outputs, dirty_outputs)
     chex.assert_trees_all_equal(from_clean, from_dirty)
     past = np.arange(T) >= LENGTHS[:, None]
     assert not outputs[past].any() and not from_dirty[1][past].any()
+    assert all(np.abs(part).min() > 0 for part in parts_of(from_dirty[2])), "no gradient reaches the first state"
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "lengths"), [("rnn", 2, LENGTHS[:2]), ("proj", 1, LENGTHS[:2]), ("gru", 1, None)]
+)
+def test_gradients_are_differences(x64, rng, kind, order, lengths):
+    """Of the inputs, the state and every weight."""
+    network = KINDS[kind][0](
+        2, 3, bidirectional=order == 1, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **KINDS[kind][1]
+    )
+    structure, parameters, rest = nnx.split(network, nnx.Param, ...)
+    state = jax.tree.map(lambda part: part[:2, :, :3], states(network, rng))
+
+    @jax.jit
+    def outputs(parameters, inputs, state):
+        return nnx.merge(structure, parameters, rest)(inputs, state, lengths=lengths)
+
+    arguments = (nnx.to_pure_dict(parameters), rng.normal(size=(2, T, 2)), state)
+    check_grads(outputs, jax.tree.map(jnp.asarray, arguments), order=order, modes=["rev"])
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3)], ids=str)
 def test_any_leading_axes(x64, rng, lead):
-    gru, inputs = build(num_layers=2), rng.normal(size=(*lead, T, D))
+    network, inputs = build("lstm", num_layers=2), rng.normal(size=(*lead, T, D))
     lengths = np.asarray(rng.integers(1, T + 1, lead))
-    flat = run(gru, inputs.reshape(-1, T, D), lengths=lengths.reshape(-1))
-    for result, expected in zip(run(gru, inputs, lengths=lengths), flat, strict=True):
-        np.testing.assert_allclose(result, expected.reshape(*lead, *expected.shape[1:]), rtol=0, atol=TOLERANCE)
+    flat = run(network, inputs.reshape(-1, T, D), lengths=lengths.reshape(-1))
+    expected = jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), flat)
+    chex.assert_trees_all_close(run(network, inputs, lengths=lengths), expected, rtol=0, atol=TOLERANCE)
 
 
-def test_vmap_and_jit_agree_with_the_batch(x64, rng):
-    gru, inputs = build(num_layers=2), rng.normal(size=(B, T, D))
-    expected = run(gru, inputs, lengths=LENGTHS)
-    mapped = jax.jit(jax.vmap(lambda inputs, length: gru(inputs, lengths=length)))(inputs, LENGTHS)
-    chex.assert_trees_all_close(mapped, expected, rtol=0, atol=TOLERANCE)
+def test_vmap_jit_and_checkpoint_agree_with_the_batch(x64, rng):
+    network, inputs = build("proj", bidirectional=True), jnp.asarray(rng.normal(size=(B, T, D)))
+
+    def loss(inputs, lengths):
+        outputs, final = network(inputs, lengths=lengths)
+        return jnp.sum(jnp.sin(outputs)) + sum(jnp.sum(part**2) for part in parts_of(final))
+
+    expected = jax.jit(jax.grad(loss))(inputs, LENGTHS)
+    mapped = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss))))(inputs, LENGTHS)
+    np.testing.assert_allclose(mapped, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-def test_gradients_of_a_step_are_its_differences(x64, rng):
-    shapes = [(B, 3 * F), (B, F), (F, 3 * F), (3 * F,)]
-    check_grads(jax.jit(gru_step), [jnp.asarray(rng.normal(size=shape)) for shape in shapes], order=1)
+@pytest.mark.parametrize(("step", "shapes"), [
+    (lstm_step, [(B, 4 * F), (B, F)]),
+    (gru_step, [(B, 3 * F), (B, 3 * F), (B, F)]),
+])  # fmt: skip
+def test_gradients_of_a_step_are_its_differences(x64, rng, step, shapes):
+    check_grads(jax.jit(step), [jnp.asarray(rng.normal(size=shape)) for shape in shapes], order=1)
 
 
-def test_a_shut_update_gate_keeps_the_state(x64, rng):
-    state, kernel = rng.normal(size=(B, F)), jnp.zeros((F, 3 * F))
-    shut = jnp.concatenate([jnp.zeros(F), jnp.full(F, 50.0), jnp.ones(F)])
-    np.testing.assert_allclose(gru_step(jnp.tile(shut, (B, 1)), state, kernel), state, rtol=0, atol=1e-15)
+def test_shut_gates_keep_the_state(x64, rng):
+    state, one = rng.normal(size=(B, F)), np.ones((B, F))
+    gates = np.concatenate([0 * one, 50 * one, one], axis=-1)
+    np.testing.assert_allclose(gru_step(gates, 0 * gates, state), state, rtol=0, atol=1e-15)
+    gates = np.concatenate([-50 * one, 50 * one, one, -50 * one], axis=-1)
+    h, cell = lstm_step(gates, state)
+    np.testing.assert_allclose(cell, state, rtol=0, atol=1e-15)
+    assert np.abs(h).max() < 1e-15
 
 
 def test_weights_begin_uniform_within_the_root_of_the_width():
-    cell = GRUCell(503, 97, rngs=nnx.Rngs(0))
-    for parameter in (cell.input_kernel, cell.hidden_kernel):
+    cell = LSTMCell(503, 97, proj_features=89, rngs=nnx.Rngs(0))
+    for parameter in (cell.input_kernel, cell.hidden_kernel, cell.proj_kernel):
         values = np.asarray(parameter)
         assert np.abs(values).max() <= 97**-0.5
         # The mean of n such numbers has standard deviation bound / sqrt(3 n); five of them leave room for chance.
@@ -175,17 +286,21 @@ def test_dropout_repeats_from_the_same_seed(rng):
     chex.assert_trees_all_equal(*runs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=str)
-def test_half_precision_stays_half(dtype):
-    gru = GRU(D, F, param_dtype=dtype, rngs=nnx.Rngs(0))
-    result = jax.eval_shape(gru, jnp.ones((B, T, D), dtype))
-    assert [leaf.dtype for leaf in result] == [dtype, dtype]
+def test_half_precision_stays_half(kind, dtype):
+    network, own = KINDS[kind]
+    network = network(D, F, param_dtype=dtype, rngs=nnx.Rngs(0), **own)
+    result = jax.eval_shape(lambda inputs: network(inputs, lengths=LENGTHS), jnp.ones((B, T, D), dtype))
+    assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(dtype)}
 
 
 def test_a_length_that_jit_cannot_see_gives_no_number():
-    gru = GRU(D, F, rngs=nnx.Rngs(0))
-    final = jax.jit(lambda lengths: gru(jnp.ones((B, T, D)), lengths=lengths)[1])(jnp.array([0, 1, T, T + 1, -1]))
-    assert np.isnan(final).all(axis=(1, 2)).tolist() == [True, False, False, True, True]
+    network = LSTM(D, F, bidirectional=True, rngs=nnx.Rngs(0))
+    final = jax.jit(lambda lengths: network(jnp.ones((B, T, D)), lengths=lengths)[1])(jnp.array([0, 1, T, T + 1, -1]))
+    for part in final:
+        assert np.isnan(part).all(axis=(1, 2)).tolist() == [True, False, False, True, True]
+        assert np.isfinite(part[1:3]).all()
 
 
 @pytest.mark.parametrize(
@@ -209,19 +324,41 @@ def test_bad_input_is_named(x64, error, message, arguments):
         build(num_layers=2)(**{"inputs": np.ones((B, T, D)), **arguments})
 
 
+H, C = np.ones((B, 1, P)), np.ones((B, 1, F))
+
+
 @pytest.mark.parametrize(
-    ("name", "shapes"),
+    ("error", "message", "state"),
     [
-        ("state", [(B, 3 * F), (B, F + 1), (F, 3 * F), (3 * F,)]),
-        ("projected", [(B, F), (B, F), (F, 3 * F), (3 * F,)]),
-        ("projected", [(1, 3 * F), (B, F), (F, 3 * F), (3 * F,)]),
-        ("hidden_kernel", [(B, 2 * F), (B, F), (F, 2 * F), (2 * F,)]),
-        ("hidden_bias", [(B, 3 * F), (B, F), (F, 3 * F), (F,)]),
+        (ValueError, "state must be a pair of h and c, got ndarray", C),
+        (ValueError, "state must be a pair of h and c, got a tuple of 3", (H, C, C)),
+        (ValueError, r"state\[0\] must be", (C, C)),
+        (ValueError, r"state\[1\] must be", (H, H)),
+        (TypeError, r"state\[1\] must be floating", (H, C.astype(int))),
     ],
 )
-def test_a_step_names_what_does_not_fit(name, shapes):
-    with pytest.raises(ValueError, match=name):
-        gru_step(*[jnp.ones(shape) for shape in shapes])
+def test_a_bad_pair_is_named(x64, error, message, state):
+    with pytest.raises(error, match=message):
+        build("proj")(np.ones((B, T, D)), state)
+    with pytest.raises(error, match=message):
+        build("proj").layers[0](np.ones((B, D)), jax.tree.map(lambda part: part[:, 0], state))
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "shapes"),
+    [
+        (gru_step, "projected", [(B, 3 * F), (B, 3 * F), (B, F + 1)]),
+        (gru_step, "state", [(B, 3 * F), (B, 3 * F), ()]),
+        (gru_step, "projected", [(1, 3 * F), (B, 3 * F), (B, F)]),
+        (gru_step, "hidden", [(B, 3 * F), (B, F), (B, F)]),
+        (lstm_step, "gates", [(B, 3 * F), (B, F)]),
+        (lstm_step, "gates", [(B, 4 * F), (1, F)]),
+        (lstm_step, "gates", [(4 * F,), (B, F)]),
+    ],
+)
+def test_a_step_names_what_does_not_fit(step, name, shapes):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        step(*[jnp.ones(shape) for shape in shapes])
 
 
 @pytest.mark.parametrize(
@@ -231,8 +368,14 @@ def test_a_step_names_what_does_not_fit(name, shapes):
         ("hidden_features", {"hidden_features": -1}),
         ("num_layers", {"num_layers": 0}),
         ("dropout_rate", {"dropout_rate": 1.5}),
+        ("proj_features", {"proj_features": 0}),
     ],
 )
 def test_bad_sizes_are_named(name, arguments):
     with pytest.raises(ValueError, match=name):
-        GRU(**{"in_features": D, "hidden_features": F, "rngs": nnx.Rngs(0), **arguments})
+        LSTM(**{"in_features": D, "hidden_features": F, "rngs": nnx.Rngs(0), **arguments})
+
+
+def test_both_directions_have_no_single_step(x64):
+    with pytest.raises(ValueError, match="bidirectional"):
+        build(**BOTH).step(np.ones((B, 3 * F)), np.ones((B, 4, F)))

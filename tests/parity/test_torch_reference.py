@@ -10,36 +10,34 @@ from jattn.parity.fixtures import load
 from jattn.parity.systems import SYSTEMS
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures"
-FIXTURES = sorted(FOLDER.glob("*.safetensors"))
+FIXTURES = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.safetensors"))]
 
 
 @pytest.fixture(scope="module")
-def cases():
+def recorded():
     pytest.importorskip("torch")
-    from experiments.torch_reference.cases import all_cases
+    from experiments.torch_reference.__main__ import recordings
 
-    return {case.file_name: case for case in all_cases()}
-
-
-def test_every_case_has_a_fixture_and_every_fixture_a_case(cases):
-    assert [path.name for path in FIXTURES] == sorted(cases)
+    return recordings()
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
-def test_recording_anew_changes_nothing(cases, path):
-    from experiments.torch_reference.record import record
+def test_every_recording_has_a_fixture_and_every_fixture_a_recording(recorded):
+    assert sorted(FIXTURES) == sorted(recorded)
 
-    old, new = load(path), record(cases[path.name])
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_recording_anew_changes_nothing(recorded, name):
+    old, new = load(FOLDER / name), recorded[name]()
     assert (new.system, new.case, new.arguments, new.seed) == (old.system, old.case, old.arguments, old.seed)
     assert new.tensors.keys() == old.tensors.keys()
-    for name, expected in old.tensors.items():
-        found = new.tensors[name]
+    for tensor, expected in old.tensors.items():
+        found = new.tensors[tensor]
         assert found.dtype == expected.dtype
         scale = np.max(np.abs(expected), initial=1.0)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * scale, err_msg=name)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * scale, err_msg=tensor)
 
 
-def test_the_table_names_references_that_exist(cases):
+def test_the_table_names_references_that_exist(recorded):
     for system in SYSTEMS.values():
         module, name = system.reference.split(".")
         assert callable(getattr(importlib.import_module(f"experiments.torch_reference.{module}"), name))

@@ -1,0 +1,208 @@
+"""Classify a sequence by what a recurrent network reads: by where it ends, or by attention to all of its steps.
+
+Papers: Dai and Le 2015, https://arxiv.org/abs/1511.01432; with attention,
+Zhou et al. 2016, https://aclanthology.org/P16-2034
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from jattn.functional import checks
+from jattn.nn.embedding import Embedding
+from jattn.nn.recurrent import GRU, LSTM, RNN
+from jattn.nn.self_attention import sequence
+from jattn.nn.sequence_pooling import LearnedQueryPooling
+
+Array = jax.Array
+
+
+class LastStep(nnx.Module):
+    """The last real step of a sequence, and nothing of the others: `outputs[:, -1]` of widely copied PyTorch code.
+
+    Of a network of both directions it has read one token backwards: the last. Where a `Config` has no pooling, a
+    `Classifier` takes the end of both directions instead. In one direction the two are the same.
+
+    Args:
+      features: D.
+      param_dtype, rngs: as other poolings have them; there are no parameters.
+
+    Example:
+      >>> x = jnp.arange(6.0).reshape(1, 3, 2)
+      >>> LastStep(2, rngs=nnx.Rngs(0))(x, lengths=jnp.array([2]), return_weights=True)
+      (Array([[2., 3.]], dtype=float32), Array([[0., 1., 0.]], dtype=float32))
+    """
+
+    def __init__(self, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        checks.positive(features=features)
+        self.features = features
+
+    def __call__(self, x: Array, *, lengths: Array | None = None, return_weights: bool = False) -> Any:
+        """Take the last step of x `[..., S, D]`.
+
+        Args:
+          x: `[..., S, D]`, floating point.
+          lengths: integers `[...]` from 1 to S; None: the last step is the one at S, padding or not.
+          return_weights: also return the weights: 1 for that step, 0 for the others.
+
+        Returns:
+          `[..., D]`, or a tuple of it and the weights `[..., S]`. Zeros for traced lengths outside 1 … S.
+
+        Raises:
+          ValueError: a shape does not fit, or a length lies outside 1 … S.
+          TypeError: x is not floating point, or lengths are not integers.
+        """
+        x = sequence(x, self.features)
+        *leading, S, _ = x.shape
+        lengths = jnp.full(leading, S) if lengths is None else lengths
+        checks.shapes(x=(x, "... S D"), lengths=(lengths, "..."))
+        checks.integers(lengths=lengths)
+        checks.in_range("lengths", lengths, 1, S, "S, the number of steps")
+        last = jnp.arange(1, S + 1, dtype=jnp.int32) == jnp.asarray(lengths, jnp.int32)[..., None]
+        context = jnp.sum(x, axis=-2, where=last[..., None])
+        return (context, last.astype(context.dtype)) if return_weights else context
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes of a `Classifier` and the parts that it is composed of.
+
+    Attributes:
+      vocabulary: number of token ids.
+      classes: C.
+      embedding_features: width of the embedding.
+      hidden_features: F, width of every recurrent layer in each direction.
+      num_layers: L, recurrent layers.
+      bidirectional: whether each layer also runs from the end.
+      dropout_rate: of the outputs of every recurrent layer but the top one.
+      network: the recurrent network: `jattn.nn.RNN`, `jattn.nn.LSTM` or `jattn.nn.GRU`.
+      pooling: makes of the top layer's steps one vector: `jattn.nn.FeaturePooling`, `jattn.nn.LearnedQueryPooling`,
+        `LastStep`, or any `(features, *, param_dtype, rngs)` → module that is called as they are. None: the state in
+        which each direction ends, after its last real step; of both directions the two side by side.
+      padding_idx: an id whose embedding begins as zeros and learns nothing; None: there is none.
+
+    Raises:
+      ValueError: a size is not positive, the rate lies outside 0 … 1, or `padding_idx` is no id.
+
+    Example:
+      >>> Config.attention(100, 5).pooling.__name__
+      'LearnedQueryPooling'
+    """
+
+    vocabulary: int
+    classes: int
+    embedding_features: int = 64
+    hidden_features: int = 128
+    num_layers: int = 1
+    bidirectional: bool = False
+    dropout_rate: float = 0.0
+    network: type[RNN] | type[LSTM] | type[GRU] = LSTM
+    pooling: Callable[..., Any] | None = None
+    padding_idx: int | None = 0
+
+    def __post_init__(self):
+        sizes = ("vocabulary", "classes", "embedding_features", "hidden_features", "num_layers")
+        checks.positive(**{name: getattr(self, name) for name in sizes})
+        checks.probability(dropout_rate=self.dropout_rate)
+        if self.padding_idx is not None:
+            checks.integers(padding_idx=self.padding_idx)
+            checks.in_range("padding_idx", self.padding_idx, 0, self.vocabulary - 1, "the last id of the vocabulary")
+
+    @classmethod
+    def plain(cls, vocabulary: int, classes: int) -> "Config":
+        """The textbook's first: one layer of a plain recurrent network, and its last state."""
+        return cls(vocabulary, classes, 32, 32, network=RNN)
+
+    @classmethod
+    def attention(cls, vocabulary: int, classes: int) -> "Config":
+        """Two layers of long short-term memory in both directions, pooled by a learned query."""
+        return cls(vocabulary, classes, num_layers=2, bidirectional=True, dropout_rate=0.2, pooling=LearnedQueryPooling)
+
+
+class Classifier(nnx.Module):
+    """Embedding, recurrent network, one vector of all its steps, and a Linear.
+
+        h_1 … h_T = network(embedding(tokens)),   logits = W pooling(h_1 … h_T) + b
+
+    Args:
+      config: sizes and parts.
+      param_dtype: dtype of the parameters.
+      rngs: random streams; uses `params` and, with dropout, `dropout`.
+
+    Attributes:
+      embedding: a `jattn.nn.Embedding`; one with `max_norm` or other options may take its place.
+      network, pooling: as `config` has them.
+      out: W and b, a Linear `[F, C]`, or with both directions `[2F, C]`.
+
+    Example:
+      >>> model = Classifier(Config.attention(11, 3), rngs=nnx.Rngs(0))
+      >>> tokens, lengths = jnp.array([[3, 4, 5], [6, 7, 0]]), jnp.array([3, 2])
+      >>> logits, weights = model(tokens, lengths=lengths, return_weights=True, deterministic=True)
+      >>> logits.shape, weights.shape
+      ((2, 3), (2, 3))
+    """
+
+    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        D, F = config.embedding_features, config.hidden_features
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        self.embedding = Embedding(config.vocabulary, D, padding_idx=config.padding_idx, **options)
+        self.network = config.network(
+            D, F,
+            num_layers=config.num_layers, bidirectional=config.bidirectional, dropout_rate=config.dropout_rate,
+            **options,
+        )  # fmt: skip
+        width = (1 + config.bidirectional) * F
+        self.pooling = nnx.data(None) if config.pooling is None else config.pooling(width, **options)
+        self.out = nnx.Linear(width, config.classes, **options)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        lengths: Array | None = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Any:
+        """Classify.
+
+        Args:
+          tokens: ids `[..., T]`, T ≥ 1.
+          lengths: integers `[...]` from 1 to T: only so many tokens of each sequence are real, and the rest reach
+            nothing. None: all are, padding included.
+          return_weights: also return the weights of the pooling.
+          deterministic: True switches dropout off; None follows `train()` and `eval()`.
+
+        Returns:
+          Logits `[..., C]`, or a tuple of them and the weights: `[..., T]`, or of a `FeaturePooling` `[..., T, F]`
+          (with both directions 2F).
+
+        Raises:
+          ValueError: a shape does not fit, an id is unknown, a length lies outside 1 … T (under jit: NaN), or the
+            weights are asked of a model that has no pooling.
+          TypeError: ids or lengths are not integers.
+        """
+        if return_weights and self.pooling is None:
+            raise ValueError("return_weights needs a config with a pooling; without one there are no weights")
+        T = checks.shapes(tokens=(tokens, "... T"))["T"]
+        embedded = self.embedding(tokens)
+        outputs, state = self.network(embedded, lengths=lengths, deterministic=deterministic)
+        context, weights = self._final(state), None
+        if self.pooling is not None:
+            context, weights = self.pooling(outputs, lengths=lengths, return_weights=True)
+        checks.shapes(tokens=(tokens, "... T"), out=(self.out.kernel, "F C"), context=(context, "... F"))
+        logits = self.out(context)
+        if lengths is not None:
+            lengths = jnp.asarray(lengths)[..., None]
+            logits = jnp.where((lengths > 0) & (lengths <= T), logits, jnp.nan)
+        return (logits, weights) if return_weights else logits
+
+    def _final(self, state: Any) -> Array:
+        """The top layer's last state h in each direction, side by side."""
+        h = state[0] if isinstance(state, tuple) else state
+        return rearrange(h[..., -1 - self.config.bidirectional :, :], "... directions f -> ... (directions f)")
