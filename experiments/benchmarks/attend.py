@@ -1,162 +1,227 @@
-"""Time jattn's kernels against PyTorch and jax.nn on this machine, interleaved, as ratios with their spread.
+"""Time blockwise attention against PyTorch, FlexAttention, jax.nn, tokamax and dense, interleaved, as ratios.
 
 Claim: blockwise attention in plain JAX is faster than PyTorch's scaled_dot_product_attention on CPU.
 
-Each round runs every contender once, so that a machine that slows down slows all of them; a ratio is that of one round.
-PyTorch gets contiguous arrays in its own layout, two threads, and is left out where it is not installed.
+Each round gives every contender one turn, so that a machine that slows down slows all of them; a ratio is that of one
+round. Peak memory is that of a contender's first run, beyond its inputs. PyTorch gets contiguous arrays in its own
+layout and as many threads as there are CPUs; it, FlexAttention (which torch.compile builds with a C++ compiler) and
+tokamax are left out, by name, where they are not to be had. For a look: `--groups additive --rounds 1 --longest 1024`.
 """
 
-import os
-import platform
+import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from einops import rearrange
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import jattn
+from experiments import BadInput
+from experiments.benchmarks import cases, contenders
+from experiments.benchmarks.cases import Case, Group
+from experiments.benchmarks.contenders import LeftOut
+from experiments.benchmarks.contenders_torch import run_flex, run_torch
+from experiments.benchmarks.timing import PAUSE, Run, machine, measure, peak_memory, ratio, ratios, roofline
 
-Run = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One piece of work: shapes in the letters of the glossary, with T = S."""
-
-    B: int
-    T: int
-    N: int = 8
-    K: int = 8
-    H: int = 64
-    causal: bool = False
-    backward: bool = False
-
-    def __str__(self) -> str:
-        heads = f"N {self.N}" if self.N == self.K else f"N {self.N}/{self.K}"
-        kind = "causal" if self.causal else "full"
-        return f"B {self.B}, T {self.T}, {heads}, {kind}, {'forward+backward' if self.backward else 'forward'}"
-
-    @property
-    def operations(self) -> float:
-        """Floating-point operations of the matrix products, each multiplication and addition one."""
-        scores = self.B * self.N * self.T * (self.T + 1) / 2 if self.causal else self.B * self.N * self.T * self.T
-        return 4 * scores * self.H * (3.5 if self.backward else 1)
-
-
-CASES = [
-    Case(B, T, K=K, causal=causal, backward=backward)
-    for B, T, K in [(1, 1024, 8), (1, 4096, 8), (1, 1000, 2), (8, 512, 8), (32, 128, 8)]
-    for causal in (False, True)
-    for backward in (False, True)
-]
+Name = Literal["full", "short", "masks", "additive", "dtype", "compile", "memory"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Time attention kernels against PyTorch and jax.nn."""
+    """Time attention kernels against others on this machine."""
 
+    groups: tuple[Name, ...] = ("full", "short", "masks", "additive", "dtype", "compile")
+    """Which tables; "memory", one run over 65,536 positions in a process of its own, takes minutes."""
     rounds: int = 7
-    """Times that every contender runs, after one run to compile."""
-    longest: int = 4096
+    """Turns of every contender."""
+    longest: int = 65536
     """Leave out longer sequences."""
+    without: tuple[str, ...] = ()
+    """Columns to leave out, such as FlexAttention, which compiles for a quarter of a minute for each row."""
+    pause: float = PAUSE
+    """Seconds of rest before each turn."""
+    markdown: bool = False
+    """Print the tables as Markdown."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """Write all that was measured to this file, too."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("longest", 1), ("pause", 0)):
+            if getattr(self, name) < least:
+                raise BadInput(f"--{name} must be at least {least}, got {getattr(self, name)}")
 
 
-def contenders(case: Case) -> dict[str, Run]:
-    """What runs the case: name → one blocking run."""
-    rng = np.random.default_rng(0)
-    shapes = [(case.B, case.T, heads, case.H) for heads in (case.N, case.K, case.K, case.N)]
-    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    mask = jattn.masks.causal() if case.causal else None
-    functions: dict[str, Callable[..., jax.Array]] = {
-        name: lambda q, k, v, name=name: jattn.attend(q, k, v, mask=mask, implementation=name)
-        for name in ("blockwise", "dense")
-    }
-    functions["jax.nn"] = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.causal)
-    runs = {name: _compiled(function, arrays, case.backward) for name, function in functions.items()}
-    return runs | _torch(case, arrays)
+@dataclass
+class Row:
+    """What was measured of one case, by contender, and why others are not in it."""
+
+    case: Case
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int | None] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def _compiled(function: Callable[..., jax.Array], arrays: list[np.ndarray], backward: bool) -> Run:
-    def work(query, key, value, cotangent):
-        return jax.vjp(function, query, key, value)[1](cotangent) if backward else function(query, key, value)
+@dataclass
+class Printed:
+    """A table as it is shown: its title, its header and its rows."""
 
-    compiled = jax.jit(work)
-    on_device = [jnp.asarray(array) for array in arrays]
-    return lambda: jax.block_until_ready(compiled(*on_device))
+    title: str
+    header: list[str]
+    rows: list[list[str]]
 
+    def markdown(self) -> str:
+        """As Markdown: text to the left, numbers to the right."""
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return "\n".join([f"{self.title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
-def _torch(case: Case, arrays: list[np.ndarray]) -> dict[str, Run]:
-    try:
-        import torch
-    except ImportError:
-        return {}
-    torch.set_num_threads(os.cpu_count() or 1)
-    tensors: list[Any] = [torch.from_numpy(rearrange(array, "b t n h -> b n t h").copy()) for array in arrays]
-    *operands, cotangent = tensors
-    for operand in operands:
-        operand.requires_grad_(case.backward)
-    attend: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
-
-    def run() -> None:
-        output = attend(*operands, is_causal=case.causal, enable_gqa=case.N != case.K)
-        if case.backward:
-            torch.autograd.grad(output, operands, cotangent)
-
-    return {"PyTorch": run}
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title)
+        for name in self.header:
+            table.add_column(name, justify="left" if name == "work" else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
 
 
-def measure(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run, round by round."""
-    for run in runs.values():
+def build(name: str, case: Case) -> Run:
+    """What runs the case; raises `LeftOut` where the contender cannot."""
+    if name == "PyTorch":
+        return run_torch(case)
+    return run_flex(case) if name == "FlexAttention" else contenders.run_in_jax(name, case)
+
+
+def time_case(case: Case, names: Iterable[str], settings: Settings) -> Row:
+    """Give every contender its turns."""
+    row, runs = Row(case), {}
+    for name in names:
+        try:
+            runs[name] = build(name, case)
+        except LeftOut as reason:
+            row.left_out[name] = str(reason)
+    if case.what != "compile":
+        row.memory = {name: peak_memory(run) for name, run in runs.items()}
+    row.seconds = measure(runs, settings.rounds, settings.pause)
+    return row
+
+
+def time_alone(case: Case) -> Row:
+    """The first run of blockwise, once: its seconds and its peak."""
+    run, seconds = build("blockwise", case), []
+
+    def timed() -> None:
+        start = time.perf_counter()
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+        seconds.append(time.perf_counter() - start)
+
+    return Row(case, {"blockwise": seconds}, {"blockwise": peak_memory(timed)})
 
 
-def roofline() -> float:
-    """Operations per second of a large float32 matrix product, the median of seven."""
-    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((2048, 2048)), jnp.float32)
-    product = jax.jit(lambda x: x @ x)
-    seconds = measure({"product": lambda: jax.block_until_ready(product(matrix))}, 7)["product"]
-    return 2 * 2048**3 / statistics.median(seconds)
+def times(group: Group, rows: Sequence[Row], columns: Sequence[str], peak: float) -> Printed:
+    """The table of ratios, with the geometric mean of their medians below."""
+    header = ["work", "ms", "GFLOP/s", "of roofline", *columns]
+    body = []
+    for row in rows:
+        ours, operations = row.seconds[group.ours], row.case.operations
+        rate = operations / statistics.median(ours) if operations else None
+        rates = [f"{rate / 1e9:.0f}", f"{rate / peak:.0%}"] if rate else ["", ""]
+        shown = [ratio(row.seconds[name], ours) if name in row.seconds else "" for name in columns]
+        body.append([str(row.case), f"{1e3 * statistics.median(ours):.1f}", *rates, *shown])
+    return Printed(f"{group.title}: time of … over that of {group.ours}", header, [*body, _means(group, rows, columns)])
 
 
-def ratio(theirs: list[float], ours: list[float]) -> str:
-    """How many times as long they took: median of the rounds, and the range."""
-    ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+def _means(group: Group, rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    cells = []
+    for name in columns:
+        medians = [
+            statistics.median(ratios(row.seconds[name], row.seconds[group.ours])) for row in rows if name in row.seconds
+        ]
+        cells.append(f"{statistics.geometric_mean(medians):.2f} of {len(medians)}" if medians else "")
+    return ["geometric mean", "", "", "", *cells]
 
 
-def main(settings: Settings) -> None:
-    """Run every case and print the table."""
-    console, peak = Console(width=140), roofline()
-    columns = ["PyTorch", "jax.nn", "dense"]
-    table = Table("work", "GFLOP/s", "of a matrix product", *columns, title="time of … over the time of blockwise")
-    cases = [case for case in CASES if settings.longest >= case.T]
-    for case in track(cases, console=console):
-        seconds = measure(contenders(case), settings.rounds)
-        rate: float = case.operations / statistics.median(seconds["blockwise"])
-        ratios: list[Any] = [ratio(seconds[name], seconds["blockwise"]) if name in seconds else "" for name in columns]
-        table.add_row(str(case), f"{rate / 1e9:.0f}", f"{rate / peak:.0%}", *ratios)
-    console.print(table)
-    console.print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, jax {jax.__version__}, float32"
-    )
+def memories(group: Group, rows: Sequence[Row], columns: Sequence[str]) -> Printed:
+    """The table of peak memory, in megabytes."""
+    names = [group.ours, *columns]
+
+    def cell(size: int | None) -> str:
+        return "" if size is None else f"{size / 1e6:.0f}"
+
+    body = [[str(row.case), *(cell(row.memory.get(name)) for name in names)] for row in rows]
+    return Printed(f"{group.title}: peak memory beyond the inputs, MB", ["work", *names], body)
+
+
+def linear(rows: Sequence[Row], peak: float) -> Printed:
+    """The table of long sequences alone."""
+    body = []
+    for row in rows:
+        grown = row.memory["blockwise"]
+        seconds, operations = statistics.median(row.seconds["blockwise"]), row.case.operations or 0
+        share = "" if grown is None else f"{(row.case.bytes + grown) / (2 * row.case.bytes):.2f}"
+        rate = operations / seconds
+        body.append([str(row.case), f"{seconds:.1f}", f"{rate / 1e9:.0f}", f"{rate / peak:.0%}", share])
+    header = ["work", "seconds", "GFLOP/s", "of roofline", "peak over inputs, outputs and gradients"]
+    return Printed("memory of blockwise, in a process of its own", header, body)
+
+
+def time_group(name: str, settings: Settings, peak: float, console: Console) -> tuple[list[Row], list[Printed]]:
+    """All cases of a group, and the tables that show them."""
+    group = cases.GROUPS[name]
+    chosen = [case for case in group.cases if case.T <= settings.longest]
+    columns = [column for column in group.columns if column not in settings.without]
+    progress = track(chosen, description=group.title, console=console, transient=True)
+    if name == "memory":
+        # a process that has run nothing has freed nothing, which would hide what is taken
+        rows = []
+        for case in progress:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                rows.append(alone.submit(time_alone, case).result())
+        return rows, [linear(rows, peak)]
+    rows = [time_case(case, [group.ours, *columns], settings) for case in progress]
+    columns = [column for column in columns if any(column in row.seconds for row in rows)]
+    tables = [times(group, rows, columns, peak)]
+    if any(row.memory for row in rows):
+        tables.append(memories(group, rows, columns))
+    return rows, tables
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Who was left out, and why: a line for each pair of these."""
+    found: dict[tuple[str, str], list[Case]] = {}
+    for row in rows:
+        for name, reason in row.left_out.items():
+            found.setdefault((name, reason), []).append(row.case)
+    return [f"{name} is left out of {len(among)} of {len(rows)}: {why}" for (name, why), among in found.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options: dict[str, Any] = {"description": __doc__, "prog": "python -m experiments.benchmarks.attend"}
+    settings = tyro.cli(Settings, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **options)
+    console, progress = Console(width=160), Console(stderr=True)
+    peak = roofline(settings.pause)
+    heading = f"{machine()}; float32 matrix product {peak / 1e9:.0f} GFLOP/s; {settings.rounds} rounds"
+    measured: dict[str, Any] = {"machine": heading, "roofline": peak, "groups": {}}
+    print(heading)
+    for name in settings.groups:
+        rows, tables = time_group(name, settings, peak, progress)
+        for table in tables:
+            if settings.markdown:
+                print(table.markdown())
+            else:
+                console.print(table.rich())
+        print(*reasons(rows), sep="\n")
+        measured["groups"][name] = [asdict(row) | {"work": str(row.case)} for row in rows]
+        if settings.json is not None:  # after each group: a long run that is stopped keeps what it has
+            settings.json.write_text(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main()

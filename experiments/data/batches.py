@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -55,6 +55,14 @@ class Vocabulary:
         return "".join(text)
 
 
+class Encoder(Protocol):
+    """What makes tokens of a text: a `Vocabulary`, or labels, each of which is one token."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        ...
+
+
 class Batch(NamedTuple):
     """Padded token numbers (int32): sources, and targets behind a start and before an end.
 
@@ -95,7 +103,7 @@ class Batches:
         self,
         pairs: Sequence[Pair],
         source: Vocabulary,
-        target: Vocabulary,
+        target: Encoder,
         *,
         batch_size: int,
         seed: int,

@@ -1,35 +1,73 @@
-"""English → French names of countries, territories and regions, from the Unicode CLDR data that Babel carries.
+"""English names and what another language calls the same, from the Unicode CLDR data that Babel carries.
 
-Run as `python -m experiments.data.territories territories.tsv`.
+Run as `python -m experiments.data.territories territories.tsv`; `--help` tells of other names and languages.
 """
 
-import sys
+import argparse
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from babel import Locale
+from babel import Locale, UnknownLocaleError
 
-NOT_A_PLACE = {"XA", "XB", "ZZ"}  # CLDR's two pseudo-locales and "unknown region"
+KINDS = ("territories", "languages", "scripts", "currencies", "variants", "time_zones")
+NOT_NAMED = {"XA", "XB", "ZZ", "XXX", "Zxxx", "Zzzz", "zxx", "und"}  # pseudo-locales, and codes of "unknown"
+MAX_CHARACTERS = 80
 
 
-def territories() -> list[tuple[str, str]]:
-    """Every territory of CLDR as (English name, French name), sorted by its code.
+def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[tuple[str, str]]:
+    """The pairs of names (English, other language) of all kinds, each pair once, sorted by code within a kind.
+
+    Args:
+      kinds: of `KINDS`.
+      target: a CLDR locale name.
+
+    Raises:
+      ValueError: an unknown kind or locale.
 
     Example:
-      >>> ("Germany", "Allemagne") in territories()
+      >>> ("Germany", "Allemagne") in names()
       True
+      >>> [pair for pair in names(["scripts", "time_zones"], "de") if pair[0].startswith(("Cyrillic", "Acre Stand"))]
+      [('Cyrillic', 'Kyrillisch'), ('Acre Standard Time', 'Acre-Normalzeit')]
     """
-    english, french = Locale("en").territories, Locale("fr").territories
-    codes = sorted((english.keys() & french.keys()) - NOT_A_PLACE)
-    return [(english[code], french[code]) for code in codes]
+    try:
+        english, other = Locale("en"), Locale.parse(target)
+    except UnknownLocaleError as error:
+        raise ValueError(f"target must be a CLDR locale such as fr or zh_Hant: {error}") from None
+    pairs = []
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"kinds must be of {', '.join(KINDS)}, got {kind}")
+        one, two = _of(english, kind), _of(other, kind)
+        pairs += [(one[code], two[code]) for code in sorted((one.keys() & two.keys()) - NOT_NAMED)]
+    return [pair for pair in dict.fromkeys(pairs) if all(0 < len(name) <= MAX_CHARACTERS for name in pair)]
 
 
-def main() -> None:
+def _of(locale: Locale, kind: str) -> Mapping[str, str]:
+    """Code → name. A time zone has up to three names: that of its winter, of its summer, and of both."""
+    if kind != "time_zones":
+        return getattr(locale, kind)
+    zones: Mapping[str, Any] = locale.meta_zones
+    return {f"{zone} {form}": name for zone in zones for form, name in (zones[zone].get("long") or {}).items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tab-separated file that the command line names."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise SystemExit("usage: python -m experiments.data.territories OUT.tsv")
-    path, rows = Path(sys.argv[1]), territories()
-    path.write_text("".join(f"{english}\t{french}\n" for english, french in rows), encoding="utf-8")
-    print(f"{path}: {len(rows)} pairs, English → French")
+    parser = argparse.ArgumentParser(prog="python -m experiments.data.territories", description=__doc__)
+    parser.add_argument("file", type=Path, metavar="OUT.tsv")
+    parser.add_argument("--of", nargs="+", choices=KINDS, default=["territories"], help="default: territories")
+    parser.add_argument("--all", action="store_true", help=f"the same as --of {' '.join(KINDS)}")
+    parser.add_argument("--to", default="fr", metavar="LOCALE", help="target language; default: fr")
+    given = parser.parse_args(arguments)
+    try:
+        rows = names(KINDS if given.all else given.of, given.to)
+    except ValueError as error:
+        parser.error(str(error))
+    text = "".join(f"{english}\t{other}\n" for english, other in rows)
+    given.file.write_text(unicodedata.normalize("NFC", text), encoding="utf-8")
+    print(f"{given.file}: {len(rows)} pairs, English → {Locale.parse(given.to).english_name}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from experiments.training.runs import Run
 
 Loss = Callable[[Any, Any], jax.Array]
 Batches = Callable[[int], Iterator[Any]]
+Watch = Callable[[int, Any], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def train(
     *,
     checkpoint: Checkpoint | None = None,
     metadata: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
     console: Console | None = None,
 ) -> bool:
     """Train `model` in place, from `checkpoint` or from the beginning, to the recipe's last step.
@@ -70,6 +72,8 @@ def train(
       run: where checkpoints and metrics go.
       checkpoint: continue from here; later metrics and (damaged) checkpoints of the run make room.
       metadata: JSON that is saved with every checkpoint.
+      watch: `(step, model) -> JSON` to record with the loss, of the model as it is after the step; it may use the
+        model in the call alone.
       console: where the progress bar goes.
 
     Returns:
@@ -97,7 +101,8 @@ def train(
             save = stopped or step == recipe.steps or step % recipe.checkpoint_every == 0
             if save or step % recipe.log_every == 0:
                 mean, rate = _mean(pending, step), float(recipe.schedule(step - 1))
-                run.metrics.write(step=step, loss=mean, learning_rate=rate)
+                seen = watch(step, nnx.merge(graph, state)[0]) if watch else {}
+                run.metrics.write(step=step, loss=mean, learning_rate=rate, **seen)
                 show(step, mean, rate, save)
                 pending.clear()
             if save:

@@ -1,13 +1,14 @@
 """Pictures of a run: the training curve, and alignments that a person can read."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from experiments.training import fonts
@@ -21,6 +22,14 @@ class Alignment(NamedTuple):
     title: str
     source: str
     output: str
+    weights: np.ndarray
+
+
+class Fit(NamedTuple):
+    """A curve [T] predicted from S samples, with the weights [T, S] of the samples in it; one column of the picture."""
+
+    title: str
+    prediction: np.ndarray
     weights: np.ndarray
 
 
@@ -74,3 +83,56 @@ def _heat_map(axis: Axes, panel: Alignment, drawable: set[str]) -> Any:
     title = textwrap.shorten(panel.title, LONGEST, placeholder=" …")
     axis.set_title(fonts.readable(title, drawable), fontsize="medium", parse_math=False)
     return image
+
+
+def fits(
+    panels: Sequence[Fit], grid: np.ndarray, truth: np.ndarray, samples: tuple[np.ndarray, np.ndarray], path: Path
+) -> None:
+    """Draw predictions on a grid [T] over truth [T] and samples [S]; below, how much each sample counts in them.
+
+    Predictions and weights share the horizontal axis: a column of weights is what the point above it is made of.
+    """
+    x, y = samples
+    colours = PowerNorm(0.5, vmin=0, vmax=max(panel.weights.max() for panel in panels))
+    with matplotlib.rc_context({"font.family": fonts.family()}):
+        figure = Figure(figsize=(4.2 * len(panels) + 1, 7), layout="constrained")
+        axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
+        for above, below, panel in zip(*axes, panels, strict=True):
+            above.plot(x, y, "o", color="0.6", markersize=4, label="samples")
+            above.plot(grid, truth, "--", color="0.2", label="truth")
+            above.plot(grid, panel.prediction, color="C0", linewidth=2, label="prediction")
+            above.set_title(panel.title)
+            above.grid(alpha=0.3)
+            below.set_xlabel("x of the prediction")
+            image = below.pcolormesh(grid, x, panel.weights.T, cmap="Blues", norm=colours, shading="nearest")
+        axes[0, 0].set_ylabel("y")
+        axes[1, 0].set_ylabel("x of the sample")
+        axes[0, 0].legend()
+        figure.colorbar(image, ax=list(axes[1]), label="weight of the sample", pad=0.01)
+        figure.savefig(path, dpi=110)
+
+
+def spellings(panels: Mapping[str, Sequence[tuple[int, float, str]]], target: str, path: Path) -> None:
+    """Draw the loss of networks that learn a text, one panel each, with what they write where it changes.
+
+    A panel is a list of (step, loss, text); the target is written in green.
+    """
+    with matplotlib.rc_context({"font.family": fonts.family()}):
+        figure = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+            axis.plot([step for step, _, _ in rows], [loss for _, loss, _ in rows], color="C0")
+            changes = [row for row, (_, _, before) in zip(rows, [(0, 0, ""), *rows], strict=False) if row[2] != before]
+            for i, (step, loss, text) in enumerate(changes):
+                colour, height = "C2" if text == target else "0.35", 0.95 - min(0.9 / len(changes), 0.08) * i
+                axis.plot(step, loss, "o", color=colour, markersize=4)
+                axis.annotate(
+                    f"{text}  (step {step})", (step, loss), (0.35, height), textcoords="axes fraction", color=colour,
+                    verticalalignment="center", arrowprops={"arrowstyle": "-", "color": "0.8", "relpos": (0, 0.5)},
+                )  # fmt: skip
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            axis.grid(alpha=0.3)
+            axis.set_ylim(bottom=0)
+        axes[0].set_ylabel("loss (nats per character)")
+        figure.savefig(path, dpi=110)

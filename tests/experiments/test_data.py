@@ -44,7 +44,7 @@ def test_territories_command_writes_a_file_that_the_reader_takes(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     rows = pairs.read_tsv(path)
     assert Pair("Germany", "Allemagne") in rows
-    assert len(rows) == len(territories.territories()) > 200
+    assert len(rows) == len(territories.names()) > 200
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ def finished_run(table, tmp_path_factory):
     return Run(folder)
 
 
+@pytest.fixture(scope="module")
+def luong_run(table, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "luong"
+    translate.main(["--data", str(table), "--run-dir", str(folder), "--model", "luong", *SETTINGS])
+    return Run(folder)
+
+
 @pytest.fixture
 def copied_run(finished_run, tmp_path):
     shutil.copytree(finished_run.folder, tmp_path / "copy")
@@ -67,6 +74,13 @@ def test_an_easy_language_is_learnt(finished_run):
     assert scores["copy_exact_match"] == 0
     for name in ("alignment.png", "curve.png"):
         assert (finished_run.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("decoding", [[], ["--beam", "3"]])
+def test_the_other_model_learns_it_too(luong_run, capsys, decoding):
+    assert json.loads((luong_run.folder / "scores.json").read_text())["exact_match"] >= 0.95
+    translate.main(["--translate", "506", "--run-dir", str(luong_run.folder), *decoding])
+    assert capsys.readouterr().out == spell("506") + "\n"
 
 
 def test_scores_are_those_of_the_translations(finished_run, table, capsys):
@@ -128,7 +142,8 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues_to_the_same_bits(finished_run
 def test_other_settings_than_the_checkpoints(finished_run, capsys):
     before = sorted(finished_run.folder.rglob("*"))
     resume = ("--resume", "--run-dir", finished_run.folder)
-    for option, value, own in (("features", 31, 32), ("seed", 4, 3), ("learning-rate", 0.5, 0.02)):
+    settings = (("model", "luong", "bahdanau"), ("features", 31, 32), ("seed", 4, 3), ("learning-rate", 0.5, 0.02))
+    for option, value, own in settings:
         message = fails(capsys, *resume, f"--{option}", value)
         assert f"--{option} {value} differs from the checkpoint's, {own}" in message
     assert sorted(finished_run.folder.rglob("*")) == before

@@ -1,0 +1,119 @@
+"""Time jattn's LSTM and GRU against PyTorch and Flax on this machine, interleaved, as ratios with their spread.
+
+Claim: forward and backward, jattn is no slower than Flax, and its LSTM takes at most 1.3 times as long as PyTorch's.
+
+Each round runs every contender once, as in `experiments.benchmarks.attend`. Gradients are of the inputs and of every
+parameter. PyTorch gets as many threads as there are cores, and is left out where it is not installed.
+"""
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments.benchmarks.attend import Run, measure, ratio
+from jattn.nn import GRU, LSTM
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work: shapes in the letters of the glossary."""
+
+    kind: str
+    B: int
+    T: int
+    D: int
+    F: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}, B {self.B}, T {self.T}, {self.D} → {self.F}, forward+backward"
+
+
+CASES = [Case(kind, *sizes) for kind in ("LSTM", "GRU") for sizes in [(32, 64, 128, 256), (64, 32, 64, 128)]]
+COLUMNS = ["PyTorch", "Flax", "Flax, optimized"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time recurrent networks against PyTorch and Flax."""
+
+    rounds: int = 7
+    """Times that every contender runs, after one run to compile."""
+
+
+def contenders(case: Case) -> dict[str, Run]:
+    """What runs the case: name → one blocking run."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((case.B, case.T, case.D)).astype(np.float32)
+    cotangent = rng.standard_normal((case.B, case.T, case.F)).astype(np.float32)
+    rngs, widths = nnx.Rngs(0), (case.D, case.F)
+    if case.kind == "LSTM":
+        networks = {
+            "jattn": LSTM(*widths, rngs=rngs),
+            "Flax": nnx.RNN(nnx.LSTMCell(*widths, rngs=rngs)),
+            "Flax, optimized": nnx.RNN(nnx.OptimizedLSTMCell(*widths, rngs=rngs)),
+        }
+    else:
+        networks = {"jattn": GRU(*widths, rngs=rngs), "Flax": nnx.RNN(nnx.GRUCell(*widths, rngs=rngs))}
+    runs = {name: _compiled(network, inputs, cotangent) for name, network in networks.items()}
+    return runs | _torch(case, inputs, cotangent)
+
+
+def _compiled(network: nnx.Module, inputs: np.ndarray, cotangent: np.ndarray) -> Run:
+    # Flax draws its first state from a random stream, which is in the rest
+    structure, parameters, rest = nnx.split(network, nnx.Param, ...)  # type: ignore[misc]
+
+    @jax.jit
+    def work(parameters: nnx.State, inputs: jax.Array, cotangent: jax.Array) -> Any:
+        def outputs(parameters: nnx.State, inputs: jax.Array) -> jax.Array:
+            found = nnx.merge(structure, parameters, rest, copy=True)(inputs)
+            return found[0] if isinstance(found, tuple) else found
+
+        found, pull_back = jax.vjp(outputs, parameters, inputs)
+        return found, pull_back(cotangent)
+
+    on_device = [jnp.asarray(array) for array in (inputs, cotangent)]
+    return lambda: jax.block_until_ready(work(parameters, *on_device))
+
+
+def _torch(case: Case, inputs: np.ndarray, cotangent: np.ndarray) -> dict[str, Run]:
+    try:
+        import torch
+    except ImportError:
+        return {}
+    torch.set_num_threads(os.cpu_count() or 1)
+    network = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}[case.kind](case.D, case.F, batch_first=True)
+    leaf, back = torch.from_numpy(inputs).requires_grad_(), torch.from_numpy(cotangent)
+    leaves = [leaf, *network.parameters()]
+
+    def run() -> None:
+        torch.autograd.grad(network(leaf)[0], leaves, back)
+
+    return {"PyTorch": run}
+
+
+def main(settings: Settings) -> None:
+    """Run every case and print the table."""
+    console = Console(width=140)
+    table = Table("work", "milliseconds", *COLUMNS, title="time of … over the time of jattn")
+    for case in track(CASES, console=console):
+        seconds = measure(contenders(case), settings.rounds)
+        ratios = [ratio(seconds[name], seconds["jattn"]) if name in seconds else "" for name in COLUMNS]
+        table.add_row(str(case), f"{1e3 * float(np.median(seconds['jattn'])):.1f}", *ratios)
+    console.print(table)
+    console.print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, jax {jax.__version__}, float32"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

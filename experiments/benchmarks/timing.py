@@ -1,0 +1,96 @@
+"""What the benchmarks share: interleaved timing, ratios with their spread, peak memory, and what the machine can do."""
+
+import ctypes
+import gc
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Run = Callable[[], object]
+
+# PyTorch's threads spin for up to about 200 ms after their work, and take the cores from whoever runs next
+PAUSE = 0.25
+ENOUGH, MOST = 0.1, 20  # seconds that a turn is timed for at least, unless it has run so often
+
+
+def measure(runs: Mapping[str, Run], rounds: int, pause: float = PAUSE) -> dict[str, list[float]]:
+    """Seconds of every run, round by round.
+
+    In each round every contender has one turn: a pause, an untimed run, then timed ones, of which the median counts.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            time.sleep(pause)
+            run()
+            seconds[name].append(_turn(run))
+    return seconds
+
+
+def _turn(run: Run) -> float:
+    times: list[float] = []
+    while not times or (sum(times) < ENOUGH and len(times) < MOST):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ratios(theirs: list[float], ours: list[float]) -> list[float]:
+    """How many times as long they took, round by round."""
+    return [a / b for a, b in zip(theirs, ours, strict=True)]
+
+
+def ratio(theirs: list[float], ours: list[float]) -> str:
+    """How many times as long they took: median of the rounds, and the range.
+
+    Example:
+      >>> ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
+      '3.00 (2.00–4.00)'
+    """
+    rounds = ratios(theirs, ours)
+    return f"{statistics.median(rounds):.2f} ({min(rounds):.2f}–{max(rounds):.2f})"
+
+
+def roofline(pause: float = PAUSE) -> float:
+    """Operations per second of a large float32 matrix product, the median of seven turns."""
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((2048, 2048)), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    seconds = measure({"product": lambda: jax.block_until_ready(product(matrix))}, 7, pause)["product"]
+    return 2 * 2048**3 / statistics.median(seconds)
+
+
+def peak_memory(run: Run) -> int | None:
+    """Bytes by which one run makes resident memory grow at its highest; None where Linux does not tell.
+
+    What it returns is in it, its inputs are not. The first run of a compiled function counts: XLA keeps its buffers.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    before = _resident("VmRSS")
+    run()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def machine() -> str:
+    """The processor, the number of CPUs and the versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    processor = named[1] if named else platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} CPUs, jax {jax.__version__}"

@@ -1,0 +1,142 @@
+"""Labelled texts: the reader of CSV and TSV files, and the split into texts to train on and texts held out."""
+
+import csv
+import io
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import BadInput
+from experiments.data.pairs import MAX_CHARACTERS, SHOWN_PROBLEMS, normalise
+
+
+class Text(NamedTuple):
+    """A text, its class, and what it speaks of: texts of one group are never on both sides of a split."""
+
+    text: str
+    label: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels, numbered from 0.
+
+    Example:
+      >>> Labels(("da", "nb")).encode("nb")
+      [1]
+    """
+
+    names: tuple[str, ...]
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each label."""
+        return {label: i for i, label in enumerate(self.names)}
+
+    def encode(self, label: str) -> list[int]:
+        """A label as one token."""
+        return [self.numbers[label]]
+
+
+class Split(NamedTuple):
+    """Texts to train on, and held-out texts to be judged by."""
+
+    train: list[Text]
+    test: list[Text]
+
+
+def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]:
+    """Read a table with a header: comma-separated, or tab-separated where the file is named `.tsv`.
+
+    A text is a group of its own.
+
+    Raises:
+      BadInput: a file that is missing, not readable, not UTF-8 or empty; without one of the columns; or with lines that
+        lack a text or a label, or whose text is too long. Bad lines are reported together, with their numbers.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}") from None
+    tab = path.suffix.lower() == ".tsv"
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {"strict": True}
+    table = csv.DictReader(io.StringIO(content, newline=""), **options)
+    texts, problems = [], []
+    try:
+        for name, column in (("--text-column", text_column), ("--label-column", label_column)):
+            if table.fieldnames and column not in table.fieldnames:
+                raise BadInput(f"{path}: there is no column {column!r} ({name}), only {', '.join(table.fieldnames)}")
+        for row in table:
+            text, label = (normalise(row[column] or "") for column in (text_column, label_column))
+            if text and label and len(text) <= MAX_CHARACTERS:
+                texts.append(Text(text, label, text))
+            else:
+                problems.append(f"{path}:{table.line_num}: {_problem(text, label)}")
+    except csv.Error as error:
+        raise BadInput(f"{path}:{table.line_num}: {error}") from None
+    if problems:
+        more = f"\n… and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise BadInput("\n".join(problems[:SHOWN_PROBLEMS]) + more)
+    if not texts:
+        raise BadInput(f"{path}: expected a header and lines of texts with labels, got no such line")
+    return texts
+
+
+def _problem(text: str, label: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        return f"expected a text of at most {MAX_CHARACTERS} characters, got {len(text)}"
+    return "expected a text and a label, got no " + ("label" if text else "text")
+
+
+def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
+    """Hold out a fraction of the *groups*; of their texts, those that have one right answer and are new.
+
+    A text that stands anywhere under several labels is left out of the test, for no answer to it is right, and so is
+    one that is also trained on, under another group. What is trained on keeps both.
+
+    Args:
+      texts: of at least two groups.
+      fraction: of the groups, in (0, 1); at least one is held out and at least one is trained on.
+      seed: the same seed gives the same split, whatever the order of the texts.
+
+    Raises:
+      BadInput: fewer than two groups, no text left to test, fewer than two labels to train on, or a label that only
+        the held-out texts have.
+
+    Example:
+      >>> texts = [Text("Oslo", "nb", "oslo"), Text("Oslo", "da", "oslo"), Text("Roma", "it", "rome")]
+      >>> split([*texts, Text("Rom", "da", "rome")], fraction=0.5, seed=1).test
+      [Text(text='Roma', label='it', group='rome'), Text(text='Rom', label='da', group='rome')]
+    """
+    groups = sorted({text.group for text in texts})
+    if len(groups) < 2:
+        raise BadInput(f"expected at least 2 different texts (one to hold out), got {len(groups)}")
+    count = min(max(round(fraction * len(groups)), 1), len(groups) - 1)
+    held_out = set(random.Random(seed).sample(groups, count))
+    labels = defaultdict(set)
+    for text in texts:
+        labels[text.text].add(text.label)
+    train = sorted({text for text in texts if text.group not in held_out})
+    known = {text.text for text in train}
+    new = {text for text in texts if text.group in held_out and text.text not in known and len(labels[text.text]) == 1}
+    test = sorted({(text.text, text.label): text for text in sorted(new)}.values())
+    _check(train, test)
+    return Split(train, test)
+
+
+def _check(train: Sequence[Text], test: Sequence[Text]) -> None:
+    known = {text.label for text in train}
+    if len(known) < 2:
+        raise BadInput(f"expected texts of at least 2 labels to train on, got {len(known)}")
+    if not test:
+        raise BadInput("of the held-out texts, none has a single label and is new: there is nothing to test with")
+    if unseen := sorted({text.label for text in test} - known):
+        shown = ", ".join(unseen[:SHOWN_PROBLEMS]) + (" …" if len(unseen) > SHOWN_PROBLEMS else "")
+        raise BadInput(f"only held-out texts have the label {shown}: give more texts of it, or another --seed")

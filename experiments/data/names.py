@@ -1,0 +1,49 @@
+"""Names of territories, languages and currencies in many languages, from the Unicode CLDR data that Babel carries.
+
+Run as `python -m experiments.data.names names.tsv`.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from babel import Locale
+
+from experiments.data.labelled import Text
+from experiments.data.pairs import normalise
+
+CLOSE = (
+    ("da", "nb", "sv"), ("en", "de", "nl"), ("es", "pt", "gl", "ca"), ("fr", "it"), ("cs", "sk", "pl"), ("hr", "sl"),
+    ("fi", "et"), ("id", "ms"), ("ru", "uk", "be", "bg", "mk", "sr"), ("ar", "fa"), ("zh", "ja"),
+)  # fmt: skip
+LANGUAGES = (*(language for group in CLOSE for language in group), "tr", "el", "ko")
+"""Neighbours stand side by side; the last three have none. Each is written in a script that the pictures can draw."""
+
+
+def names(languages: Sequence[str] = LANGUAGES) -> list[Text]:
+    """Every name, with its language as the label and what it names as the group, such as `territories/DE`.
+
+    Example:
+      >>> Text("Saksa", "fi", "territories/DE") in names(["fi"])
+      True
+    """
+    return [
+        Text(normalise(name), language, f"{kind}/{code}")
+        for language in languages
+        for kind in ("territories", "languages", "currencies")
+        for code, name in sorted(getattr(Locale(language), kind).items())
+    ]
+
+
+def main() -> None:
+    """Write the tab-separated file that the command line names."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: python -m experiments.data.names OUT.tsv")
+    path, rows = Path(sys.argv[1]), names()
+    lines = ["text\tlabel\tgroup", *("\t".join(row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{path}: {len(rows)} names in {len(LANGUAGES)} languages")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Fit a noisy curve by attention: kernel regression (Nadaraya 1964, https://doi.org/10.1137/1109020).
+
+Claim: fifty noisy samples of y = 2 sin x + x^0.8 suffice to learn how wide a Gaussian kernel should be, by predicting
+each sample from the others. The learned weights are narrower than those of width 1 and the fit is less smooth, but its
+mean squared error against the noise-free curve is lower: 0.03, against 0.28 for width 1 and 0.86 for the mean of all
+samples. Lower it was for each of a hundred seeds, and for 99 of them by more than half.
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from einops import rearrange
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from experiments import BadInput
+from experiments.training import command, pictures
+from experiments.training.checkpoints import Checkpoint
+from experiments.training.loop import Recipe, train
+from experiments.training.runs import Run
+from jattn import attend, masks, nn, scores
+
+NAME = "kernel_regression"
+GRID = np.linspace(0, 5, 101, dtype=np.float32)  # where the fits are held against the curve
+
+NEWEST = "(default: a new one in runs/kernel_regression; with --resume, the newest there)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fit a noisy curve by attention, with a kernel whose width is learned."""
+
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = None
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run after a kill or Ctrl-C; its settings are taken over."""
+    steps: int = 500
+    """Optimization steps, each on all samples."""
+    samples: int = 50
+    """Noisy points of the curve to learn from."""
+    noise: float = 0.5
+    """Standard deviation of the noise."""
+    learning_rate: float = 0.5
+    """Rate of gradient descent."""
+    seed: int = 0
+    """Decides the samples."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("samples", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{command.option(name)} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.noise < math.inf:
+            raise BadInput(f"--noise must be finite and not negative, got {self.noise}")
+        if not 0 < self.learning_rate < math.inf:
+            raise BadInput(f"--learning-rate must be finite and positive, got {self.learning_rate}")
+
+
+TRAINING = ("steps", "samples", "noise", "learning_rate", "seed")  # what the weight depends on
+
+
+class Samples(NamedTuple):
+    """Noisy points of the curve, from left to right."""
+
+    x: np.ndarray  # [S, 1]
+    y: np.ndarray  # [S, 1]
+
+
+Pool = Callable[..., tuple[jax.Array, jax.Array]]
+"""`(query [T, 1], key [S, 1], value [S, 1], *, mask)` → output [T, 1] and weights [T, S]."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean squared errors of a fit: on each sample, predicted from the others, and against the noise-free curve."""
+
+    leave_one_out: float
+    held_out: float
+
+
+def curve(x: np.ndarray) -> np.ndarray:
+    """The truth, 2 sin x + x^0.8."""
+    return 2 * np.sin(x) + x**0.8
+
+
+def draw(settings: Settings) -> Samples:
+    """Points of the curve at random places in 0 … 5, with normal noise."""
+    generator = np.random.default_rng(settings.seed)
+    x = np.sort(generator.uniform(GRID[0], GRID[-1], settings.samples))
+    y = curve(x) + generator.normal(scale=settings.noise, size=x.shape)
+    return Samples(*(rearrange(array.astype(np.float32), "s -> s 1") for array in (x, y)))
+
+
+def pool_with(score: Callable[..., jax.Array]) -> Pool:
+    """Attention pooling by a score that has nothing to learn."""
+
+    def pool(query: jax.Array, key: jax.Array, value: jax.Array, *, mask: Any = None) -> tuple[jax.Array, jax.Array]:
+        query, key, value = (rearrange(array, "length width -> length 1 width") for array in (query, key, value))
+        output, weights = attend(query, key, value, score=score, mask=mask, return_weights=True)
+        return output[:, 0], weights[0]
+
+    return pool
+
+
+def loss(model: nn.NadarayaWatson, batch: Any) -> jax.Array:
+    """Mean squared error of predicting each sample from the others; the batch is the traced `Samples`."""
+    return leave_one_out(partial(model, return_weights=True), batch)
+
+
+def leave_one_out(pool: Pool, samples: Samples) -> jax.Array:
+    """Mean squared error of predicting each sample from the others."""
+    output, _ = pool(samples.x, samples.x, samples.y, mask=masks.no_self())
+    return jnp.mean(jnp.square(output - samples.y))
+
+
+def fit(
+    settings: Settings, samples: Samples, run: Run, checkpoint: Checkpoint | None, console: Console
+) -> nn.NadarayaWatson | None:
+    """Learn the kernel's width, from the checkpoint on if there is one; None if Ctrl-C stopped it.
+
+    It begins as 1: an infinite one, w = 0, is a local minimum of the loss, which small first weights fall into.
+    """
+    model = nn.NadarayaWatson(rngs=nnx.Rngs(0))
+    model.weight[...] = jnp.ones(())
+    rate = settings.learning_rate
+    recipe = Recipe(settings.steps, optax.constant_schedule(rate), optax.sgd(rate))
+    metadata = {"experiment": NAME, "settings": {name: getattr(settings, name) for name in TRAINING}}
+    finished = train(
+        model, loss, lambda _step: itertools.repeat(samples), recipe, run,
+        checkpoint=checkpoint, metadata=metadata, console=console,
+    )  # fmt: skip
+    return model if finished else None
+
+
+def compare(pools: dict[str, Pool], samples: Samples) -> tuple[dict[str, Errors], list[pictures.Fit]]:
+    """The errors of every fit, and its predictions and weights on the grid."""
+    errors, panels = {}, []
+    grid = rearrange(GRID, "t -> t 1")
+    for title, pool in pools.items():
+        output, weights = pool(grid, *samples)
+        held_out = np.mean((np.asarray(output) - curve(grid)) ** 2)
+        errors[title] = Errors(float(leave_one_out(pool, samples)), float(held_out))
+        panels.append(
+            pictures.Fit(f"{title}: mean squared error {held_out:.3f}", np.asarray(output)[:, 0], np.asarray(weights))
+        )
+    return errors, panels
+
+
+def report(model: nn.NadarayaWatson, samples: Samples, run: Run, console: Console) -> None:
+    """Hold the three fits against the curve; print and draw what came out."""
+    weight = float(model.weight[...])
+    errors, panels = compare(
+        {
+            "mean of all": pool_with(scores.constant),
+            "kernel of width 1": pool_with(scores.gaussian),
+            "learned kernel": partial(model, return_weights=True),
+        },
+        samples,
+    )
+    found = {"weight": weight, "errors": {title: asdict(error) for title, error in errors.items()}}
+    (run.folder / "scores.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    picture = run.folder / "fits.png"
+    pictures.fits(panels, GRID, curve(GRID), (samples.x[:, 0], samples.y[:, 0]), picture)
+    table = Table("fit", "leave-one-out", "against the noise-free curve", title="mean squared error")
+    for title, error in errors.items():
+        table.add_row(title, f"{error.leave_one_out:.3f}", f"{error.held_out:.3f}")
+    console.print(table)
+    best = min(errors, key=lambda title: errors[title].held_out)
+    console.print(
+        f"lowest against the curve: {best}\nlearned weight, the inverse of the width: {weight:.2f}\npicture: {picture}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    start = time.perf_counter()
+    try:
+        settings, checkpoint = command.parse(Settings(), NAME, arguments), None
+        if settings.resume:
+            settings, run, checkpoint = command.continue_from(
+                settings.run_dir, NAME, arguments, lambda metadata: Settings(**metadata["settings"]), TRAINING
+            )
+        else:
+            run = Run.create(settings.run_dir, NAME)
+        samples, console = draw(settings), Console()
+        console.print(f"{settings.samples} samples to learn from; run folder {run.folder}", markup=False)
+        model = fit(settings, samples, run, checkpoint, console)
+        if model is None:
+            console.print(f"stopped; continue with --resume --run-dir {run.folder}", markup=False)
+            raise SystemExit(130)
+        report(model, samples, run, console)
+        console.print(f"took {time.perf_counter() - start:.0f} seconds", highlight=False)
+    except BadInput as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The benchmark compares like with like, and shows all that it measured."""
+
+import json
+import typing
+
+import numpy as np
+import pytest
+from einops import rearrange
+
+from experiments.benchmarks import attend, cases, timing
+from experiments.benchmarks.cases import Case
+from experiments.benchmarks.contenders import LeftOut
+
+KINDS = typing.get_args(cases.Kind)
+SIZES = {"B": 2, "T": 41, "N": 6, "K": 6, "H": 5, "window": 7}
+
+
+def toy(kind, what="forward"):
+    return Case(**{**SIZES, **({"N": 1, "K": 1} if kind == "additive" else {})}, kind=kind, what=what)
+
+
+def result(name, case):
+    """Output and gradients, heads after length, or None where the contender is left out."""
+    try:
+        found = attend.build(name, case)()
+    except LeftOut:
+        return None
+    output, gradients = found if case.backward else (found, ())
+    arrays = [np.asarray(array.detach() if name == "PyTorch" else array) for array in (output, *gradients)]
+    return [rearrange(x, "b n t h -> b t n h") if name == "PyTorch" and x.ndim == 4 else x for x in arrays]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contenders_compute_the_same(kind):
+    case = toy(kind, "forward+backward")
+    names = {"dense", "PyTorch"} | ({"jax.nn"} if kind != "additive" else set())
+    left_out = {"PyTorch", "jax.nn"} if kind == "soft cap" else set()
+    expected = result("blockwise", case)
+    for name in names:
+        found = result(name, case)
+        assert (found is None) <= (name in left_out or name == "PyTorch"), name
+        for ours, theirs in zip(expected, found or expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=3e-5 * np.abs(theirs).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"additive"}))
+def test_operations_are_those_of_the_scores_that_the_mask_leaves(kind):
+    case = toy(kind)
+    ids, real = cases.documents(case), cases.lengths(case)
+    rules = {
+        "full": lambda b, i, j: True,
+        "window": lambda b, i, j: i - case.window <= j <= i,
+        "documents": lambda b, i, j: j <= i and ids[i] == ids[j],
+        "padding": lambda b, i, j: j < real[b],
+    }
+    rule = rules.get(kind, lambda b, i, j: j <= i)
+    scores = sum(bool(rule(b, i, j)) for b in range(case.B) for i in range(case.T) for j in range(case.T))
+    assert case.operations == 4 * scores * case.N * case.H
+
+
+def test_every_group_is_shown_and_written(tmp_path, monkeypatch, capsys):
+    small = {
+        name: cases.Group(group.title, group.columns, (toy(group.cases[-1].kind, group.cases[-1].what),), group.ours)
+        for name, group in cases.GROUPS.items()
+        if name != "memory"
+    }
+    monkeypatch.setattr(cases, "GROUPS", small)
+    options = ["--rounds", "2", "--pause", "0", "--markdown", "--without", "FlexAttention", "PyTorch"]
+    attend.main([*options, "--json", str(tmp_path / "all.json")])
+    shown = capsys.readouterr().out
+    assert timing.machine() in shown and "GFLOP/s" in shown
+    assert "| work | ms | GFLOP/s | of roofline | jax.nn | dense |" in shown
+    assert "| work | blockwise | jax.nn | dense |" in shown
+    assert shown.count("| geometric mean |") == len(small)
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert written["groups"].keys() == small.keys()
+    for name, group in small.items():
+        (row,) = written["groups"][name]
+        assert row["work"] in shown
+        assert row["seconds"].keys() | row["left_out"].keys() == {group.ours, *group.columns} - {
+            "FlexAttention",
+            "PyTorch",
+        }
+        assert all(len(seconds) == 2 for seconds in row["seconds"].values())
+
+
+def test_a_long_sequence_is_measured_alone():
+    row = attend.time_alone(toy("causal", "forward+backward"))
+    table = attend.linear([row], peak=1e9)
+    assert len(table.rows[0]) == len(table.header) and table.rows[0][0] == str(row.case)
+
+
+def test_a_table_is_markdown():
+    table = attend.Printed("title", ["work", "ms"], [["a", "1"]])
+    assert table.markdown() == "title\n\n| work | ms |\n| --- | ---: |\n| a | 1 |\n"
+
+
+@pytest.mark.parametrize(("option", "value", "least"), [("rounds", 0, 1), ("longest", 0, 1), ("pause", -1, 0)])
+def test_bad_options(option, value, least, capsys):
+    with pytest.raises(SystemExit):
+        attend.main([f"--{option}={value}"])
+    assert f"--{option} must be at least {least}, got {value}" in capsys.readouterr().err
