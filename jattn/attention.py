@@ -66,8 +66,8 @@ def attend(
       dropout_rate: probability, from 0 to 1, with which a weight is dropped after the softmax.
       dropout_key: a JAX random key, needed if `dropout_rate` > 0.
       implementation: "dense", the specification, which has derivatives of every kind and order; "blockwise", in
-        linear memory, and "cudnn", NVIDIA's, which have first-order reverse-mode derivatives; None chooses by the
-        platform and the number of scores. For `jax.jvp` or a Hessian ask for "dense".
+        linear memory, and "cudnn", NVIDIA's, which have first-order reverse-mode derivatives; None chooses one of the
+        first two by the number of scores. For `jax.jvp` or a Hessian ask for "dense".
       return_lse: also return the log-sum-exp of the scores, `[..., T, N]`, before dropout.
       return_weights: also return the weights, `[..., N, T, S]`, before dropout.
 
@@ -372,9 +372,10 @@ def _candidates(implementation: str | None, query: Array, key: Array) -> list[Ca
             raise ValueError(f"implementation must be None or one of {sorted(KERNELS)}, got {implementation!r}")
         return [KERNELS[implementation]]
     num_scores = query.size // query.shape[-1] * key.shape[-3]
-    many = MANY_SCORES if isinstance(query, jax.core.Tracer) else MANY_SCORES_OUTSIDE_JIT
-    preferred = ["cudnn"] * (jax.default_backend() == "gpu") + ["blockwise"] * (num_scores >= many)
-    return [KERNELS[name] for name in sorted(KERNELS, key=lambda name: [*preferred, name].index(name))]
+    staged = isinstance(jnp.zeros(()), jax.core.Tracer)  # whether this is being compiled, whatever is traced
+    many = num_scores >= (MANY_SCORES if staged else MANY_SCORES_OUTSIDE_JIT)
+    names = sorted(KERNELS, key=lambda name: not (many and name == "blockwise"))
+    return [KERNELS[name] for name in names if name != "cudnn"]
 
 
 def _first_that_can(kernels: list[Callable[..., Any]], *operands: Array, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The contract of attend: every kernel passes every test. A new kernel is one more entry of `attention.KERNELS`.
+"""The contract of attend: every kernel that runs anywhere passes every test; a new one is an entry of `KERNELS`.
 
 Numbers in section comments are those of the contract. Lengths and widths are distinct primes: swapped axes fail.
 """
@@ -15,7 +15,7 @@ import pytest
 import jattn
 from jattn import masks, modifiers, scores
 from jattn.attention import KERNELS
-from jattn.kernels import blockwise
+from jattn.kernels import grid
 from tests import oracle
 
 B, T, S, H, V = 2, 5, 7, 3, 11
@@ -23,9 +23,9 @@ HEADS = [pytest.param(3, 3, id="multi-head"), pytest.param(6, 2, id="grouped"), 
 
 VARIANTS = {
     "dense": {},
-    "blockwise": {"ROWS": 3, "COLUMNS": (4, 4), "_one_cpu_device": lambda: False},
-    "blockwise one by one": {"ROWS": 4, "COLUMNS": (3, 3), "SCORES": 1, "_one_cpu_device": lambda: True},
-    "blockwise in parts": {"ROWS": 3, "COLUMNS": (4, 4), "_one_cpu_device": lambda: True},  # all examples in one
+    "blockwise": {"ROWS": 3, "COLUMNS": (4, 4), "one_cpu_device": lambda: False},
+    "blockwise one by one": {"ROWS": 4, "COLUMNS": (3, 3), "SCORES": 1, "one_cpu_device": lambda: True},
+    "blockwise in parts": {"ROWS": 3, "COLUMNS": (4, 4), "one_cpu_device": lambda: True},  # all examples in one
 }
 
 
@@ -33,7 +33,7 @@ VARIANTS = {
 def kernel(request, monkeypatch):
     """The name of a kernel, with blocks so small that these lengths need several."""
     for name, value in VARIANTS[request.param].items():
-        monkeypatch.setattr(blockwise, name, value)
+        monkeypatch.setattr(grid, name, value)
     return request.param.split()[0]
 
 
@@ -300,6 +300,46 @@ def test_hidden_rows_reach_neither_output_nor_gradients(kernel, name, rng, x64):
         jax.tree.map(np.testing.assert_array_equal, results(query, key, value), clean)
 
 
+@pytest.mark.parametrize("low", [-1e4, -1e9, float(np.finfo(np.float32).min)])
+def test_rows_of_large_negative_scores_have_their_gradients(kernel, low, rng):
+    """A finite bias in the place of a mask: where all scores of a row have it, they share the weight as without it."""
+    query, key, value = operands(rng, dtype=np.float32)
+    bias = jnp.zeros((1, 1, T, 1)).at[:, :, :2].set(low)
+
+    def total(value, query):
+        return jattn.attend(query, key, value, modifier=modifiers.bias(bias), implementation=kernel)[:, :2].sum()
+
+    gradient = jax.jit(jax.grad(total))(value, np.zeros_like(query))
+    np.testing.assert_allclose(gradient, np.full_like(value, 2 * 3 / S), rtol=1e-5)  # 2 rows, 3 heads a key, each 1 / S
+
+
+def test_a_query_that_is_nan_reaches_no_key_that_it_may_not_see(kernel, rng, x64):
+    query, key, value = operands(rng)
+    query[:, 1] = np.nan
+    allowed = np.arange(S) < 3
+
+    def total(key, value):
+        return jattn.attend(query, key, value, mask=jnp.asarray(allowed[None, None, None]), implementation=kernel).sum()
+
+    for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(key, value):
+        assert (np.asarray(gradient)[:, 3:] == 0).all()
+
+
+def test_no_traced_array_outlives_its_trace(kernel, rng):
+    query, key, value = operands(rng, dtype=np.float32)
+
+    def total(query, lengths, positions, slope):
+        options = {"mask": masks.padding(lengths), "positions": (positions[:T], positions), "implementation": kernel}
+
+        def modifier(score, b, h, i, j):
+            return score - slope * jnp.abs(i - j).astype(score.dtype)
+
+        return jattn.attend(query, key, value, modifier=modifier, **options).sum()
+
+    with jax.checking_leaks():
+        jax.jit(jax.grad(total, argnums=(0, 3)))(query, jnp.asarray(LENGTHS), jnp.arange(S), jnp.float32(0.5))
+
+
 def test_a_nan_cotangent_of_an_empty_row_reaches_nothing(kernel, rng, x64):
     query, key, value = operands(rng)
 
@@ -368,8 +408,8 @@ TORCH_RMS = (
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_float32_errors_are_at_most_twice_those_of_pytorch(kernel, seed, monkeypatch):
-    monkeypatch.setattr(blockwise, "ROWS", 128)
-    monkeypatch.setattr(blockwise, "COLUMNS", (128, 128))
+    monkeypatch.setattr(grid, "ROWS", 128)
+    monkeypatch.setattr(grid, "COLUMNS", (128, 128))
     rng = np.random.default_rng(seed)
     arrays = operands(rng, 3, 3, T=509, S=521, H=61, V=61, dtype=np.float32)
     cotangent = rng.standard_normal((B, 509, 3, 61)).astype(np.float32)
@@ -491,7 +531,7 @@ def test_a_checkpoint_policy_can_keep_output_and_lse(kernel, rng, capsys):
 
 
 def test_a_sharded_batch_agrees(kernel, rng):
-    if kernel == "blockwise" and blockwise._one_cpu_device():
+    if kernel == "blockwise" and grid.one_cpu_device():
         pytest.skip("one device has nothing to share a batch with")
     query, key, value = operands(rng, dtype=np.float32)
     mask = masks.padding(jnp.asarray(LENGTHS))
@@ -516,8 +556,11 @@ def test_explicit_meshes_and_shard_map_work_or_are_refused_by_name(kernel, rng):
         for function in (jax.jit(jattn.attend), jax.jit(mapped)):
             np.testing.assert_allclose(function(*placed), expected, rtol=1e-5, atol=1e-6)
         if kernel == "blockwise":
+            by_name = functools.partial(jattn.attend, implementation=kernel)
             with pytest.raises(NotImplementedError, match="explicit axes"):
-                jax.jit(functools.partial(jattn.attend, implementation=kernel))(*placed)
+                jax.jit(by_name)(*placed)
+            with pytest.raises(NotImplementedError, match="shard_map"):
+                jax.jit(jax.shard_map(by_name, in_specs=(spec,) * 3, out_specs=spec))(*placed)
 
 
 def test_one_trace_serves_many_calls(kernel, rng):

@@ -1,1 +1,1 @@
-"""Ways to compute the same attend. Every kernel has the signature of `dense.attend` and passes `tests/contract.py`."""
+"""Ways to compute the same attend, with the signature of `dense.attend`; what each must pass is `tests/contract.py`."""

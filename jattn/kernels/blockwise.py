@@ -6,14 +6,14 @@ For one block of queries, blocks of keys are visited one after another:
 
 and at the end output = o / l, log-sum-exp = m + log l. The backward pass computes each block's weights again from the
 log-sum-exp. Blocks that the mask calls EMPTY are skipped, in FULL ones its rule is not evaluated. No array of T × S
-elements exists but those that the caller brings, a dense mask or bias, and the gradient of such a bias.
+elements exists but those that the caller brings, a dense mask or bias, and the gradient of such a bias. (A bias that is
+shared along some of several leading axes and not along others is repeated along them.)
 
 Papers: Rabe & Staats 2021, https://arxiv.org/abs/2112.05682; Dao et al. 2022, https://arxiv.org/abs/2205.14135
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from jattn.functional import checks
 from jattn.functional.blocks import EMPTY
 from jattn.functional.masks import Mask
 from jattn.functional.modifiers import Bias, Modifier
-from jattn.kernels import arrays
+from jattn.kernels import arrays, grid
 from jattn.kernels.arrays import (
     head_scores,
     heads_first,
@@ -39,15 +39,9 @@ from jattn.kernels.arrays import (
 )
 from jattn.kernels.dropout import drop
 from jattn.kernels.hoist import hoist, join, split
-from jattn.kernels.tiles import Tiles, block_size, four_axes, largest_intermediate, nearest_divisor
+from jattn.kernels.tiles import Tiles, four_axes
 
 Array = jax.Array
-
-# On CPU a block's scores should fit into the cache, but XLA gives a matrix product both cores only from 512 rows on:
-# so many rows, and as many columns and examples as make about so many scores (measured on two cores)
-ROWS, SCORES = 512, 2**20
-COLUMNS = 128, 1024  # at least and at most
-BLOCK_BYTES = 2**24  # additive scores have an intermediate of rows × columns × width: their blocks are smaller
 
 
 class Operands(NamedTuple):
@@ -102,63 +96,24 @@ def attend(
     """
     if return_weights:
         raise NotImplementedError("blockwise never has all weights at once: return_weights")
-    if any(_is_manual(array) for array in (query, key, value)):
-        raise NotImplementedError("blockwise: operands in shard_map, or on a mesh with explicit axes")
     *lead, T, N, _ = query.shape
     if 0 in (*lead, T, key.shape[-3]):
         empty = jnp.zeros((*lead, T, N, value.shape[-1]), value.dtype)
         return empty, jnp.full((*lead, T, N), -jnp.inf, checks.accumulator(query.dtype)), None
     rows = [query, key, value]
-    tiles = _tiles(score, rows[0], rows[1], positions)
+    tiles = grid.choose_tiles(score, query, key, positions)
     program, operands, context = _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key)
+    if any(_is_manual(array) for array in jax.tree.leaves((operands, context))):
+        raise NotImplementedError("blockwise: operands in shard_map, or on a mesh with explicit axes")
     output, lse = _differentiable(program)(operands, context)
     return output, lse, None
-
-
-def _tiles(score, query, key, positions):
-    """Choose the grid: blocks as large as the cache and their largest intermediate allow."""
-    (*lead, T, N, _), S = query.shape, key.shape[-3]
-    rows = block_size(T, ROWS)
-    columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
-    tiles = Tiles(tuple(lead), N, T, S, rows, columns, positions, 1 if lead and _one_cpu_device() else None)
-    while (bytes := _bytes_of_block(score, tiles, query, key)) > BLOCK_BYTES and max(tiles.rows, tiles.columns) > 32:
-        if tiles.rows >= tiles.columns:
-            tiles = dataclasses.replace(tiles, rows=block_size(T, tiles.rows // 2))
-        else:
-            tiles = dataclasses.replace(tiles, columns=block_size(S, tiles.columns // 2))
-    if tiles.examples is None:
-        return tiles
-    room = min(SCORES // (N * tiles.rows * tiles.columns), BLOCK_BYTES // bytes)
-    tiles = dataclasses.replace(tiles, examples=nearest_divisor(math.prod(lead), max(room, 1)))
-    return tiles if _takes_parts(score, tiles, query, key) else dataclasses.replace(tiles, examples=None)
-
-
-def _bytes_of_block(score, tiles, query, key):
-    """Of the largest array that is made on the way to a block's scores; unknown to a score that needs all examples."""
-    whole = dataclasses.replace(tiles, examples=None)
-    shapes = _block_shapes(tiles if _takes_parts(score, tiles, query, key) else whole, query, key)
-    return largest_intermediate(functools.partial(head_scores, score), *shapes)
-
-
-def _takes_parts(score, tiles, query, key):
-    """Whether the score can do with a part of the batch; it cannot if it captures an array that has batch axes."""
-    try:
-        jax.eval_shape(functools.partial(head_scores, score), *_block_shapes(tiles, query, key))
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _is_manual(array):
     """Whether the array's type carries mesh axes, with which loops here would have to agree."""
     kind = jax.typeof(array)
-    return bool(getattr(kind, "vma", ())) or any(axis is not None for axis in kind.sharding.spec)
-
-
-def _block_shapes(tiles, query, key):
-    dtype = checks.accumulator(query.dtype)
-    lengths = zip((query, key), (tiles.rows, tiles.columns), strict=True)
-    return [jax.ShapeDtypeStruct((*tiles.batch, x.shape[-2], length, x.shape[-1]), dtype) for x, length in lengths]
+    varying = getattr(getattr(kind, "mat", kind), "varying", ()) or getattr(kind, "vma", ())
+    return bool(varying) or any(axis is not None for axis in kind.sharding.spec)
 
 
 def _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key):
@@ -174,7 +129,7 @@ def _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key):
         return scores
 
     biases = [four_axes(modifier.array, tiles.lead) for modifier in modifiers if isinstance(modifier, Bias)]
-    index, operands = jax.ShapeDtypeStruct((), jnp.int32), _block_shapes(tiles, *rows[:2])
+    index, operands = jax.ShapeDtypeStruct((), jnp.int32), grid.block_shapes(tiles, *rows[:2])
     evaluate = functools.partial(head_scores, score)
     pure_score, of_score = hoist(evaluate, *operands)
     cuts = [jax.eval_shape(tiles.cut, bias, index, index, index) for bias in biases]
@@ -183,24 +138,21 @@ def _program(tiles, rows, score, mask, modifiers, dropout_rate, dropout_key):
     pure_classes, of_classes = hoist(functools.partial(tiles.classify, mask), index, index)
     moving, fixed = split([of_score, of_modifiers])
     classes = None if mask is None and not tiles.overlap else pure_classes
+    tiles = dataclasses.replace(tiles, positions=None)  # hoisted by now: what is kept here is static
     program = Program(tiles, pure_score, pure_modify, pure_allowed, classes, dropout_rate)
     return program, Operands(*rows, biases, moving), Context(fixed, of_allowed, of_classes, dropout_key)
-
-
-def _one_cpu_device() -> bool:
-    """Where parts of a batch run one after another, each pays for its own length; elsewhere all share a block."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _differentiable(program: Program) -> Callable[[Operands, Context], tuple[Array, Array]]:
     @jax.custom_vjp
     def run(operands, context):
-        return _forward(program, operands, context)
+        output, *lse = _forward(program, operands, context)
+        return output, sum(lse)
 
     def forward(operands, context):
-        output, lse = _forward(program, operands, context)
-        output, lse = checkpoint_name(output, "attend_output"), checkpoint_name(lse, "attend_lse")
-        return (output, lse), (operands, context, output, lse)
+        names = ("attend_output", "attend_lse", "attend_lse")
+        output, *lse = map(checkpoint_name, _forward(program, operands, context), names)
+        return (output, sum(lse)), (operands, context, output, *lse)
 
     def backward(residuals, cotangents):
         return _backward(program, *residuals, *cotangents), None
@@ -209,7 +161,8 @@ def _differentiable(program: Program) -> Callable[[Operands, Context], tuple[Arr
     return run
 
 
-def _forward(program: Program, operands: Operands, context: Context) -> tuple[Array, Array]:
+def _forward(program: Program, operands: Operands, context: Context) -> tuple[Array, Array, Array]:
+    """Output, largest score, and logarithm of the sum over it: added up, large scores would swallow the last."""
     one = _one_at_a_time(functools.partial(_forward_rows, program))
     if program.tiles.examples is None:
         return one(jnp.zeros((), jnp.int32), operands, context)
@@ -218,21 +171,23 @@ def _forward(program: Program, operands: Operands, context: Context) -> tuple[Ar
         b, *rows = numbered
         return None, one(b, Operands(*rows, *operands[3:]), context)
 
-    _, (output, lse) = jax.lax.scan(part, None, program.tiles.parts(operands[:3]))
-    return output.reshape(*operands.query.shape[:-1], output.shape[-1]), lse.reshape(operands.query.shape[:-1])
+    _, (output, *lse) = jax.lax.scan(part, None, program.tiles.parts(operands[:3]))
+    rows = operands.query.shape[:-1]
+    return output.reshape(*rows, output.shape[-1]), *(array.reshape(rows) for array in lse)
 
 
-def _backward(program, operands, context, output, lse, output_cotangent, lse_cotangent):
+def _backward(program, operands, context, output, maximum, log_total, output_cotangent, lse_cotangent):
     tiles = program.tiles
     # d lse reaches a score with its weight, as −delta does: both are summed over a row's weights
-    delta = (output.astype(lse.dtype) * output_cotangent.astype(lse.dtype)).sum(-1) - lse_cotangent
-    empty = jnp.isneginf(lse)
-    delta, lse = (jnp.where(empty, 0, array) for array in (delta, lse))
+    delta = (output.astype(maximum.dtype) * output_cotangent.astype(maximum.dtype)).sum(-1) - lse_cotangent
+    empty = jnp.isneginf(log_total)
+    delta, log_total = (jnp.where(empty, 0, array) for array in (delta, log_total))
     output_cotangent = jnp.where(empty[..., None], 0, output_cotangent)
     zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, _sum_dtype(array)), (operands.biases, operands.captured))
+    rows = maximum, log_total, delta, output_cotangent
     one = _one_at_a_time(functools.partial(_backward_rows, program))
     if tiles.examples is None:
-        rows, shared = one(jnp.zeros((), jnp.int32), operands, context, lse, delta, output_cotangent, zeros)
+        rows, shared = one(jnp.zeros((), jnp.int32), operands, context, *rows, zeros)
     else:
 
         def part(shared, numbered):
@@ -240,7 +195,7 @@ def _backward(program, operands, context, output, lse, output_cotangent, lse_cot
             rows, shared = one(b, Operands(query, key, value, *operands[3:]), context, *rest, shared)
             return shared, rows
 
-        shared, rows = jax.lax.scan(part, zeros, tiles.parts([*operands[:3], lse, delta, output_cotangent]))
+        shared, rows = jax.lax.scan(part, zeros, tiles.parts([*operands[:3], *rows]))
     gradients = Operands(*(g.reshape(x.shape) for g, x in zip(rows, operands[:3], strict=True)), *shared)
     return jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), gradients, operands)
 
@@ -251,11 +206,11 @@ def _sum_dtype(array):
 
 def _one_at_a_time(function):
     """Under vmap, where one CPU device works anyway in turn, keep loops and lengths of each example its own."""
-    return jax.custom_batching.sequential_vmap(function) if _one_cpu_device() else function
+    return jax.custom_batching.sequential_vmap(function) if grid.one_cpu_device() else function
 
 
-def _forward_rows(program: Program, b: Array, operands: Operands, context: Context) -> tuple[Array, Array]:
-    """Output `[..., T, N, V]` and log-sum-exp `[..., T, N]`, one row of blocks after another."""
+def _forward_rows(program: Program, b: Array, operands: Operands, context: Context) -> tuple[Array, Array, Array]:
+    """As `_forward`, for one part of the batch: one row of blocks after another."""
     tiles, value_dtype = program.tiles, operands.value.dtype
     (*lead, T, N, _), V = operands.query.shape, operands.value.shape[-1]
     dtype = checks.accumulator(operands.query.dtype)
@@ -284,36 +239,38 @@ def _forward_rows(program: Program, b: Array, operands: Operands, context: Conte
         maximum, total, output = _over_columns(program, context, b, i, part, merge, nothing, nothing)
         divisor = jnp.maximum(total, 1)  # the largest weight alone is 1, so it is more, or nothing
         output = (output / divisor[..., None]).astype(value_dtype)
-        lse = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))
-        parts = heads_last(output), heads_last(lse[..., None])
+        log_total = jnp.where(total == 0, -jnp.inf, jnp.log(divisor))
+        parts = map(heads_last, (output, maximum[..., None], log_total[..., None]))
         return tuple(arrays.write(result, part, start) for result, part in zip(results, parts, strict=True))
 
-    results = jnp.zeros((*lead, T, N, V), value_dtype), jnp.zeros((*lead, T, N, 1), dtype)
-    output, lse = _loop(0, tiles.num_rows, row, results)
-    return output, lse[..., 0]
+    results = jnp.zeros((*lead, T, N, V), value_dtype), *[jnp.zeros((*lead, T, N, 1), dtype)] * 2
+    output, maximum, log_total = _loop(0, tiles.num_rows, row, results)
+    return output, maximum[..., 0], log_total[..., 0]
 
 
-def _backward_rows(program, b, operands, context, lse, delta, output_cotangent, shared):
+def _backward_rows(program, b, operands, context, maximum, log_total, delta, output_cotangent, shared):
     """Gradients of query, key and value, and `shared` = those of biases and captured arrays, added to what came in.
 
     Those of key and value are summed as `[..., width, S]`: XLA's matrix products on CPU are three times as slow where
     they have to sum over the rows of a large left operand.
     """
-    tiles, dtype = program.tiles, lse.dtype
+    tiles, dtype = program.tiles, maximum.dtype
 
     def row(i, carry):
         start = tiles.row_start(i)
-        rows = operands.query, output_cotangent, lse[..., None], delta[..., None]
-        query, cotangent, lse_rows, delta_rows = (
+        rows = operands.query, output_cotangent, *(array[..., None] for array in (maximum, log_total, delta))
+        query, cotangent, highest, logs, deltas = (
             heads_first(arrays.read(array, start, tiles.rows)).astype(dtype) for array in rows
         )
         columns_first = rearrange(cotangent, "... (K G) T V -> ... K V (G T)", K=operands.value.shape[-2])
 
         def contribution(j, masked):
             scores, value, pull = _scores(program, operands, context, query, b, i, j, masked)
-            weights = jnp.exp(scores - lse_rows)
+            weights = jnp.exp((scores - highest) - logs)
+            if masked:
+                weights = jnp.where(jnp.isneginf(scores), 0, weights)  # also in a row that holds a NaN
             of_weights = _drop(program, context, arrays.outer(cotangent, value), b, i, j)
-            of_scores = weights * (of_weights - delta_rows)
+            of_scores = weights * (of_weights - deltas)
             of_value = arrays.pool_turned(_drop(program, context, weights, b, i, j), columns_first)
             of_query, of_key, *rest = pull(of_scores)
             return of_query, turned(of_key), *rest, of_value

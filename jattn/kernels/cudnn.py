@@ -2,7 +2,8 @@
 
 Those are scaled dot products of half-precision operands without modifiers, dropout or weights, under no mask or under
 `causal()` with T = S: there every query sees a key and every key is seen, so that no rule about empty or hidden rows is
-in question. For everything else it raises `NotImplementedError`, and `jattn.attend` takes the next kernel.
+in question. For everything else it raises `NotImplementedError`. It is taken where it is asked for by name alone: JAX's
+rule for it fails under a `vmap` that maps some operands and not others, and on no platform but its own does it lower.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jattn.functional import masks, scores
 from jattn.functional.masks import Mask
@@ -60,7 +62,7 @@ def attend(
         output = jax.nn.dot_product_attention(*batch, scale=scale, is_causal=causal, implementation="cudnn")
     except RuntimeError as error:  # no cuDNN
         raise NotImplementedError(f"cudnn: {error}") from error
-    return output.reshape(query.shape), None, None
+    return checkpoint_name(output.reshape(query.shape), "attend_output"), None, None
 
 
 def _scale(score: Any, width: int) -> float | None:

@@ -25,12 +25,13 @@ def hoist(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., 
       Array([1., 2., 3.], dtype=float32)
     """
     closed = jax.make_jaxpr(function)(*arguments)
+    jaxpr, captured = closed.jaxpr, [jnp.asarray(const) for const in closed.consts]
+    del closed  # what `pure` keeps alive must not be traced
 
     def pure(captured, *arguments):
-        closed_again = core.ClosedJaxpr(closed.jaxpr, list(captured))
-        return core.jaxpr_as_fun(closed_again)(*jax.tree.leaves(arguments))[0]
+        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, list(captured)))(*jax.tree.leaves(arguments))[0]
 
-    return pure, [jnp.asarray(const) for const in closed.consts]
+    return pure, captured
 
 
 def split(captured: Any) -> tuple[Any, Any]:

@@ -150,13 +150,13 @@ def block_size(length: int, largest: int) -> int:
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of a number that is nearest to what is wanted, as a ratio.
+    """The divisor of a number that is nearest to what is wanted, as a ratio; at most four times as much.
 
     Example:
       >>> nearest_divisor(12, 5), nearest_divisor(31, 8)
       (6, 31)
     """
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    divisors = [divisor for divisor in range(1, min(number, 4 * wanted) + 1) if number % divisor == 0]
     return min(divisors, key=lambda divisor: abs(math.log(divisor / wanted)))
 
 
@@ -173,9 +173,5 @@ def largest_intermediate(function: Callable[..., Any], *arguments: Any) -> int:
 def _largest(jaxpr: core.Jaxpr) -> int:
     made: list[Any] = [var.aval for eqn in jaxpr.eqns for var in eqn.outvars]
     sizes = [math.prod(array.shape) * array.dtype.itemsize for array in made]
-    return max([*sizes, *(_largest(inner) for inner in _inner(jaxpr))], default=0)
-
-
-def _inner(jaxpr: core.Jaxpr) -> list[core.Jaxpr]:
-    closed = [value for eqn in jaxpr.eqns for value in eqn.params.values() if isinstance(value, core.ClosedJaxpr)]
-    return [value.jaxpr for value in closed]
+    inner = [part for eqn in jaxpr.eqns for part in core.jaxprs_in_params(eqn.params)]
+    return max([*sizes, *map(_largest, inner)], default=0)

@@ -12,11 +12,11 @@ import pytest
 import jattn
 from jattn import masks, modifiers
 from jattn.functional.blocks import EMPTY, FULL, PARTIAL
-from jattn.kernels import blockwise
+from jattn.kernels import grid
 from jattn.kernels.tiles import Tiles, block_size
 
 
-def grid(T, S, rows, columns, **options):
+def tiling(T, S, rows, columns, **options):
     return Tiles((), 1, T, S, rows, columns, options.get("positions"), examples=None)
 
 
@@ -27,7 +27,7 @@ def test_blocks_cover_an_axis_with_none_to_spare(length, largest):
 
 
 def test_every_entry_is_fresh_in_exactly_one_block():
-    tiles = grid(13, 17, 5, 4)
+    tiles = tiling(13, 17, 5, 4)
     seen = np.zeros((13, 17), int)
     for i in range(tiles.num_rows):
         for j in range(tiles.num_columns):
@@ -49,7 +49,7 @@ def test_every_entry_is_fresh_in_exactly_one_block():
     ids=repr,
 )
 def test_rows_of_blocks_are_classified(mask, expected):
-    tiles = grid(12, 12, 4, 4)
+    tiles = tiling(12, 12, 4, 4)
     assert (EMPTY, PARTIAL, FULL) == (0, 1, 2)
     assert [np.asarray(tiles.classify(mask, 0, i)).tolist() for i in range(3)] == expected
 
@@ -71,8 +71,8 @@ def test_two_parts_of_two_examples_are_the_batch(monkeypatch, rng, x64):
         output, pull = jax.vjp(attend, *arrays)
         return output, *pull(jnp.cos(jnp.arange(output.size, dtype=output.dtype)).reshape(output.shape))
 
-    monkeypatch.setattr(blockwise, "_one_cpu_device", lambda: True)
-    monkeypatch.setattr(blockwise, "SCORES", 2 * 3 * 7 * 11)
+    monkeypatch.setattr(grid, "one_cpu_device", lambda: True)
+    monkeypatch.setattr(grid, "SCORES", 2 * 3 * 7 * 11)
     parts = []
     record = jax.lax.scan
     monkeypatch.setattr(
@@ -82,6 +82,21 @@ def test_two_parts_of_two_examples_are_the_batch(monkeypatch, rng, x64):
     for came, truth in zip(results("blockwise", *arrays), results("dense", *arrays), strict=True):
         np.testing.assert_allclose(came, truth, rtol=1e-10, atol=1e-12)
     assert parts[0] == (2, 2, 7, 3, 5)
+
+
+def test_blocks_stay_within_bounds_whatever_the_batch_and_the_score(monkeypatch):
+    monkeypatch.setattr(grid, "one_cpu_device", lambda: True)
+
+    def scores_of_a_block(B, T, score=jattn.scores.scaled_dot_product, N=8, H=64):
+        x = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
+        tiles = grid.choose_tiles(score, x, x, None)
+        return tiles.examples * N * tiles.rows * tiles.columns
+
+    sizes = [scores_of_a_block(B, T) for B in (1, 32, 1021, 1024) for T in (64, 512, 4096)]
+    assert max(sizes) <= 4 * grid.SCORES
+    additive = functools.partial(jattn.scores.additive, weight=np.ones(64, np.float32))
+    assert scores_of_a_block(1, 2048, additive) * 64 * 4 <= grid.BLOCK_BYTES
+    assert scores_of_a_block(1, 2048, jax.checkpoint(additive)) * 64 * 4 <= grid.BLOCK_BYTES  # looks inside
 
 
 def test_every_platform_can_lower_forward_and_backward():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.kernels import blockwise
+from jattn.kernels import grid
 from tests import oracle
 
 N, T = 3, 13
@@ -51,8 +51,8 @@ def published():
 
 @pytest.mark.parametrize(("mask", "modifier"), [*zip(MASKS, [*MODIFIERS, None], strict=True), ("prefix_lm", "alibi")])
 def test_published_mods_run_block_by_block(mask, modifier, monkeypatch, rng, x64):
-    monkeypatch.setattr(blockwise, "ROWS", 4)
-    monkeypatch.setattr(blockwise, "COLUMNS", (4, 4))
+    monkeypatch.setattr(grid, "ROWS", 4)
+    monkeypatch.setattr(grid, "COLUMNS", (4, 4))
     arrays = [rng.standard_normal((2, T, N, 5)) for _ in range(3)]
     with jax.numpy_dtype_promotion("standard"):  # they mix integers and floats, as users do
         mods = published()
