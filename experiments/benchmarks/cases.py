@@ -134,7 +134,7 @@ GROUPS = {
         "bfloat16", ("float32", "PyTorch"), _full_and_causal([(1, 1024, 8), (1, 4096, 8)], dtype="bfloat16")
     ),
     "compile": Group(
-        "seconds to compile",
+        "compiling",
         ("jax.nn", "tokamax", "dense"),
         tuple(Case(1, 2048, kind=kind, what="compile") for kind in ("full", "causal", "window", "documents")),
     ),

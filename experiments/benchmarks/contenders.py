@@ -49,7 +49,7 @@ def kernel(case: Case, name: str) -> Work:
         case "ALiBi":
             mask, modifier = causal, jattn.modifiers.alibi(jnp.asarray(jattn.modifiers.alibi_slopes(case.N)))
         case "documents":
-            mask = causal & jattn.masks.segments(jnp.asarray(documents(case)))
+            mask = causal & jattn.masks.segments(jnp.broadcast_to(documents(case), (case.B, case.T)))
         case "padding":
             mask = jattn.masks.padding(jnp.asarray(lengths(case)))
         case "additive":

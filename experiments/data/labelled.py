@@ -44,10 +44,11 @@ class Labels:
 
 
 class Split(NamedTuple):
-    """Texts to train on, and held-out texts to be judged by."""
+    """Texts to train on, and held-out texts to be judged by; how many were left out, since several labels have them."""
 
     train: list[Text]
     test: list[Text]
+    ambiguous: int
 
 
 def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]:
@@ -75,10 +76,9 @@ def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]
                 raise BadInput(f"{path}: there is no column {column!r} ({name}), only {', '.join(table.fieldnames)}")
         for row in table:
             text, label = (normalise(row[column] or "") for column in (text_column, label_column))
-            if text and label and len(text) <= MAX_CHARACTERS:
-                texts.append(Text(text, label, text))
-            else:
-                problems.append(f"{path}:{table.line_num}: {_problem(text, label)}")
+            if problem := _problem(text, label, surplus=None in row):
+                problems.append(f"{path}:{table.line_num}: {problem}")
+            texts.append(Text(text, label, text))
     except csv.Error as error:
         raise BadInput(f"{path}:{table.line_num}: {error}") from None
     if problems:
@@ -89,17 +89,21 @@ def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]
     return texts
 
 
-def _problem(text: str, label: str) -> str:
+def _problem(text: str, label: str, *, surplus: bool) -> str | None:
+    if surplus:
+        return "expected as many columns as the header has, got more"
+    for name, found in (("text", text), ("label", label)):
+        if not found:
+            return f"expected a text and a label, got no {name}"
     if len(text) > MAX_CHARACTERS:
         return f"expected a text of at most {MAX_CHARACTERS} characters, got {len(text)}"
-    return "expected a text and a label, got no " + ("label" if text else "text")
+    return None
 
 
 def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
-    """Hold out a fraction of the *groups*; of their texts, those that have one right answer and are new.
+    """Hold out a fraction of the *groups*, and leave out every text that stands under several labels.
 
-    A text that stands anywhere under several labels is left out of the test, for no answer to it is right, and so is
-    one that is also trained on, under another group. What is trained on keeps both.
+    No answer to such a text is right. A held-out text that is also trained on, under another group, is not tested.
 
     Args:
       texts: of at least two groups.
@@ -111,9 +115,11 @@ def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
         the held-out texts have.
 
     Example:
-      >>> texts = [Text("Oslo", "nb", "oslo"), Text("Oslo", "da", "oslo"), Text("Roma", "it", "rome")]
-      >>> split([*texts, Text("Rom", "da", "rome")], fraction=0.5, seed=1).test
-      [Text(text='Roma', label='it', group='rome'), Text(text='Rom', label='da', group='rome')]
+      >>> names = {"Prag": "da", "Praga": "it", "Rom": "da", "Roma": "it"}
+      >>> texts = [Text(name, label, name[0]) for name, label in names.items()]
+      >>> train, test, ambiguous = split([*texts, Text("Rom", "de", "R")], fraction=0.5, seed=0)
+      >>> [text.text for text in train], [text.text for text in test], ambiguous
+      (['Prag', 'Praga'], ['Roma'], 1)
     """
     groups = sorted({text.group for text in texts})
     if len(groups) < 2:
@@ -123,12 +129,13 @@ def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
     labels = defaultdict(set)
     for text in texts:
         labels[text.text].add(text.label)
-    train = sorted({text for text in texts if text.group not in held_out})
+    clear = sorted(text for text in set(texts) if len(labels[text.text]) == 1)
+    train = [text for text in clear if text.group not in held_out]
     known = {text.text for text in train}
-    new = {text for text in texts if text.group in held_out and text.text not in known and len(labels[text.text]) == 1}
-    test = sorted({(text.text, text.label): text for text in sorted(new)}.values())
+    new = {text.text: text for text in clear if text.group in held_out and text.text not in known}
+    test = list(new.values())
     _check(train, test)
-    return Split(train, test)
+    return Split(train, test, ambiguous=len(labels) - len({text.text for text in clear}))
 
 
 def _check(train: Sequence[Text], test: Sequence[Text]) -> None:
@@ -136,7 +143,7 @@ def _check(train: Sequence[Text], test: Sequence[Text]) -> None:
     if len(known) < 2:
         raise BadInput(f"expected texts of at least 2 labels to train on, got {len(known)}")
     if not test:
-        raise BadInput("of the held-out texts, none has a single label and is new: there is nothing to test with")
+        raise BadInput("no held-out text has a single label and is new: there is nothing to test with")
     if unseen := sorted({text.label for text in test} - known):
-        shown = ", ".join(unseen[:SHOWN_PROBLEMS]) + (" …" if len(unseen) > SHOWN_PROBLEMS else "")
+        shown = ", ".join(map(repr, unseen[:SHOWN_PROBLEMS])) + (" …" if len(unseen) > SHOWN_PROBLEMS else "")
         raise BadInput(f"only held-out texts have the label {shown}: give more texts of it, or another --seed")

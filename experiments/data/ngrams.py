@@ -24,7 +24,7 @@ class NaiveBayes:
 
     Example:
       >>> texts = [Text("Rom", "de", "rome"), Text("Roma", "it", "rome")]
-      >>> NaiveBayes(texts)(["Prag", "Praga"])
+      >>> NaiveBayes(texts)(["dom", "doma"])
       ['de', 'it']
     """
 

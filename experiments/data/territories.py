@@ -34,7 +34,7 @@ def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[t
     """
     try:
         english, other = Locale("en"), Locale.parse(target)
-    except UnknownLocaleError as error:
+    except (UnknownLocaleError, ValueError) as error:
         raise ValueError(f"target must be a CLDR locale such as fr or zh_Hant: {error}") from None
     pairs = []
     for kind in kinds:

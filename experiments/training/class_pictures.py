@@ -1,6 +1,5 @@
 """Pictures of a classifier: which classes it takes for which, and the characters that it looks at."""
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.training import fonts
 
 MOST_CLASSES = 40
-LONGEST = 30  # characters of a strip
+LONGEST = 26  # characters of a strip
 
 
 class Strip(NamedTuple):
@@ -57,19 +56,21 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path, *, title: s
 def strips(rows: Sequence[Strip], path: Path, *, columns: int = 2) -> None:
     """Draw texts with their characters on a ground that is the darker, the more weight they have.
 
-    Text that is read from the right is drawn so. Long texts are cut; without any row there is no picture.
+    Characters stand in the order in which they are read, from the left in every script. Long texts are cut; without any
+    row there is no picture.
     """
     if not rows:
         return
     height = -(-len(rows) // columns)
     drawable = fonts.glyphs()
-    widths = [max(len(row.text[:LONGEST]) for row in rows[i::columns]) for i in range(min(columns, len(rows)))]
+    blocks = [rows[start : start + height] for start in range(0, len(rows), height)]
+    widths = [max(len(row.text[:LONGEST]) for row in block) for block in blocks]
     with matplotlib.rc_context({"font.family": fonts.family()}):
         figure = Figure(figsize=(0.27 * sum(widths) + 2.2 * len(widths), 0.36 * height + 0.9), layout="constrained")
         axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
         colours = PowerNorm(0.7, vmin=0, vmax=1)
-        for i, axis in enumerate(axes):
-            _draw_strips(axis, rows[i::columns], drawable, colours)
+        for axis, block in zip(axes, blocks, strict=True):
+            _draw_strips(axis, block, drawable, colours)
         image = matplotlib.cm.ScalarMappable(colours, "Oranges")
         figure.suptitle("Where the classifier looks")
         figure.colorbar(image, ax=list(axes), label="attention weight", shrink=0.6, pad=0.01)
@@ -81,9 +82,8 @@ def _draw_strips(axis: Axes, rows: Sequence[Strip], drawable: set[str], colours:
     weights = np.full((len(rows), width), np.nan)
     for y, row in enumerate(rows):
         text = row.text[:LONGEST]
-        step = -1 if unicodedata.bidirectional(text[0]) in ("R", "AL") else 1
-        weights[y, : len(text)] = row.weights[: len(text)][::step]
-        for x, character in enumerate(text[::step]):
+        weights[y, : len(text)] = row.weights[: len(text)]
+        for x, character in enumerate(text):
             shown = fonts.readable("␣" if character == " " else character, drawable)
             colour = "white" if weights[y, x] > 0.6 else "black"
             size = 10 if len(shown) == 1 else 4

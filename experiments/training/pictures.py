@@ -33,14 +33,14 @@ class Fit(NamedTuple):
     weights: np.ndarray
 
 
-def curve(metrics: Sequence[dict[str, Any]], path: Path, *, title: str = "") -> None:
-    """Draw loss (logarithmic) and learning rate against the step."""
+def curve(metrics: Sequence[dict[str, Any]], path: Path, *, title: str = "", per: str = "token") -> None:
+    """Draw loss (logarithmic; the unit that it is taken `per`) and learning rate against the step."""
     rows = [row for row in metrics if "loss" in row]
     steps = [row["step"] for row in rows]
     with matplotlib.rc_context({"font.family": fonts.family()}):
         figure = Figure(figsize=(7, 4), layout="constrained")
         loss = figure.add_subplot(xlabel="step", title=title, yscale="log")
-        loss.set_ylabel("training loss (nats per token)", color="C0")
+        loss.set_ylabel(f"training loss (nats per {per})", color="C0")
         loss.plot(steps, [row["loss"] for row in rows], color="C0")
         loss.grid(alpha=0.3)
         rate = loss.twinx()
@@ -74,9 +74,10 @@ def alignments(panels: Sequence[Alignment], path: Path, *, columns: int = 3) -> 
 def _heat_map(axis: Axes, panel: Alignment, drawable: set[str]) -> Any:
     source, output = panel.source[:LONGEST], panel.output[:LONGEST]
     image = axis.imshow(panel.weights[: len(output), : len(source)], cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    for axes, text in ((axis.xaxis, source), (axis.yaxis, output)):
+    width, height = 330, 190  # of a panel, in points
+    for axes, text, room in ((axis.xaxis, source, width), (axis.yaxis, output, height)):
         labels = [fonts.readable("␣" if character == " " else character, drawable) for character in text]
-        axes.set_ticks(range(len(text)), labels, parse_math=False)
+        axes.set_ticks(range(len(text)), labels, parse_math=False, fontsize=min(10, room / len(text)))
         axes.set_ticks(np.arange(len(text) + 1) - 0.5, minor=True)
     axis.tick_params(which="both", length=0)
     axis.grid(which="minor", color="0.9", linewidth=0.5)

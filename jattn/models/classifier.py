@@ -79,7 +79,8 @@ class Config:
       hidden_features: F, width of every recurrent layer in each direction.
       num_layers: L, recurrent layers.
       bidirectional: whether each layer also runs from the end.
-      dropout_rate: of the outputs of every recurrent layer but the top one.
+      dropout_rate: of the embedded tokens, of the outputs of every recurrent layer but the top one, and of the vector
+        that is classified.
       network: the recurrent network: `jattn.nn.RNN`, `jattn.nn.LSTM` or `jattn.nn.GRU`.
       pooling: makes of the top layer's steps one vector: `jattn.nn.FeaturePooling`, `jattn.nn.LearnedQueryPooling`,
         `LastStep`, or any `(features, *, param_dtype, rngs)` → module that is called as they are. None: the state in
@@ -160,6 +161,7 @@ class Classifier(nnx.Module):
         width = (1 + config.bidirectional) * F
         self.pooling = nnx.data(None) if config.pooling is None else config.pooling(width, **options)
         self.out = nnx.Linear(width, config.classes, **options)
+        self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
 
     def __call__(
         self,
@@ -190,13 +192,13 @@ class Classifier(nnx.Module):
         if return_weights and self.pooling is None:
             raise ValueError("return_weights needs a config with a pooling; without one there are no weights")
         T = checks.shapes(tokens=(tokens, "... T"))["T"]
-        embedded = self.embedding(tokens)
+        embedded = self.dropout(self.embedding(tokens), deterministic=deterministic)
         outputs, state = self.network(embedded, lengths=lengths, deterministic=deterministic)
         context, weights = self._final(state), None
         if self.pooling is not None:
             context, weights = self.pooling(outputs, lengths=lengths, return_weights=True)
         checks.shapes(tokens=(tokens, "... T"), out=(self.out.kernel, "F C"), context=(context, "... F"))
-        logits = self.out(context)
+        logits = self.out(self.dropout(context, deterministic=deterministic))
         if lengths is not None:
             lengths = jnp.asarray(lengths)[..., None]
             logits = jnp.where((lengths > 0) & (lengths <= T), logits, jnp.nan)

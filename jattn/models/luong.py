@@ -129,6 +129,7 @@ class Encoder(nnx.Module):
             return sequences
         if lengths is None:
             return jnp.flip(sequences, axis=1)
+        checks.shapes(source=(sequences, "B S D"), lengths=(lengths, "B"))
         steps = jnp.arange(sequences.shape[1], dtype=jnp.int32)
         mirrored = jnp.asarray(lengths).astype(jnp.int32)[:, None] - 1 - steps
         order = jnp.where(mirrored >= 0, mirrored, steps)

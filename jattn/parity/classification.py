@@ -23,7 +23,7 @@ def classifier_module(arguments: Arguments, dtype: Any) -> nnx.Module:
     """Rows 26 and 30: the parts of the config by the names that PyTorch's reference and jattn share."""
     parts = (nn.RNN, nn.LSTM, nn.GRU, nn.FeaturePooling, nn.LearnedQueryPooling, classifier.LastStep)
     named: dict[Any, Any] = {part.__name__: part for part in parts}
-    options = {name: named.get(value, value) for name, value in arguments.items()}
+    options: dict[str, Any] = {name: named.get(value, value) for name, value in arguments.items()}
     return classifier.Classifier(classifier.Config(**options), param_dtype=dtype, rngs=nnx.Rngs(0))
 
 

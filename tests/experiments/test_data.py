@@ -47,6 +47,19 @@ def test_territories_command_writes_a_file_that_the_reader_takes(tmp_path):
     assert len(rows) == len(territories.names()) > 200
 
 
+def test_other_names_in_other_languages(tmp_path, capsys):
+    path = tmp_path / "names.tsv"
+    territories.main([str(path), "--all", "--to", "zh"])
+    rows = pairs.read_tsv(path)
+    assert {Pair("Germany", "德国"), Pair("Gothic", "哥特语"), Pair("Swiss Franc", "瑞士法郎")} <= set(rows)
+    assert len(rows) == len(set(rows)) > 1700
+    for bad, message in (("xx", "must be a CLDR locale"), ("-", "must be a CLDR locale")):
+        with pytest.raises(SystemExit):
+            territories.main([str(path), f"--to={bad}"])
+        assert message in capsys.readouterr().err
+    assert pairs.read_tsv(path) == rows
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

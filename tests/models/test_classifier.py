@@ -11,12 +11,17 @@ from jattn.nn import GRU, LSTM, RNN, FeaturePooling, LearnedQueryPooling, MultiH
 
 B, T, C, D, F, IDS = 3, 7, 2, 5, 11, 13
 LENGTHS = np.array([4, 7, 1])
-TWO_WAYS = Config(IDS, C, D, F, num_layers=2, bidirectional=True, pooling=LearnedQueryPooling)
+TWO_WAYS = Config(IDS, C, D, F, bidirectional=True, network=RNN, pooling=LearnedQueryPooling)
 ONE_RNN = Config(IDS, C, D, F, bidirectional=True, network=RNN)
 
 
 def build(config=TWO_WAYS):
     return Classifier(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+
+@functools.partial(nnx.jit, static_argnames=("return_weights", "deterministic"))
+def run(model, ids, lengths=None, **options):
+    return model(ids, lengths=lengths, **options)
 
 
 def tokens(seed=0):
@@ -43,7 +48,7 @@ def score(weights, context):
 
 def test_without_a_pooling_both_directions_give_their_ends(x64):
     model, ids = build(ONE_RNN), tokens()
-    found = model(ids, lengths=LENGTHS)
+    found = run(model, ids, LENGTHS)
     for row, length, logits in zip(ids, LENGTHS, found, strict=True):
         forward, backward, weights = oracle(model, row[:length])
         expected = score(weights, np.concatenate([forward[-1], backward[0]]))
@@ -54,7 +59,7 @@ def test_the_last_step_has_read_one_token_backwards(x64):
     config = Config(IDS, C, D, F, bidirectional=True, network=RNN, pooling=LastStep)
     model, ids = build(config), tokens()
     for lengths, ends in ((LENGTHS, LENGTHS), (None, [T] * B)):
-        found, weights = model(ids, lengths=lengths, return_weights=True)
+        found, weights = run(model, ids, lengths, return_weights=True)
         np.testing.assert_array_equal(weights, np.eye(T)[np.array(ends) - 1])
         for row, end, logits in zip(ids, ends, found, strict=True):
             forward, backward, own = oracle(model, row[:end])
@@ -63,9 +68,8 @@ def test_the_last_step_has_read_one_token_backwards(x64):
 
 
 def test_a_learned_query_weighs_the_steps(x64):
-    config = Config(IDS, C, D, F, bidirectional=True, network=RNN, pooling=LearnedQueryPooling)
-    model, ids = build(config), tokens()
-    found, weights = model(ids, lengths=LENGTHS, return_weights=True)
+    model, ids = build(TWO_WAYS), tokens()
+    found, weights = run(model, ids, LENGTHS, return_weights=True)
     assert weights.shape == (B, T)
     for row, length, logits, weight in zip(ids, LENGTHS, found, weights, strict=True):
         forward, backward, own = oracle(model, row[:length])
@@ -80,7 +84,7 @@ def test_a_learned_query_weighs_the_steps(x64):
 def test_in_one_direction_the_end_is_the_last_step(x64, network):
     end = Config(IDS, C, D, F, network=network)
     last = Config(IDS, C, D, F, network=network, pooling=LastStep)
-    np.testing.assert_array_equal(build(end)(tokens(), lengths=LENGTHS), build(last)(tokens(), lengths=LENGTHS))
+    np.testing.assert_array_equal(run(build(end), tokens(), LENGTHS), run(build(last), tokens(), LENGTHS))
 
 
 @pytest.mark.parametrize("pooling", [None, LastStep, FeaturePooling, LearnedQueryPooling])
@@ -97,36 +101,37 @@ def test_padding_reaches_nothing(x64, pooling):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_feature_pooling_has_weights_for_each_feature():
-    config = Config(IDS, C, D, F, bidirectional=True, pooling=FeaturePooling)
-    model = Classifier(config, rngs=nnx.Rngs(0))
-    _, weights = model(tokens(), lengths=LENGTHS, return_weights=True)
+def test_a_feature_pooling_has_weights_for_each_feature(x64):
+    config = Config(IDS, C, D, F, bidirectional=True, network=RNN, pooling=FeaturePooling)
+    _, weights = run(build(config), tokens(), LENGTHS, return_weights=True)
     assert weights.shape == (B, T, 2 * F)
-    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-12)
 
 
 def test_any_leading_axes(x64):
-    model = build()
-    batch = model(tokens(), lengths=LENGTHS)
-    more = model(tokens()[None], lengths=LENGTHS[None])
-    np.testing.assert_array_equal(more[0], batch)
-    np.testing.assert_allclose(model(tokens()[0], lengths=LENGTHS[0]), batch[0], rtol=0, atol=1e-12)
+    model = build(Config(IDS, C, D, F, network=RNN, pooling=LearnedQueryPooling))
+    batch = run(model, tokens(), LENGTHS)
+    np.testing.assert_allclose(run(model, tokens()[None], LENGTHS[None])[0], batch, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(run(model, tokens()[0], LENGTHS[0]), batch[0], rtol=0, atol=1e-12)
 
 
 def test_traced_values_that_do_not_fit_are_nan():
-    model = Classifier(Config(IDS, C, D, F, pooling=LastStep), rngs=nnx.Rngs(0))
-    run = jax.jit(lambda ids, lengths: model(ids, lengths=lengths))
-    found = run(np.where(np.arange(B)[:, None] == 2, IDS, tokens()), np.array([0, T, T]))
+    model = Classifier(Config(IDS, C, D, F, network=RNN, pooling=LastStep), rngs=nnx.Rngs(0))
+    found = run(model, np.where(np.arange(B)[:, None] == 2, IDS, tokens()), np.array([0, T, T]))
     np.testing.assert_array_equal(np.isnan(found).all(axis=1), [True, False, True])
-    assert np.isnan(run(tokens(), np.array([T + 1, T, 1]))[0]).all()
+    assert np.isnan(run(model, tokens(), np.array([T + 1, T, 1]))[0]).all()
 
 
-def test_dropout_between_layers():
-    model = Classifier(Config.attention(IDS, C), rngs=nnx.Rngs(0))
-    assert np.any(model(tokens()) != model(tokens()))
+def test_dropout():
+    """One layer: what is dropped are embedded tokens and the vector that is classified."""
+    model = Classifier(Config(IDS, C, D, F, dropout_rate=0.5), rngs=nnx.Rngs(0))
+    off = run(model, tokens(), deterministic=True)
+    assert np.any(run(model, tokens()) != run(model, tokens()))
     model.eval()
-    np.testing.assert_array_equal(model(tokens()), model(tokens()))
-    np.testing.assert_array_equal(model(tokens()), model(tokens(), deterministic=True))
+    np.testing.assert_array_equal(run(model, tokens()), off)
+    model.dropout.rate = 1.0
+    model.train()
+    np.testing.assert_array_equal(run(model, tokens()), np.broadcast_to(model.out.bias, (B, C)))
 
 
 def test_a_pooling_of_ones_own(x64):
@@ -137,7 +142,7 @@ def test_a_pooling_of_ones_own(x64):
 def test_a_pooling_must_give_one_vector(x64):
     config = Config(IDS, C, D, F, pooling=functools.partial(MultiHopPooling, num_hops=2))
     with pytest.raises(ValueError, match=r"context must be \[..., F\].*got shape \(3, 2, 11\)"):
-        build(config)(tokens())
+        jax.eval_shape(lambda: build(config)(tokens()))
 
 
 @pytest.mark.parametrize(
