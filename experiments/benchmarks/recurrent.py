@@ -7,7 +7,6 @@ parameter. PyTorch gets as many threads as there are cores, and is left out wher
 """
 
 import os
-import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.benchmarks.attend import Run, measure, ratio
+from experiments.benchmarks.timing import Run, machine, measure, ratio
 from jattn.nn import GRU, LSTM
 
 
@@ -110,9 +109,7 @@ def main(settings: Settings) -> None:
         ratios = [ratio(seconds[name], seconds["jattn"]) if name in seconds else "" for name in COLUMNS]
         table.add_row(str(case), f"{1e3 * float(np.median(seconds['jattn'])):.1f}", *ratios)
     console.print(table)
-    console.print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, jax {jax.__version__}, float32"
-    )
+    console.print(f"{machine()}, float32")
 
 
 if __name__ == "__main__":

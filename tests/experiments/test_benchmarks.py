@@ -99,3 +99,25 @@ def test_bad_options(option, value, least, capsys):
     with pytest.raises(SystemExit):
         attend.main([f"--{option}={value}"])
     assert f"--{option} must be at least {least}, got {value}" in capsys.readouterr().err
+
+
+def test_both_translators_find_the_same_and_what_is_timed_runs(monkeypatch):
+    pytest.importorskip("torch")
+    from experiments.benchmarks import seq2seq
+
+    monkeypatch.setattr(seq2seq, "LONGEST", 5)
+    runs = seq2seq.contenders(seq2seq.Settings(batch=3, config=seq2seq.Config(11, 13, 3, 5)))
+    ours, theirs = (runs["beam search"][name]() for name in ("jattn", "PyTorch"))
+    np.testing.assert_array_equal(ours.tokens, theirs.numpy()[:, 1:].reshape(3, 4, 5))
+    for run in runs["training step"].values():
+        run()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_contenders_run(kind):
+    from experiments.benchmarks import recurrent
+
+    runs = recurrent.contenders(recurrent.Case(kind, 2, 3, 5, 7))
+    assert {"jattn", "Flax"} <= set(runs)
+    for run in runs.values():
+        run()
