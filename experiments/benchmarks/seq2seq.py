@@ -63,7 +63,8 @@ def of_jattn(weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], confi
     def step(state: nnx.State) -> Any:
         model, optimizer = nnx.merge(graph, state)
         value, gradients = nnx.value_and_grad(loss_of)(model)
-        optimizer.update(model, gradients)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
+            optimizer.update(model, gradients)
         return nnx.state((model, optimizer)), value
 
     def search() -> Any:
