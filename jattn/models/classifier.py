@@ -200,7 +200,7 @@ class Classifier(nnx.Module):
         checks.shapes(tokens=(tokens, "... T"), out=(self.out.kernel, "F C"), context=(context, "... F"))
         logits = self.out(self.dropout(context, deterministic=deterministic))
         if lengths is not None:
-            lengths = jnp.asarray(lengths)[..., None]
+            lengths = jnp.asarray(lengths, jnp.int32)[..., None]
             logits = jnp.where((lengths > 0) & (lengths <= T), logits, jnp.nan)
         return (logits, weights) if return_weights else logits
 

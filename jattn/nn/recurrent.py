@@ -148,8 +148,8 @@ class _Network(nnx.Module):
         checks.shapes(inputs=(inputs, "... T D"), lengths=(lengths, "..."))
         checks.integers(lengths=lengths)
         checks.in_range("lengths", lengths, 1, T, "T, the number of steps")
-        lengths = jnp.asarray(lengths)[..., None]
-        steps = jnp.arange(T).reshape(T, *(1 for _ in lengths.shape))
+        lengths = jnp.asarray(lengths, jnp.int32)[..., None]
+        steps = jnp.arange(T, dtype=jnp.int32).reshape(T, *(1 for _ in lengths.shape))
         return inputs, tuple(same), steps < lengths, (lengths > 0) & (lengths <= T)
 
 
