@@ -18,7 +18,8 @@ Run = Callable[[], object]
 
 # PyTorch's threads spin for up to about 200 ms after their work, and take the cores from whoever runs next
 PAUSE = 0.25
-ENOUGH, MOST = 0.1, 20  # seconds that a turn is timed for at least, unless it has run so often
+# After it, or after another contender's, memory has to be had anew from the system: the first runs of a turn are slow
+ENOUGH, MOST = 0.4, 20  # seconds that a turn is timed for at least, unless it has run so often
 
 
 def measure(runs: Mapping[str, Run], rounds: int, pause: float = PAUSE) -> dict[str, list[float]]:
