@@ -116,7 +116,7 @@ def test_documented_differences_to_jax(rng):
         (TypeError, "boolean", {"mask": of(T, S)}),
         (ValueError, "mask must broadcast", {"mask": of(S, T, dtype=bool)}),
         (ValueError, "bias must broadcast", {"bias": of(S, T)}),
-        (ValueError, "implementation must be .*got 'cudnn'", {"implementation": "cudnn"}),
+        (ValueError, "implementation must be .*got 'flash'", {"implementation": "flash"}),
     ],
 )
 def test_bad_input_of_dot_product_attention_is_named(error, match, options):
