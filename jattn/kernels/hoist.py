@@ -25,13 +25,13 @@ def hoist(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., 
       Array([1., 2., 3.], dtype=float32)
     """
     closed = jax.make_jaxpr(function)(*arguments)
-    jaxpr, captured = closed.jaxpr, [jnp.asarray(const) for const in closed.consts]
-    del closed  # what `pure` keeps alive must not be traced
+    captured = [jnp.asarray(const) for const in closed.consts]
 
-    def pure(captured, *arguments):
-        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, list(captured)))(*jax.tree.leaves(arguments))[0]
+    def rebound(captured, *arguments):
+        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, list(captured)))(*jax.tree.leaves(arguments))[0]
 
-    return pure, captured
+    pure = jax.make_jaxpr(rebound)(captured, *arguments)  # traced again, lest it keep alive what it captured
+    return lambda captured, *arguments: core.jaxpr_as_fun(pure)(*jax.tree.leaves((captured, arguments)))[0], captured
 
 
 def split(captured: Any) -> tuple[Any, Any]:
