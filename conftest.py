@@ -1,6 +1,7 @@
-"""Every test runs with strict dtype promotion, warnings as errors, and two CPU devices for sharding.
+"""Tests run with strict dtype promotion, warnings as errors, and eight CPU devices for sharding.
 
-The compiler is most of the time that the tests take, so it is asked for little optimisation: of the same operations.
+The compiler is most of the time that the tests take, so it is asked for little optimisation: of the
+same operations.
 """
 
 import os
@@ -8,7 +9,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2"
+    "--xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
 

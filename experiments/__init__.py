@@ -1,4 +1,7 @@
-"""Experiments: one script, one claim, a printed and plotted result: `python -m experiments.NAME` from the root."""
+"""Experiments: each script tests one claim, then prints and plots the result.
+
+Run one with `python -m experiments.NAME` from the root.
+"""
 
 
 class BadInput(ValueError):

@@ -1,14 +1,17 @@
 """Tell the language of a name by attention to its characters, and show which of them told.
 
-The model is a BiLSTM whose steps a learned query pools (Zhou et al. 2016, https://aclanthology.org/P16-2034).
+The model is a BiLSTM whose steps a learned query pools (Zhou et al. 2016,
+https://aclanthology.org/P16-2034).
 
-Claim: in a few minutes on a laptop, the model learns to tell 34 languages apart, many of them close, by the names of
-territories, languages and currencies: it is right for 86 % of the names of things that it has never seen named. That is
-one point less than naive Bayes on counts of 1- to 4-grams, which take seconds: so few short texts need no network.
-What no short run of characters tells it learns too, and naive Bayes does not, as the tests show.
+Claim: in a few minutes on a laptop, the model learns to tell 34 languages apart, many of them
+close, by the names of territories, languages and currencies: it is right for 86 % of the names of
+things that it has never seen named. That is one point less than naive Bayes on counts of 1- to
+4-grams, which take seconds: so few short texts need no network. What no short run of characters
+tells it learns too, and naive Bayes does not, as the tests show.
 
-Names are held out by what they name, so that no translation of a held-out name is trained on. A name that is written
-alike in several languages is left out on both sides: no one answer to it is right.
+Names are held out by what they name, so that no translation of a held-out name is trained on. A
+name that is written alike in several languages is left out on both sides: no one answer to it is
+right.
 """
 
 import hashlib
@@ -54,17 +57,23 @@ NEWEST = "(default: a new one in runs/classify; with --resume and --classify, th
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a classifier of texts by attention; without options: names in 34 languages, and which language it is."""
+    """Train a classifier of texts by attention; without options: names in 34 languages."""
 
-    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: names)")] = None
-    """Train on your own texts: a CSV file in UTF-8 with a header, or a TSV file. A tenth of the texts is held out."""
+    data: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: names)")
+    ] = None
+    """Train on your own texts: a CSV or TSV file in UTF-8 with a header; a tenth is held out."""
     text_column: str = "text"
     """Column of the file that holds the texts."""
     label_column: str = "label"
     """Column of the file that holds their labels."""
-    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = None
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = (
+        None
+    )
     """Folder of the run."""
-    classify: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: train)")] = None
+    classify: Annotated[
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: train)")
+    ] = None
     """Classify this text with the trained checkpoint instead of training."""
     resume: bool = False
     """Continue the run after a kill or Ctrl-C; its settings are taken over."""
@@ -86,7 +95,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "features", "layers"):
             if getattr(self, name) < 1:
-                raise BadInput(f"{command.option(name)} must be at least 1, got {getattr(self, name)}")
+                raise BadInput(
+                    f"{command.option(name)} must be at least 1, got {getattr(self, name)}"
+                )
         if not 0 < self.learning_rate < math.inf:
             raise BadInput(f"--learning-rate must be finite and positive, got {self.learning_rate}")
         if not 0 <= self.dropout < 1:
@@ -129,10 +140,12 @@ class Reader:
     def __call__(
         self, texts: Sequence[str], *, batch_size: int = EVALUATION_BATCH
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The probability of every label [C] for each text, and the attention weights of its characters."""
+        """The probability of every label [C] for each text, and the weights of its characters."""
         self.model.eval()
         probabilities, weights = [], []
-        for tokens, lengths, count in fixed_batches([self.characters.encode(text) for text in texts], batch_size):
+        for tokens, lengths, count in fixed_batches(
+            [self.characters.encode(text) for text in texts], batch_size
+        ):
             logits, looked = _classify(self.model, jnp.asarray(tokens), jnp.asarray(lengths))
             probabilities.append(np.asarray(jax.nn.softmax(logits))[:count])
             rows = zip(np.asarray(looked)[:count], lengths, strict=False)
@@ -141,7 +154,9 @@ class Reader:
 
 
 @nnx.jit
-def _classify(model: classifier.Classifier, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _classify(
+    model: classifier.Classifier, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return model(tokens, lengths=lengths, return_weights=True)
 
 
@@ -163,17 +178,24 @@ def load(settings: Settings) -> Split:
     if settings.data is None:
         texts = names.names()
     else:
-        texts = labelled.read_table(settings.data, text_column=settings.text_column, label_column=settings.label_column)
+        texts = labelled.read_table(
+            settings.data, text_column=settings.text_column, label_column=settings.label_column
+        )
     return labelled.split(texts, fraction=0.1, seed=settings.seed)
 
 
 def loss(model: classifier.Classifier, batch: Any) -> jax.Array:
-    """Mean negative log-likelihood of the label, which is the one target of a text; the batch is a traced `Batch`."""
+    """Mean negative log-likelihood of the label; the batch is a traced `Batch`.
+
+    The label is the one target of a text.
+    """
     logits = model(batch.source, lengths=batch.source_lengths)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.target_out[:, 0]).mean()
 
 
-def fit(settings: Settings, data: Split, run: Run, checkpoint: Checkpoint | None, console: Console) -> Reader | None:
+def fit(
+    settings: Settings, data: Split, run: Run, checkpoint: Checkpoint | None, console: Console
+) -> Reader | None:
     """Train, from the checkpoint on if there is one; None if Ctrl-C stopped it."""
     known = describe(data)
     reader = Reader.build(settings, known)
@@ -191,7 +213,14 @@ def fit(settings: Settings, data: Split, run: Run, checkpoint: Checkpoint | None
     }
     recipe = Recipe.adam(settings.steps, settings.learning_rate)
     finished = train(
-        reader.model, loss, batches, recipe, run, checkpoint=checkpoint, metadata=metadata, console=console
+        reader.model,
+        loss,
+        batches,
+        recipe,
+        run,
+        checkpoint=checkpoint,
+        metadata=metadata,
+        console=console,
     )
     return reader if finished else None
 
@@ -202,7 +231,10 @@ def evaluate(found: Sequence[str], data: Split) -> dict[str, float]:
     baseline = NaiveBayes(data.train)([text.text for text in data.test])
     answers = {"accuracy": found, "naive_bayes": baseline, "most_common": [common] * len(data.test)}
     truth = [text.label for text in data.test]
-    right = {name: np.mean([a == b for a, b in zip(labels, truth, strict=True)]) for name, labels in answers.items()}
+    right = {
+        name: np.mean([a == b for a, b in zip(labels, truth, strict=True)])
+        for name, labels in answers.items()
+    }
     return {"texts": len(data.test), **{name: float(share) for name, share in right.items()}}
 
 
@@ -214,7 +246,8 @@ def report(reader: Reader, data: Split, run: Run, seed: int, console: Console) -
         scores = evaluate(found, data)
     (run.folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     title = (
-        f"held out: {scores['accuracy']:.1%} of {len(data.test)} texts right, naive Bayes {scores['naive_bayes']:.1%}"
+        f"held out: {scores['accuracy']:.1%} of {len(data.test)} texts right,"
+        f" naive Bayes {scores['naive_bayes']:.1%}"
     )
     pictures.curve(run.metrics.read(), run.folder / "curve.png", title=title, per="text")
     counts = np.zeros((len(reader.labels.names),) * 2)
@@ -223,31 +256,40 @@ def report(reader: Reader, data: Split, run: Run, seed: int, console: Console) -
     class_pictures.confusion(counts, reader.labels.names, run.folder / "confusion.png", title=title)
     class_pictures.strips(
         [
-            class_pictures.Strip(_verdict(data.test[i].label, found[i]), data.test[i].text, weights[i])
+            class_pictures.Strip(
+                _verdict(data.test[i].label, found[i]), data.test[i].text, weights[i]
+            )
             for i in examples(data.test, seed)
         ],
         run.folder / "attention.png",
     )
     if scores["accuracy"] < 1:
         console.print(_mistakes(data.test, found))
+    drawn = [str(run.folder / f"{name}.png") for name in ("attention", "confusion", "curve")]
     console.print(
         f"right on {len(data.test)} held-out texts: {scores['accuracy']:.2%}"
         f" (naive Bayes on 1- to 4-grams: {scores['naive_bayes']:.2%},"
         f" always the most common label: {scores['most_common']:.2%})\n"
-        f"pictures: {', '.join(str(run.folder / f'{name}.png') for name in ('attention', 'confusion', 'curve'))}",
+        f"pictures: {', '.join(drawn)}",
         highlight=False,
         markup=False,
     )
 
 
 def examples(test: Sequence[Text], seed: int, count: int = 36) -> list[int]:
-    """Where held-out texts to look at are: the longest of any three of each label, of at most so many labels."""
+    """Indices of held-out texts to look at: the longest of any three of each label.
+
+    At most `count` labels have one.
+    """
     draw = random.Random(seed)
     groups: dict[str, list[int]] = {}
     for index, text in enumerate(test):
         if len(text.text) <= class_pictures.LONGEST:
             groups.setdefault(text.label, []).append(index)
-    drawn = [draw.sample(groups[label], min(3, len(groups[label]))) for label in sorted(groups, key=_place)[:count]]
+    drawn = [
+        draw.sample(groups[label], min(3, len(groups[label])))
+        for label in sorted(groups, key=_place)[:count]
+    ]
     return [max(group, key=lambda index: len(test[index].text)) for group in drawn]
 
 
@@ -258,7 +300,8 @@ def _verdict(label: str, found: str) -> str:
 def _mistakes(test: Sequence[Text], found: Sequence[str]) -> Table:
     table = Table("is", "taken for", "texts", "for example", title="most frequent mistakes")
     wrong = [(text, label) for text, label in zip(test, found, strict=True) if text.label != label]
-    for (label, taken), times in Counter((text.label, label) for text, label in wrong).most_common(7):
+    counts = Counter((text.label, label) for text, label in wrong)
+    for (label, taken), times in counts.most_common(7):
         example = next(text.text for text, given in wrong if (text.label, given) == (label, taken))
         table.add_row(*map(Shown, (label, taken, str(times), example)))
     return table
@@ -266,25 +309,36 @@ def _mistakes(test: Sequence[Text], found: Sequence[str]) -> Table:
 
 def settings_of(metadata: Mapping[str, Any]) -> Settings:
     """The settings that a checkpoint was made with."""
-    return Settings(data=Path(metadata["data"]) if metadata["data"] else None, **metadata["settings"])
+    return Settings(
+        data=Path(metadata["data"]) if metadata["data"] else None, **metadata["settings"]
+    )
 
 
 def classify_text(settings: Settings, checkpoint: Checkpoint) -> list[tuple[str, float]]:
     """The likeliest labels of `--classify` by the checkpoint's weights, and their probabilities."""
     text = normalise(settings.classify or "")
     if not 1 <= len(text) <= MAX_CHARACTERS:
-        raise BadInput(f"--classify must be a text of 1 to {MAX_CHARACTERS} characters, got {len(text)}")
+        raise BadInput(
+            f"--classify must be a text of 1 to {MAX_CHARACTERS} characters, got {len(text)}"
+        )
     if checkpoint.step == 0:
-        raise BadInput("only the untrained weights of step 0 are there: train first, or continue with --resume")
+        raise BadInput(
+            "only the untrained weights of step 0 are there: train first, or continue with --resume"
+        )
     if checkpoint.step < settings.steps:
-        command.warn(f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}")
+        command.warn(
+            f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}"
+        )
     reader = Reader.build(settings, checkpoint.metadata["known"])
     restore(reader.model, checkpoint)
     unknown = sorted(set(text) - set(reader.characters.characters))
     if unknown:
         command.warn(f"never seen in training: {' '.join(unknown)}")
     (probabilities,), _ = reader([text], batch_size=1)
-    return [(reader.labels.names[i], float(probabilities[i])) for i in np.argsort(-probabilities)[:LIKELY]]
+    return [
+        (reader.labels.names[i], float(probabilities[i]))
+        for i in np.argsort(-probabilities)[:LIKELY]
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -295,7 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run, checkpoint = None, None
         if settings.resume or settings.classify is not None:
             compared = (*TRAINING, *TABLE) if settings.resume else (*TRAINING, *TABLE, "data")
-            settings, run, checkpoint = command.continue_from(settings.run_dir, NAME, arguments, settings_of, compared)
+            settings, run, checkpoint = command.continue_from(
+                settings.run_dir, NAME, arguments, settings_of, compared
+            )
         if settings.classify is not None and checkpoint:
             for label, probability in classify_text(settings, checkpoint):
                 print(f"{label}\t{probability:.3f}")

@@ -1,9 +1,10 @@
 """Fit a noisy curve by attention: kernel regression (Nadaraya 1964, https://doi.org/10.1137/1109020).
 
-Claim: fifty noisy samples of y = 2 sin x + x^0.8 suffice to learn how wide a Gaussian kernel should be, by predicting
-each sample from the others. The learned weights are narrower than those of width 1 and the fit is less smooth, but its
-mean squared error against the noise-free curve is lower: 0.03, against 0.28 for width 1 and 0.86 for the mean of all
-samples. Lower it was for each of a hundred seeds, and for 99 of them by more than half.
+Claim: fifty noisy samples of y = 2 sin x + x^0.8 suffice to learn how wide a Gaussian kernel should
+be, by predicting each sample from the others. The learned weights are narrower than those of width
+1 and the fit is less smooth, but its mean squared error against the noise-free curve is lower:
+0.03, against 0.28 for width 1 and 0.86 for the mean of all samples. Lower it was for each of a
+hundred seeds, and for 99 of them by more than half.
 """
 
 import itertools
@@ -43,7 +44,9 @@ NEWEST = "(default: a new one in runs/kernel_regression; with --resume, the newe
 class Settings:
     """Fit a noisy curve by attention, with a kernel whose width is learned."""
 
-    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = None
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = (
+        None
+    )
     """Folder of the run."""
     resume: bool = False
     """Continue the run after a kill or Ctrl-C; its settings are taken over."""
@@ -61,7 +64,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("samples", 2), ("seed", 0)):
             if getattr(self, name) < least:
-                raise BadInput(f"{command.option(name)} must be at least {least}, got {getattr(self, name)}")
+                raise BadInput(
+                    f"{command.option(name)} must be at least {least}, got {getattr(self, name)}"
+                )
         if not 0 <= self.noise < math.inf:
             raise BadInput(f"--noise must be finite and not negative, got {self.noise}")
         if not 0 < self.learning_rate < math.inf:
@@ -84,7 +89,7 @@ Pool = Callable[..., tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean squared errors of a fit: on each sample, predicted from the others, and against the noise-free curve."""
+    """Mean squared errors of a fit: of each sample from the others, and of the noise-free curve."""
 
     leave_one_out: float
     held_out: float
@@ -106,8 +111,12 @@ def draw(settings: Settings) -> Samples:
 def pool_with(score: Callable[..., jax.Array]) -> Pool:
     """Attention pooling by a score that has nothing to learn."""
 
-    def pool(query: jax.Array, key: jax.Array, value: jax.Array, *, mask: Any = None) -> tuple[jax.Array, jax.Array]:
-        query, key, value = (rearrange(array, "length width -> length 1 width") for array in (query, key, value))
+    def pool(
+        query: jax.Array, key: jax.Array, value: jax.Array, *, mask: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        query, key, value = (
+            rearrange(array, "length width -> length 1 width") for array in (query, key, value)
+        )
         output, weights = attend(query, key, value, score=score, mask=mask, return_weights=True)
         return output[:, 0], weights[0]
 
@@ -115,7 +124,10 @@ def pool_with(score: Callable[..., jax.Array]) -> Pool:
 
 
 def loss(model: nn.NadarayaWatson, batch: Any) -> jax.Array:
-    """Mean squared error of predicting each sample from the others; the batch is the traced `Samples`."""
+    """Mean squared error of predicting each sample from the others.
+
+    The batch is the traced `Samples`.
+    """
     return leave_one_out(partial(model, return_weights=True), batch)
 
 
@@ -130,13 +142,17 @@ def fit(
 ) -> nn.NadarayaWatson | None:
     """Learn the kernel's width, from the checkpoint on if there is one; None if Ctrl-C stopped it.
 
-    It begins as 1: an infinite one, w = 0, is a local minimum of the loss, which small first weights fall into.
+    It begins as 1: an infinite one, w = 0, is a local minimum of the loss, which small first
+    weights fall into.
     """
     model = nn.NadarayaWatson(rngs=nnx.Rngs(0))
     model.weight[...] = jnp.ones(())
     rate = settings.learning_rate
     recipe = Recipe(settings.steps, optax.constant_schedule(rate), optax.sgd(rate))
-    metadata = {"experiment": NAME, "settings": {name: getattr(settings, name) for name in TRAINING}}
+    metadata = {
+        "experiment": NAME,
+        "settings": {name: getattr(settings, name) for name in TRAINING},
+    }
     finished = train(
         model, loss, lambda _step: itertools.repeat(samples), recipe, run,
         checkpoint=checkpoint, metadata=metadata, console=console,
@@ -144,7 +160,9 @@ def fit(
     return model if finished else None
 
 
-def compare(pools: dict[str, Pool], samples: Samples) -> tuple[dict[str, Errors], list[pictures.Fit]]:
+def compare(
+    pools: dict[str, Pool], samples: Samples
+) -> tuple[dict[str, Errors], list[pictures.Fit]]:
     """The errors of every fit, and its predictions and weights on the grid."""
     errors, panels = {}, []
     grid = rearrange(GRID, "t -> t 1")
@@ -153,7 +171,11 @@ def compare(pools: dict[str, Pool], samples: Samples) -> tuple[dict[str, Errors]
         held_out = np.mean((np.asarray(output) - curve(grid)) ** 2)
         errors[title] = Errors(float(leave_one_out(pool, samples)), float(held_out))
         panels.append(
-            pictures.Fit(f"{title}: mean squared error {held_out:.3f}", np.asarray(output)[:, 0], np.asarray(weights))
+            pictures.Fit(
+                f"{title}: mean squared error {held_out:.3f}",
+                np.asarray(output)[:, 0],
+                np.asarray(weights),
+            )
         )
     return errors, panels
 
@@ -173,13 +195,16 @@ def report(model: nn.NadarayaWatson, samples: Samples, run: Run, console: Consol
     (run.folder / "scores.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     picture = run.folder / "fits.png"
     pictures.fits(panels, GRID, curve(GRID), (samples.x[:, 0], samples.y[:, 0]), picture)
-    table = Table("fit", "leave-one-out", "against the noise-free curve", title="mean squared error")
+    table = Table(
+        "fit", "leave-one-out", "against the noise-free curve", title="mean squared error"
+    )
     for title, error in errors.items():
         table.add_row(title, f"{error.leave_one_out:.3f}", f"{error.held_out:.3f}")
     console.print(table)
     best = min(errors, key=lambda title: errors[title].held_out)
     console.print(
-        f"lowest against the curve: {best}\nlearned weight, the inverse of the width: {weight:.2f}\npicture: {picture}",
+        f"lowest against the curve: {best}\n"
+        f"learned weight, the inverse of the width: {weight:.2f}\npicture: {picture}",
         highlight=False,
         markup=False,
     )
@@ -192,12 +217,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings, checkpoint = command.parse(Settings(), NAME, arguments), None
         if settings.resume:
             settings, run, checkpoint = command.continue_from(
-                settings.run_dir, NAME, arguments, lambda metadata: Settings(**metadata["settings"]), TRAINING
+                settings.run_dir,
+                NAME,
+                arguments,
+                lambda metadata: Settings(**metadata["settings"]),
+                TRAINING,
             )
         else:
             run = Run.create(settings.run_dir, NAME)
         samples, console = draw(settings), Console()
-        console.print(f"{settings.samples} samples to learn from; run folder {run.folder}", markup=False)
+        console.print(
+            f"{settings.samples} samples to learn from; run folder {run.folder}", markup=False
+        )
         model = fit(settings, samples, run, checkpoint, console)
         if model is None:
             console.print(f"stopped; continue with --resume --run-dir {run.folder}", markup=False)

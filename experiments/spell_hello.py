@@ -1,9 +1,11 @@
-"""Teach three recurrent networks to write "ohlol" where they read "hello", and watch them spell (Elman 1990,
-https://doi.org/10.1207/s15516709cog1402_1).
+"""Teach three recurrent networks to write "ohlol" where they read "hello"; watch them spell.
 
-Claim: a cell in a loop, a network that runs the loop itself, and a network of two layers behind an embedding each
-spell it within a hundred steps of Adam. The first two are one network written twice: from the same weights their losses
-are the same. Of a hundred seeds the one-hot networks reached it with 91, the one behind an embedding with all.
+Paper: Elman 1990, https://doi.org/10.1207/s15516709cog1402_1
+
+Claim: a cell in a loop, a network that runs the loop itself, and a network of two layers behind an
+embedding each spell it within a hundred steps of Adam. The first two are one network written twice:
+from the same weights their losses are the same. Of a hundred seeds the one-hot networks reached it
+with 91, the one behind an embedding with all.
 """
 
 import itertools
@@ -43,7 +45,9 @@ NEWEST = "(default: a new one in runs/spell_hello; with --resume, the newest the
 class Settings:
     """Teach three recurrent networks to write "ohlol" where they read "hello"."""
 
-    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = None
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = (
+        None
+    )
     """Folder of the run."""
     resume: bool = False
     """Continue the run after a kill or Ctrl-C; its settings are taken over."""
@@ -57,7 +61,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise BadInput(f"{command.option(name)} must be at least {least}, got {getattr(self, name)}")
+                raise BadInput(
+                    f"{command.option(name)} must be at least {least}, got {getattr(self, name)}"
+                )
         if not 0 < self.learning_rate < float("inf"):
             raise BadInput(f"--learning-rate must be finite and positive, got {self.learning_rate}")
 
@@ -66,7 +72,10 @@ TRAINING = ("steps", "learning_rate", "seed")  # what the weights depend on
 
 
 class Spellers(nnx.Module):
-    """The three networks side by side. None touches another, so one optimizer teaches each as if it were alone."""
+    """The three networks side by side.
+
+    None touches another, so one optimizer teaches each as if it were alone.
+    """
 
     def __init__(self, seed: int):
         config = char_rnn.Config(len(CHARACTERS))
@@ -85,7 +94,10 @@ def numbers(text: str) -> np.ndarray:
 
 
 def losses(model: Spellers, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """Each network's mean negative log-likelihood of a character, and its best guesses [networks, B, T]."""
+    """Each network's mean negative log-likelihood of a character, and its best guesses.
+
+    The guesses are [networks, B, T].
+    """
     source, target = batch
     logits = model(source)
     return jax.vmap(lambda own: seq2seq.loss(own, target))(logits), jnp.argmax(logits, axis=-1)
@@ -127,8 +139,17 @@ def fit(settings: Settings, run: Run, checkpoint: Checkpoint | None, console: Co
     model, watch, rate = Spellers(settings.seed), Watch(console), settings.learning_rate
     if not checkpoint:
         run.metrics.write(step=0, **watch(0, model))
-    recipe = Recipe(settings.steps, optax.constant_schedule(rate), optax.adam(rate), log_every=1, checkpoint_every=50)
-    metadata = {"experiment": NAME, "settings": {name: getattr(settings, name) for name in TRAINING}}
+    recipe = Recipe(
+        settings.steps,
+        optax.constant_schedule(rate),
+        optax.adam(rate),
+        log_every=1,
+        checkpoint_every=50,
+    )
+    metadata = {
+        "experiment": NAME,
+        "settings": {name: getattr(settings, name) for name in TRAINING},
+    }
     batch = (numbers(SOURCE), numbers(TARGET))
     return train(
         model, loss, lambda _step: itertools.repeat(batch), recipe, run,
@@ -139,7 +160,10 @@ def fit(settings: Settings, run: Run, checkpoint: Checkpoint | None, console: Co
 def report(run: Run, console: Console) -> None:
     """Tell when each network came to spell the target for good; print and draw how."""
     rows = run.metrics.read()
-    panels = {title: [(row["step"], row["losses"][title], row["texts"][title]) for row in rows] for title in NETWORKS}
+    panels = {
+        title: [(row["step"], row["losses"][title], row["texts"][title]) for row in rows]
+        for title in NETWORKS
+    }
     found = {}
     table = Table("network", "writes", "right from step", "loss", title=f"{SOURCE} → {TARGET}")
     for title, panel in panels.items():
@@ -153,7 +177,9 @@ def report(run: Run, console: Console) -> None:
     pictures.spellings(panels, TARGET, picture)
     console.print(table)
     right = sum(score["text"] == TARGET for score in found.values())
-    console.print(f"{right} of {len(found)} spell {TARGET}\npicture: {picture}", highlight=False, markup=False)
+    console.print(
+        f"{right} of {len(found)} spell {TARGET}\npicture: {picture}", highlight=False, markup=False
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,7 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings, checkpoint = command.parse(Settings(), NAME, arguments), None
         if settings.resume:
             settings, run, checkpoint = command.continue_from(
-                settings.run_dir, NAME, arguments, lambda metadata: Settings(**metadata["settings"]), TRAINING
+                settings.run_dir,
+                NAME,
+                arguments,
+                lambda metadata: Settings(**metadata["settings"]),
+                TRAINING,
             )
         else:
             run = Run.create(settings.run_dir, NAME)

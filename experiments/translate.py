@@ -1,9 +1,10 @@
 """Train a translator with attention and show where it looks.
 
-Two models: Bahdanau's (2015, https://arxiv.org/abs/1409.0473) and Luong's (2015, https://arxiv.org/abs/1508.04025).
+Two models: Bahdanau's (2015, https://arxiv.org/abs/1409.0473) and Luong's (2015,
+https://arxiv.org/abs/1508.04025).
 
-Claim: in a few minutes on a laptop, either reads dates written in eighteen languages and five scripts, and at least
-99 % of those that it has never seen come out right.
+Claim: in a few minutes on a laptop, either reads dates written in eighteen languages and five
+scripts, and at least 99 % of those that it has never seen come out right.
 """
 
 import hashlib
@@ -38,25 +39,32 @@ from jattn.models.encoder_decoder import EncoderDecoder
 
 NAME = "translate"
 EVALUATION_BATCH = 256
-SHOWN = ("en", "de", "es", "fi", "ru", "el", "ja", "zh", "ko")  # the languages in the picture of the dates
+# The languages in the picture of the dates
+SHOWN = ("en", "de", "es", "fi", "ru", "el", "ja", "zh", "ko")
 
 NEWEST = "(default: a new one in runs/translate; with --resume and --translate, the newest there)"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a translator with attention; without options: dates in eighteen languages to ISO 8601."""
+    """Train a translator with attention; without options: dates in 18 languages to ISO 8601."""
 
-    data: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: dates)")] = None
-    """Train on your own pairs: UTF-8 lines of source<TAB>target. A tenth of the sources is held out."""
-    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = None
+    data: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: dates)")
+    ] = None
+    """Train on your own UTF-8 lines of source<TAB>target. A tenth of the sources is held out."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = (
+        None
+    )
     """Folder of the run."""
-    translate: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: train)")] = None
+    translate: Annotated[
+        str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: train)")
+    ] = None
     """Translate this text with the trained checkpoint instead of training."""
     resume: bool = False
     """Continue the run after a kill or Ctrl-C; its settings are taken over."""
     model: Literal["bahdanau", "luong"] = "bahdanau"
-    """Additive attention on gated recurrent units, or multiplicative on long short-term memories with input feeding."""
+    """bahdanau: additive attention on GRUs; luong: multiplicative on LSTMs, with input feeding."""
     steps: int = 1000
     """Optimization steps."""
     batch_size: int = 128
@@ -64,7 +72,7 @@ class Settings:
     learning_rate: float = 4e-3
     """Peak of Adam's rate, after a warm-up and before a cosine descent."""
     features: int = 128
-    """Width of the recurrent layers (of luong's encoder: of each direction); the embeddings have half of it."""
+    """Width of the recurrent layers (of luong's encoder: of each direction); embeddings: half."""
     dropout: float = 0.0
     """Fraction of attention weights (of luong: of the decoder's outputs) dropped in training."""
     beam: int = 1
@@ -75,7 +83,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "features", "beam"):
             if getattr(self, name) < 1:
-                raise BadInput(f"{command.option(name)} must be at least 1, got {getattr(self, name)}")
+                raise BadInput(
+                    f"{command.option(name)} must be at least 1, got {getattr(self, name)}"
+                )
         if not self.learning_rate > 0:
             raise BadInput(f"--learning-rate must be positive, got {self.learning_rate}")
         if not 0 <= self.dropout < 1:
@@ -112,7 +122,10 @@ class Translator:
         """An untrained one; `characters` is what `describe` gives."""
         source, target = Vocabulary(characters["source"]), Vocabulary(characters["target"])
         if settings.beam > len(target):
-            raise BadInput(f"--beam must be at most the {len(target)} tokens of the target, got {settings.beam}")
+            raise BadInput(
+                f"--beam must be at most the {len(target)} tokens of the target,"
+                f" got {settings.beam}"
+            )
         sizes: dict[str, Any] = {
             "source_vocabulary": len(source),
             "target_vocabulary": len(target),
@@ -134,7 +147,9 @@ class Translator:
         """Translations, and for each the attention weights [T, S] of its characters."""
         self.model.eval()
         outputs, weights = [], []
-        for tokens, lengths, count in fixed_batches([self.source.encode(text) for text in texts], batch_size):
+        for tokens, lengths, count in fixed_batches(
+            [self.source.encode(text) for text in texts], batch_size
+        ):
             found, looked = self._decode(jnp.asarray(tokens), jnp.asarray(lengths))
             for row, look in list(zip(np.asarray(found), np.asarray(looked), strict=True))[:count]:
                 outputs.append(self.target.decode(row))
@@ -142,7 +157,11 @@ class Translator:
         return outputs, weights
 
     def _decode(self, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        options: dict[str, Any] = {"lengths": lengths, "max_length": self.max_length, "return_weights": True}
+        options: dict[str, Any] = {
+            "lengths": lengths,
+            "max_length": self.max_length,
+            "return_weights": True,
+        }
         if self.beam == 1:
             found, weights = self.model.greedy(tokens, **options)
             return found.tokens, weights
@@ -151,7 +170,7 @@ class Translator:
 
 
 def describe(data: Split) -> dict[str, Any]:
-    """The characters of the training pairs and the longest translation: all that decoding needs of the data."""
+    """What decoding needs of the data: the training characters and the longest translation."""
     return {
         "source": Vocabulary.of(pair.source for pair in data.train).characters,
         "target": Vocabulary.of(pair.target for pair in data.train).characters,
@@ -167,7 +186,7 @@ def load(settings: Settings) -> Split:
 
 
 def loss(model: EncoderDecoder, batch: Any) -> jax.Array:
-    """Mean negative log-likelihood of a target character, the end included; the batch is a traced `Batch`."""
+    """Mean negative log-likelihood of a target character or end; the batch is a traced `Batch`."""
     logits = model(batch.source, batch.target_in, lengths=batch.source_lengths)
     return seq2seq.loss(logits, batch.target_out, lengths=batch.target_lengths)
 
@@ -180,7 +199,11 @@ def fit(
     translator = Translator.build(settings, characters)
     translator.model.train()
     batches = Batches(
-        data.train, translator.source, translator.target, batch_size=settings.batch_size, seed=settings.seed
+        data.train,
+        translator.source,
+        translator.target,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
     )
     metadata = {
         "experiment": NAME,
@@ -191,13 +214,20 @@ def fit(
     }
     recipe = Recipe.adam(settings.steps, settings.learning_rate)
     finished = train(
-        translator.model, loss, batches, recipe, run, checkpoint=checkpoint, metadata=metadata, console=console
+        translator.model,
+        loss,
+        batches,
+        recipe,
+        run,
+        checkpoint=checkpoint,
+        metadata=metadata,
+        console=console,
     )
     return translator if finished else None
 
 
 def evaluate(translator: Translator, test: Sequence[Pair]) -> tuple[list[str], dict[str, float]]:
-    """Translations of the held-out pairs and their scores, with those of copying the source beside them.
+    """Translations of the held-out pairs and their scores, beside those of copying the source.
 
     Exact match is a fraction of the pairs; chrF2 (https://aclanthology.org/W15-3049) is in percent.
     """
@@ -205,19 +235,24 @@ def evaluate(translator: Translator, test: Sequence[Pair]) -> tuple[list[str], d
     targets = [pair.target for pair in test]
     scores: dict[str, float] = {"pairs": len(test)}
     for name, texts in (("", outputs), ("copy_", [pair.source for pair in test])):
-        scores[f"{name}exact_match"] = float(np.mean([a == b for a, b in zip(texts, targets, strict=True)]))
+        scores[f"{name}exact_match"] = float(
+            np.mean([a == b for a, b in zip(texts, targets, strict=True)])
+        )
         scores[f"{name}chrf"] = CHRF().corpus_score(texts, [targets]).score
     return outputs, scores
 
 
 def examples(data: Split, seed: int, count: int = 9) -> list[Pair]:
-    """Held-out pairs to look at: a long one of each language shown, or any few where there are no languages."""
+    """Held-out pairs to look at: a long one of each language shown, or a few if there is none."""
     draw = random.Random(seed)
     labels = [label for label in SHOWN if any(pair.label == label for pair in data.test)]
     if not labels:
         return draw.sample(data.test, min(count, len(data.test)))
     groups = [[pair for pair in data.test if pair.label == label] for label in labels]
-    return [max(draw.sample(group, min(7, len(group))), key=lambda pair: len(pair.source)) for group in groups]
+    return [
+        max(draw.sample(group, min(7, len(group))), key=lambda pair: len(pair.source))
+        for group in groups
+    ]
 
 
 def report(translator: Translator, data: Split, run: Run, seed: int, console: Console) -> None:
@@ -228,10 +263,16 @@ def report(translator: Translator, data: Split, run: Run, seed: int, console: Co
 
     shown = examples(data, seed)
     written, weights = translator([pair.source for pair in shown])
-    wrong = [(pair, output) for pair, output in zip(data.test, outputs, strict=True) if output != pair.target]
+    wrong = [
+        (pair, output)
+        for pair, output in zip(data.test, outputs, strict=True)
+        if output != pair.target
+    ]
     console.print(_table("held-out examples", list(zip(shown, written, strict=True))))
     if wrong:
-        console.print(_table("some of the mistakes", random.Random(seed).sample(wrong, min(5, len(wrong)))))
+        console.print(
+            _table("some of the mistakes", random.Random(seed).sample(wrong, min(5, len(wrong))))
+        )
 
     title = f"held out: {scores['exact_match']:.1%} of {len(data.test)} right"
     pictures.curve(run.metrics.read(), run.folder / "curve.png", title=title)
@@ -253,24 +294,33 @@ def report(translator: Translator, data: Split, run: Run, seed: int, console: Co
 def _table(title: str, rows: Sequence[tuple[Pair, str]]) -> Table:
     table = Table("", "source", "translation", "expected", "", title=title)
     for pair, output in rows:
-        table.add_row(*map(Text, (pair.label, pair.source, output, pair.target, "✓" if output == pair.target else "✗")))
+        mark = "✓" if output == pair.target else "✗"
+        table.add_row(*map(Text, (pair.label, pair.source, output, pair.target, mark)))
     return table
 
 
 def settings_of(metadata: Mapping[str, Any]) -> Settings:
     """The settings that a checkpoint was made with."""
-    return Settings(data=Path(metadata["data"]) if metadata["data"] else None, **metadata["settings"])
+    return Settings(
+        data=Path(metadata["data"]) if metadata["data"] else None, **metadata["settings"]
+    )
 
 
 def translate_text(settings: Settings, checkpoint: Checkpoint) -> str:
     """The translation of `--translate` by the checkpoint's weights."""
     text = pairs.normalise(settings.translate or "")
     if not 1 <= len(text) <= pairs.MAX_CHARACTERS:
-        raise BadInput(f"--translate must be a text of 1 to {pairs.MAX_CHARACTERS} characters, got {len(text)}")
+        raise BadInput(
+            f"--translate must be a text of 1 to {pairs.MAX_CHARACTERS} characters, got {len(text)}"
+        )
     if checkpoint.step == 0:
-        raise BadInput("only the untrained weights of step 0 are there: train first, or continue with --resume")
+        raise BadInput(
+            "only the untrained weights of step 0 are there: train first, or continue with --resume"
+        )
     if checkpoint.step < settings.steps:
-        command.warn(f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}")
+        command.warn(
+            f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}"
+        )
     translator = Translator.build(settings, checkpoint.metadata["characters"])
     restore(translator.model, checkpoint)
     unknown = sorted(set(text) - set(translator.source.characters))
@@ -288,7 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run, checkpoint = None, None
         if settings.resume or settings.translate is not None:
             compared = TRAINING if settings.resume else (*TRAINING, "data")
-            settings, run, checkpoint = command.continue_from(settings.run_dir, NAME, arguments, settings_of, compared)
+            settings, run, checkpoint = command.continue_from(
+                settings.run_dir, NAME, arguments, settings_of, compared
+            )
         if settings.translate is not None and checkpoint:
             print(translate_text(settings, checkpoint))
             return
@@ -298,7 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = run or Run.create(settings.run_dir, NAME)
         console = Console()
         console.print(
-            f"{len(data.train)} pairs to train on, {len(data.test)} held out; run folder {run.folder}", markup=False
+            f"{len(data.train)} pairs to train on, {len(data.test)} held out;"
+            f" run folder {run.folder}",
+            markup=False,
         )
         translator = fit(settings, data, run, checkpoint, console)
         if translator is None:

@@ -1,4 +1,4 @@
-"""Every attention mechanism as a pure JAX function, wrapped as Flax modules, proven equal to PyTorch."""
+"""Every attention mechanism as a pure JAX function and a Flax module, proven equal to PyTorch."""
 
 __version__ = "0.1.0"
 
@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 from jattn.attention import attend as attend
 from jattn.attention import attention_weights as attention_weights
 from jattn.attention import dot_product_attention as dot_product_attention
+from jattn.attention import explain as explain
 from jattn.attention import merge as merge
 
 # the pieces: each a module of pure functions

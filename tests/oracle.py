@@ -1,4 +1,4 @@
-"""The truth that kernels are held to: attention in float64 NumPy, written as loops. It imports nothing of jattn."""
+"""The truth that kernels are held to: attention as loops in float64 NumPy, without jattn."""
 
 import itertools
 import math
@@ -7,9 +7,10 @@ import numpy as np
 
 
 def attend(query, key, value, *, score, allowed=None, modify=None):
-    """Output [B, T, N, V], log-sum-exp [B, T, N] and weights [B, N, T, S] for operands with one batch axis.
+    """Output [B, T, N, V], log-sum-exp [B, T, N] and weights [B, N, T, S], with one batch axis.
 
-    `score(q, k, h)`, `allowed(b, h, t, s)` and `modify(score, b, h, t, s)` are functions on single entries.
+    `score(q, k, h)`, `allowed(b, h, t, s)` and `modify(score, b, h, t, s)` are functions on single
+    entries.
     """
     query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
     (B, T, N, _), (_, S, K, _), V = query.shape, key.shape, value.shape[-1]
@@ -39,20 +40,24 @@ def scaled_dot_product(q, k, h):
     return float(q @ k) / math.sqrt(len(q))
 
 
-def numerical_gradient(function, array, step=1e-5):
-    """Central differences of a scalar float64 function of one array.
+def numerical_gradient(function, array, step=1e-3):
+    """Central differences of a scalar float64 function of one array, extrapolated from two steps.
 
-    For values and third derivatives of order ten, rounding is 2e-16 · 10 / step = 2e-10 and truncation step² · 10 / 6,
-    as much.
+    (4 D(step / 2) − D(step)) / 3. For values of order ten rounding is 2e-16 · 10 · 3 / step = 6e-12;
+    for fifth derivatives of order a thousand truncation is step⁴ · 1000 / 480 = 2e-12.
     """
     array = np.array(array, np.float64)
     gradient = np.zeros_like(array)
     for index in np.ndindex(array.shape):
         middle = array[index]
-        ends = []
-        for moved in (middle + step, middle - step):
-            array[index] = moved
-            ends.append(function(array))
-        array[index] = middle
-        gradient[index] = (ends[0] - ends[1]) / (2 * step)
+
+        def slope(step, index=index, middle=middle):
+            ends = []
+            for moved in (middle + step, middle - step):
+                array[index] = moved
+                ends.append(function(array))
+            array[index] = middle
+            return (ends[0] - ends[1]) / (2 * step)
+
+        gradient[index] = (4 * slope(step / 2) - slope(step)) / 3
     return gradient

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import attention, heads, masks, modifiers, scores
+from jattn import heads, masks, modifiers, scores
+from jattn.kernels import blockwise
 from tests import oracle
 
 B, T, S, N, K, H, V = 2, 5, 7, 6, 2, 3, 11
@@ -20,7 +21,8 @@ def operands(rng, dtype=np.float64, N=N, K=K, V=V):
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
-# Bad input: an error that names the argument, what was expected and what came, before anything is compiled
+# Bad input: an error that names the argument, what was expected and what came, before anything is
+# compiled
 
 
 def of(*shape, dtype=np.float32):
@@ -33,28 +35,68 @@ UNFIT = masks.dense(of(S, T, dtype=bool))
 
 
 BAD = {
-    "rank of query": (ValueError, r"query must be \[..., T, N, H\], got shape \(6, 3\)", (of(N, H), KEY, VALUE), {}),
+    "rank of query": (
+        ValueError,
+        r"query must be \[..., T, N, H\], got shape \(6, 3\)",
+        (of(N, H), KEY, VALUE),
+        {},
+    ),
     "rank of key": (ValueError, r"key must be .*got shape \(7, 2, 3\)", (Q, KEY[0], VALUE), {}),
     "rank of value": (ValueError, r"value must be .*got shape \(7, 2\)", (Q, KEY, of(S, K)), {}),
-    "batch": (ValueError, r"key must be .*got shape \(3, 7, 2, 3\)", (Q, of(3, S, K, H), VALUE), {}),
-    "head width": (ValueError, r"query and key must have one width H.*3\).*2\)", (Q, KEY[..., :2], VALUE), {}),
-    "no head width": (ValueError, "head width must be at least 1", (Q[..., :0], KEY[..., :0], VALUE), {}),
-    "no heads": (ValueError, "heads .* must be at least 1", (Q, KEY[:, :, :0], VALUE[:, :, :0]), {}),
+    "batch": (
+        ValueError,
+        r"key must be .*got shape \(3, 7, 2, 3\)",
+        (Q, of(3, S, K, H), VALUE),
+        {},
+    ),
+    "head width": (
+        ValueError,
+        r"query and key must have one width H.*3\).*2\)",
+        (Q, KEY[..., :2], VALUE),
+        {},
+    ),
+    "no head width": (
+        ValueError,
+        "head width must be at least 1",
+        (Q[..., :0], KEY[..., :0], VALUE),
+        {},
+    ),
+    "no heads": (
+        ValueError,
+        "heads .* must be at least 1",
+        (Q, KEY[:, :, :0], VALUE[:, :, :0]),
+        {},
+    ),
     "heads of query": (
         ValueError,
         r"query \(N = 5\) must be a multiple .*key \(K = 2\)",
         (Q[:, :, :5], KEY, VALUE),
         {},
     ),
-    "heads of value": (ValueError, r"value must be .*K = 2.*got shape \(2, 7, 1, 11\)", (Q, KEY, VALUE[:, :, :1]), {}),
-    "length of value": (ValueError, r"value must be .*S = 7.*got shape \(2, 6, 2, 11\)", (Q, KEY, VALUE[:, :6]), {}),
+    "heads of value": (
+        ValueError,
+        r"value must be .*K = 2.*got shape \(2, 7, 1, 11\)",
+        (Q, KEY, VALUE[:, :, :1]),
+        {},
+    ),
+    "length of value": (
+        ValueError,
+        r"value must be .*S = 7.*got shape \(2, 6, 2, 11\)",
+        (Q, KEY, VALUE[:, :6]),
+        {},
+    ),
     "integer query": (
         TypeError,
         "query must be floating point, got int32",
         (of(B, T, N, H, dtype=np.int32), KEY, VALUE),
         {},
     ),
-    "integer key": (TypeError, "key must be floating point, got bool", (Q, of(B, S, K, H, dtype=bool), VALUE), {}),
+    "integer key": (
+        TypeError,
+        "key must be floating point, got bool",
+        (Q, of(B, S, K, H, dtype=bool), VALUE),
+        {},
+    ),
     "complex value": (
         TypeError,
         "value must be floating point, got complex64",
@@ -67,11 +109,31 @@ BAD = {
         (Q, KEY, VALUE),
         {"mask": of(S, T, dtype=bool)},
     ),
-    "mask per example": (ValueError, r"mask\[:, None\]", (Q, KEY, VALUE), {"mask": of(B, T, S, dtype=bool)}),
-    "mask too large": (ValueError, "mask must broadcast", (Q, KEY, VALUE), {"mask": of(2, B, N, T, S, dtype=bool)}),
-    "float mask": (TypeError, "mask .*must be boolean.*got float32", (Q, KEY, VALUE), {"mask": of(T, S)}),
+    "mask per example": (
+        ValueError,
+        r"mask\[:, None\]",
+        (Q, KEY, VALUE),
+        {"mask": of(B, T, S, dtype=bool)},
+    ),
+    "mask too large": (
+        ValueError,
+        "mask must broadcast",
+        (Q, KEY, VALUE),
+        {"mask": of(2, B, N, T, S, dtype=bool)},
+    ),
+    "float mask": (
+        TypeError,
+        "mask .*must be boolean.*got float32",
+        (Q, KEY, VALUE),
+        {"mask": of(T, S)},
+    ),
     "mask of no kind": (TypeError, "mask.*got str", (Q, KEY, VALUE), {"mask": "causal"}),
-    "nested mask": (ValueError, "mask must broadcast", (Q, KEY, VALUE), {"mask": masks.causal() | ~UNFIT}),
+    "nested mask": (
+        ValueError,
+        "mask must broadcast",
+        (Q, KEY, VALUE),
+        {"mask": masks.causal() | ~UNFIT},
+    ),
     "negative length": (
         ValueError,
         "lengths must lie in 0 … 7 .*got -1",
@@ -90,11 +152,36 @@ BAD = {
         (Q, KEY, VALUE),
         {"mask": masks.padding(np.array([1, 2, 3]))},
     ),
-    "dropout without a key": (ValueError, "dropout_rate = 0.5 needs a dropout_key, got None", (Q, KEY, VALUE), KEYED),
-    "dropout rate": (ValueError, "dropout_rate must .*0.*1, got 1.5", (Q, KEY, VALUE), {"dropout_rate": 1.5}),
-    "negative dropout rate": (ValueError, "dropout_rate must .*got -0.1", (Q, KEY, VALUE), {"dropout_rate": -0.1}),
-    "NaN dropout rate": (ValueError, "dropout_rate must .*got nan", (Q, KEY, VALUE), {"dropout_rate": math.nan}),
-    "dropout rate of no kind": ((TypeError, ValueError), "dropout_rate", (Q, KEY, VALUE), {"dropout_rate": "0.5"}),
+    "dropout without a key": (
+        ValueError,
+        "dropout_rate = 0.5 needs a dropout_key, got None",
+        (Q, KEY, VALUE),
+        KEYED,
+    ),
+    "dropout rate": (
+        ValueError,
+        "dropout_rate must .*0.*1, got 1.5",
+        (Q, KEY, VALUE),
+        {"dropout_rate": 1.5},
+    ),
+    "negative dropout rate": (
+        ValueError,
+        "dropout_rate must .*got -0.1",
+        (Q, KEY, VALUE),
+        {"dropout_rate": -0.1},
+    ),
+    "NaN dropout rate": (
+        ValueError,
+        "dropout_rate must .*got nan",
+        (Q, KEY, VALUE),
+        {"dropout_rate": math.nan},
+    ),
+    "dropout rate of no kind": (
+        (TypeError, ValueError),
+        "dropout_rate",
+        (Q, KEY, VALUE),
+        {"dropout_rate": "0.5"},
+    ),
     "dropout key of no kind": (
         (TypeError, ValueError),
         "dropout_key",
@@ -103,19 +190,29 @@ BAD = {
     ),
     "implementation": (
         ValueError,
-        "implementation must be None or one of .*dense.*got 'flash'",
+        "implementation must be None, or one or several of .*dense.*got 'flash'",
         (Q, KEY, VALUE),
         {"implementation": "flash"},
     ),
     "score of no kind": (TypeError, "score must be .*str", (Q, KEY, VALUE), {"score": "dot"}),
-    "modifier of no kind": (TypeError, "modifier must be callable.*got str", (Q, KEY, VALUE), {"modifier": "alibi"}),
+    "modifier of no kind": (
+        TypeError,
+        "modifier must be callable.*got str",
+        (Q, KEY, VALUE),
+        {"modifier": "alibi"},
+    ),
     "heads of modifier": (
         ValueError,
         "alibi slopes .*N = 6, got 2",
         (Q, KEY, VALUE),
         {"modifier": modifiers.alibi(of(2))},
     ),
-    "one of two positions": (ValueError, "positions must be a pair", (Q, KEY, VALUE), {"positions": np.arange(T)}),
+    "one of two positions": (
+        ValueError,
+        "positions must be a pair",
+        (Q, KEY, VALUE),
+        {"positions": np.arange(T)},
+    ),
     "length of positions": (
         ValueError,
         r"key positions must have shape \(7,\) or \(2, 7\), got \(5,\)",
@@ -153,7 +250,9 @@ def test_compilations_are_seen(compilations):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_before_any_compile(name, compilations):
     error, match, arrays, options = BAD[name]
-    arrays = [jnp.asarray(array) for array in arrays]  # the copy of a NumPy array to the device counts as one
+    arrays = [
+        jnp.asarray(array) for array in arrays
+    ]  # the copy of a NumPy array to the device counts as one
     compilations.clear()
     with pytest.raises(error, match=match):
         jattn.attend(*arrays, **options)
@@ -161,7 +260,15 @@ def test_bad_input_is_named_before_any_compile(name, compilations):
 
 
 @pytest.mark.parametrize(
-    "name", ["head width", "integer key", "mask shape", "long length", "heads of query", "heads of modifier"]
+    "name",
+    [
+        "head width",
+        "integer key",
+        "mask shape",
+        "long length",
+        "heads of query",
+        "heads of modifier",
+    ],
 )
 def test_bad_input_of_attention_weights_is_named(name):
     error, match, arrays, options = BAD[name]
@@ -186,9 +293,13 @@ def test_no_swap_is_suspected_where_it_would_not_help():
 
 def test_a_score_of_the_wrong_shape_or_dtype_is_named():
     with pytest.raises(ValueError, match=r"score must return .*got \(2, 2, 3, 7, 5\)"):
-        jattn.attend(Q, KEY, VALUE, score=lambda query, key: scores.dot_product(query, key).swapaxes(-1, -2))
+        jattn.attend(
+            Q, KEY, VALUE, score=lambda query, key: scores.dot_product(query, key).swapaxes(-1, -2)
+        )
     with pytest.raises(TypeError, match="score must be floating point, got int32"):
-        jattn.attend(Q, KEY, VALUE, score=lambda query, key: scores.dot_product(query, key).astype(jnp.int32))
+        jattn.attend(
+            Q, KEY, VALUE, score=lambda query, key: scores.dot_product(query, key).astype(jnp.int32)
+        )
 
 
 @pytest.mark.parametrize("weight", [of(3, H), of(2, H), of(B * N, H)], ids=["G", "K", "B N"])
@@ -210,27 +321,86 @@ def test_traced_lengths_are_not_checked_but_clear():
 # Choosing a kernel
 
 
-def test_a_kernel_that_cannot_is_passed_over_but_not_when_asked_for(monkeypatch, rng):
-    query, key, value = operands(rng, np.float32)
-    seen = []
+def of_size(T, N=1, dtype=jnp.float32):
+    return [jax.ShapeDtypeStruct((1, T, N, 8), dtype)] * 3
 
-    def cannot(*operands, **options):
-        seen.append(options)
-        raise NotImplementedError("no soft caps here")
 
-    kernels = {"fussy": cannot, "dense": attention.KERNELS["dense"]}
-    expected = jattn.attend(query, key, value)
-    monkeypatch.setattr(attention, "KERNELS", kernels)
-    np.testing.assert_array_equal(jattn.attend(query, key, value), expected)
-    assert len(seen) == 1
-    with pytest.raises(NotImplementedError, match="no soft caps"):
-        jattn.attend(query, key, value, implementation="fussy")
-    monkeypatch.setattr(attention, "KERNELS", {"dense": kernels["dense"], "fussy": cannot})
-    jattn.attend(query, key, value)
-    assert len(seen) == 2  # the first that can is the last that is tried
-    monkeypatch.setattr(attention, "KERNELS", {"fussy": cannot})
-    with pytest.raises(NotImplementedError, match="no soft caps"):
-        jattn.attend(query, key, value)
+def test_the_number_of_scores_decides_and_explain_says_so():
+    few, many = (jattn.explain(*of_size(T)) for T in (1447, 1449))  # 2²¹ is about 1448²
+    assert few.splitlines()[0].startswith("dense ") and "runs: 2,093,809 scores" in few
+    assert "dense comes first" in few.splitlines()[1]
+    assert many.splitlines()[0].startswith("blockwise") and "runs: 2,099,601 scores" in many
+
+
+def test_explain_names_the_reason_of_each_kernel_that_is_passed_over():
+    told = jattn.explain(
+        *of_size(64), implementation=("cudnn", "blockwise", "dense"), return_weights=True
+    )
+    cudnn, blockwise, dense = told.splitlines()
+    assert "passed over: it runs on NVIDIA GPUs" in cudnn and "return_weights" in cudnn
+    assert "passed over: it never has all weights at once" in blockwise
+    assert "runs" in dense
+
+
+def test_memory_is_never_quadratic_unasked():
+    """Where only the dense kernel is left, over 2²⁷ scores are an error; by name they are a wish."""
+    arrays = of_size(12_000)
+    by_default = functools.partial(jattn.attend, implementation=None)
+
+    def refuse(*arrays):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blockwise, "refuses", lambda request: "it is out of order")
+            return by_default(*arrays)
+
+    with pytest.raises(
+        NotImplementedError, match=r"144,000,000 scores.*implementation=\"dense\""
+    ) as error:
+        jax.eval_shape(refuse, *arrays)
+    assert "it is out of order" in str(error.value)
+    for options in ({"implementation": "dense"}, {"return_weights": True}):
+        jax.eval_shape(functools.partial(jattn.attend, **options), *arrays)
+
+
+def test_an_error_of_a_users_own_function_reaches_the_user(rng):
+    def unfinished(query, key):
+        raise NotImplementedError("to be written")
+
+    with pytest.raises(NotImplementedError, match="^to be written"):
+        jattn.attend(*operands(rng, np.float32), score=unfinished)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_symbolic_sizes_take_the_dense_kernel(axis):
+    """`jax.export` compares no symbol with a number, so the kernel is a fixed one."""
+    (size,) = jax.export.symbolic_shape("n")
+    shape = [3, 5, 2, 8]
+    shape[axis] = size
+    arrays = [jax.ShapeDtypeStruct(tuple(shape), jnp.float32)] * 3
+    attend = jax.jit(lambda *a: jattn.attend(*a, mask=masks.causal()))
+    exported = jax.export.export(attend)(*arrays)
+    known = np.random.default_rng(0).standard_normal((7, 7, 2, 8)).astype(np.float32)
+    known = known[:3] if axis == 1 else known[:, :5]
+    np.testing.assert_allclose(
+        exported.call(known, known, known), attend(known, known, known), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_eager_call_finds_what_was_compiled_for_an_equal_one(rng, compilations):
+    """Though the caller writes the lambda, the mask and the partial anew."""
+    query, key, value = map(jnp.asarray, operands(rng, np.float32))
+
+    def call():
+        return jattn.attend(
+            query, key, value,
+            score=functools.partial(scores.scaled_dot_product, scale=0.5),
+            mask=masks.padding(jnp.array([3, 5])) & masks.mask_mod(lambda b, h, i, j: j >= i),
+            modifier=lambda x, b, h, i, j: x * 2, implementation="blockwise",
+        )  # fmt: skip
+
+    first = call()
+    compilations.clear()
+    np.testing.assert_array_equal(call(), first)
+    assert not compilations
 
 
 # What is returned
@@ -252,7 +422,13 @@ def test_weights_and_lse_are_those_before_dropout(rng):
     query, key, value = operands(rng, np.float32)
     plain = jattn.attend(query, key, value, return_lse=True, return_weights=True)
     dropped = jattn.attend(
-        query, key, value, return_lse=True, return_weights=True, dropout_rate=0.7, dropout_key=jax.random.key(0)
+        query,
+        key,
+        value,
+        return_lse=True,
+        return_weights=True,
+        dropout_rate=0.7,
+        dropout_key=jax.random.key(0),
     )
     assert not np.allclose(plain[0], dropped[0])
     jax.tree.map(np.testing.assert_array_equal, plain[1:], dropped[1:])
@@ -262,7 +438,9 @@ def test_grouped_keys_and_values_are_never_repeated():
     """No array of the traced program is as large as the repeated keys or values."""
     long, width = 1009, 61
     shapes = (1, 1, 8, width), (1, long, 2, width), (1, long, 2, width)
-    jaxpr = jax.make_jaxpr(jattn.attend)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    jaxpr = jax.make_jaxpr(jattn.attend)(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    )
     sizes = [math.prod(v.aval.shape) for equation in jaxpr.eqns for v in equation.outvars]
     assert max(sizes) == 2 * long * width
 
@@ -282,12 +460,16 @@ def test_forward_mode_is_reverse_mode_and_the_slope_of_the_loop(rng, x64):
     def forward_and_reverse(*arrays):
         _, tangent = jax.jvp(attend, arrays, tangents)
         gradients = jax.vjp(attend, *arrays)[1](jnp.asarray(cotangent))
-        return (tangent * cotangent).sum(), sum(jnp.vdot(a, b) for a, b in zip(gradients, tangents, strict=True))
+        return (tangent * cotangent).sum(), sum(
+            jnp.vdot(a, b) for a, b in zip(gradients, tangents, strict=True)
+        )
 
     def truth(step):
         moved = [a + step * d for a, d in zip((query, key, value), tangents, strict=True)]
         output, _, _ = oracle.attend(
-            *moved, score=oracle.scaled_dot_product, allowed=lambda b, h, t, s: s < (0, 4)[b] and s <= t
+            *moved,
+            score=oracle.scaled_dot_product,
+            allowed=lambda b, h, t, s: s < (0, 4)[b] and s <= t,
         )
         return (output * cotangent).sum()
 
@@ -301,7 +483,9 @@ def test_the_hessian_is_symmetric_and_the_slope_of_the_gradient(rng, x64):
     mask = masks.dense(np.array([[True, False], [False, False]]))  # an empty row among them
 
     def loss(query):
-        output, lse = jattn.attend(query, key, value, mask=mask, implementation="dense", return_lse=True)
+        output, lse = jattn.attend(
+            query, key, value, mask=mask, implementation="dense", return_lse=True
+        )
         return jnp.sin(output).sum() + jnp.where(jnp.isneginf(lse), 0, lse**2).sum()
 
     hessian, gradient = jax.jit(jax.hessian(loss))(query), jax.jit(jax.grad(loss))
@@ -322,7 +506,13 @@ def test_a_window_and_positions_make_a_cached_step(rng, x64):
     mask = masks.causal() & masks.sliding_window(3)
     whole = jattn.attend(query, key, value, mask=mask)
     for step in (0, 3, S - 1):
-        one = jattn.attend(query[:, step : step + 1], key, value, mask=mask, positions=(np.array([step]), np.arange(S)))
+        one = jattn.attend(
+            query[:, step : step + 1],
+            key,
+            value,
+            mask=mask,
+            positions=(np.array([step]), np.arange(S)),
+        )
         np.testing.assert_allclose(one, whole[:, step : step + 1], rtol=1e-13)
 
 
@@ -330,6 +520,8 @@ def test_multi_query_is_every_head_on_one_key_head(rng, x64):
     query, key, value = operands(rng, K=1)
     whole = jattn.attend(query, key, value)
     for n in range(N):
-        np.testing.assert_allclose(whole[:, :, n : n + 1], jattn.attend(query[:, :, n : n + 1], key, value), rtol=1e-13)
+        np.testing.assert_allclose(
+            whole[:, :, n : n + 1], jattn.attend(query[:, :, n : n + 1], key, value), rtol=1e-13
+        )
     repeated = jattn.attend(query, heads.repeat_kv(key, N), heads.repeat_kv(value, N))
     np.testing.assert_allclose(whole, repeated, rtol=1e-13)

@@ -23,7 +23,9 @@ def drop(key, rate, shape=(B, 61, 3, 67)):
     B, T, N, S = shape
     query, key_ = jnp.zeros((B, T, N, 2)), jnp.zeros((B, S, N, 2))
     value = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, N, S))
-    output = jax.jit(lambda key: jattn.attend(query, key_, value, dropout_rate=rate, dropout_key=key))(key)
+    output = jax.jit(
+        lambda key: jattn.attend(query, key_, value, dropout_rate=rate, dropout_key=key)
+    )(key)
     weights = np.asarray(output).swapaxes(1, 2)
     np.testing.assert_allclose(weights[weights > 0], 1 / S / (1 - rate), rtol=1e-5)
     return weights > 0
@@ -46,7 +48,9 @@ def test_dropout_of_rows_columns_heads_examples_and_keys_is_uncorrelated():
     for axis, name in enumerate(("examples", "heads", "rows", "columns")):
         for lag in (1, 2, 3, 32) if kept.shape[axis] > 32 else (1,):
             size = kept.shape[axis] - lag
-            pairs[f"{name} {lag} apart"] = tuple(np.take(kept, np.arange(size) + by, axis) for by in (0, lag))
+            pairs[f"{name} {lag} apart"] = tuple(
+                np.take(kept, np.arange(size) + by, axis) for by in (0, lag)
+            )
     pairs["across the diagonal"] = kept[..., :61], kept[..., :61].swapaxes(-1, -2)
     diagonal = kept[..., 1:, 1:], kept[..., :-1, :-1]
     pairs["along the diagonal"] = diagonal
@@ -68,7 +72,9 @@ def test_dropout_at_its_ends(rng):
 
 def test_dropout_is_a_function_of_its_key(rng):
     query, key, value = operands(rng, np.float32)
-    attend = jax.jit(lambda key_: jattn.attend(query, key, value, dropout_rate=0.5, dropout_key=key_))
+    attend = jax.jit(
+        lambda key_: jattn.attend(query, key, value, dropout_rate=0.5, dropout_key=key_)
+    )
     new, old = attend(jax.random.key(3)), attend(jax.random.PRNGKey(3))
     np.testing.assert_array_equal(new, attend(jax.random.key(3)))
     np.testing.assert_array_equal(new, old)
@@ -89,5 +95,9 @@ def test_the_gradient_of_dropout_is_that_of_the_dropped_weights(rng, x64):
         weights = jax.nn.softmax(logits) * kept / 0.6
         return (jnp.einsum("bnts,bsnv->btnv", weights, value) * cotangent).sum()
 
-    came, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(query, key, value) for f in (loss, truth))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), came, expected)
+    came, expected = (
+        jax.jit(jax.grad(f, argnums=(0, 1, 2)))(query, key, value) for f in (loss, truth)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), came, expected
+    )

@@ -1,4 +1,4 @@
-"""Random shapes, sizes 0 and 1 among them, dtypes, scores, masks and modifiers against the oracle."""
+"""Random shapes (0 and 1 among them), dtypes, scores, masks and modifiers against the oracle."""
 
 import functools
 import math
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 import jattn
 from jattn import masks, modifiers, scores
-from jattn.functional.blocks import EMPTY, FULL, Block
+from jattn.functional.block import EMPTY, FULL, Block
 from tests import oracle
 
 few = functools.partial(settings, derandomize=True, deadline=None, database=None)
 
 
 def make(mask, lengths, ids, array):
-    """A drawn tree as a mask of jattn; arrays are arguments, so that trees of one form share a compilation."""
+    """A drawn tree as a mask of jattn; arrays are arguments: trees of one form compile once."""
     kind, *parts = mask
     build = functools.partial(make, lengths=lengths, ids=ids, array=array)
     match kind:
@@ -76,7 +76,10 @@ def allowed(mask, lengths, ids, array, b, h, t, s):
 leaves = st.one_of(
     st.tuples(st.just("causal"), st.integers(-2, 3)),
     st.tuples(st.just("window"), st.integers(0, 3), st.integers(0, 2)),
-    *(st.tuples(st.just(kind)) for kind in ("no self", "padding", "prefix", "segments", "dense", "callable")),
+    *(
+        st.tuples(st.just(kind))
+        for kind in ("no self", "padding", "prefix", "segments", "dense", "callable")
+    ),
 )
 trees = st.recursive(
     leaves,
@@ -94,13 +97,17 @@ def test_any_combination_of_masks_is_the_combination_of_its_entries(tree, seed):
     draw = np.random.default_rng(seed)
     lengths, array = draw.integers(0, S + 1, B), draw.random((B, N, T, S)) < 0.5
     ids = np.sort(draw.integers(0, 3, (B, T))), np.sort(draw.integers(0, 3, (B, S)))
-    truth = np.array([allowed(tree, lengths, ids, array, *entry) for entry in np.ndindex(B, N, T, S)])
+    truth = np.array(
+        [allowed(tree, lengths, ids, array, *entry) for entry in np.ndindex(B, N, T, S)]
+    )
     truth = truth.reshape(B, N, T, S)
     blocks = [((0, T), (0, S)), ((0, 2), (0, 2)), ((3, 2), (4, 3)), ((1, 1), (5, 1))]
 
     def evaluate():  # eager: every operation is compiled once for all trees
         mask = make(tree, lengths, ids, array)
-        return mask.to_array(T, S, batch=(B,), num_heads=N), [mask.classify(Block((B,), N, *block)) for block in blocks]
+        return mask.to_array(T, S, batch=(B,), num_heads=N), [
+            mask.classify(Block((B,), N, *block)) for block in blocks
+        ]
 
     came, kinds = evaluate()
     np.testing.assert_array_equal(np.broadcast_to(came, truth.shape), truth)
@@ -116,7 +123,10 @@ def score_of(name, parameters):
     return {
         "dot": (scores.dot_product, lambda q, k, h: float(q @ k)),
         "scaled": (scores.scaled_dot_product, oracle.scaled_dot_product),
-        "bilinear": (functools.partial(scores.bilinear, weight=matrix), lambda q, k, h: float(q @ matrix[h] @ k)),
+        "bilinear": (
+            functools.partial(scores.bilinear, weight=matrix),
+            lambda q, k, h: float(q @ matrix[h] @ k),
+        ),
         "additive": (
             functools.partial(scores.additive, weight=vector),
             lambda q, k, h: float(np.tanh(q + k) @ vector[h]),
@@ -136,7 +146,10 @@ def modifier_of(name, arrays, B, T, S):
         "none": (None, None),
         "cap": (modifiers.soft_cap(1.5), lambda x, b, h, t, s: 1.5 * math.tanh(x / 1.5)),
         "alibi": (modifiers.alibi(slopes), lambda x, b, h, t, s: x - slopes[h] * abs(t - s)),
-        "relative": (modifiers.relative_bias(table), lambda x, b, h, t, s: x + table[h, t - s + middle]),
+        "relative": (
+            modifiers.relative_bias(table),
+            lambda x, b, h, t, s: x + table[h, t - s + middle],
+        ),
         "bias": (modifiers.bias(bias), lambda x, b, h, t, s: x + bias[b, h, t, s]),
         "capped bias": (
             (modifiers.bias(bias), modifiers.soft_cap(1.5)),
@@ -162,12 +175,16 @@ def test_attend_is_the_loop_whatever_the_sizes(sizes, tree, score, modifier, dty
     N, draw = K * G, np.random.default_rng(seed)
     with jax.enable_x64(dtype == "float64"):
         operands = [
-            jnp.asarray(draw.standard_normal(shape), dtype) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V))
+            jnp.asarray(draw.standard_normal(shape), dtype)
+            for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, V))
         ]
         wide = np.promote_types(dtype, np.float32) if dtype != "bfloat16" else np.dtype(np.float32)
         longest = max(T, S, 1)
         parameters = [draw.standard_normal(shape).astype(wide) for shape in ((N, H), (N, H, H))]
-        arrays = [draw.standard_normal(shape).astype(wide) for shape in ((N,), (N, 2 * longest - 1), (B, N, T, S))]
+        arrays = [
+            draw.standard_normal(shape).astype(wide)
+            for shape in ((N,), (N, 2 * longest - 1), (B, N, T, S))
+        ]
         drawn = {
             "lengths": draw.integers(0, S + 1, B),
             "ids": (draw.integers(0, 3, (B, T)), draw.integers(0, 3, (B, S))),
@@ -182,11 +199,16 @@ def test_attend_is_the_loop_whatever_the_sizes(sizes, tree, score, modifier, dty
         truth, truth_lse, _ = oracle.attend(
             *operands,
             score=single,
-            allowed=None if tree is None else lambda b, h, t, s: allowed(tree, **drawn, b=b, h=h, t=t, s=s),
+            allowed=None
+            if tree is None
+            else lambda b, h, t, s: allowed(tree, **drawn, b=b, h=h, t=t, s=s),
             modify=modify_single,
         )
     assert output.dtype == jnp.dtype(dtype) and lse.dtype == wide
-    # Scores of a handful of terms near 1: tens of roundings of the accumulator, then one to the dtype of the result.
+    # Scores of a handful of terms near 1: tens of roundings of the accumulator, then one to the
+    # dtype of the result.
     rounding, last = 50 * float(jnp.finfo(wide).eps), float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(np.asarray(output, np.float64), truth, rtol=rounding + last, atol=rounding)
+    np.testing.assert_allclose(
+        np.asarray(output, np.float64), truth, rtol=rounding + last, atol=rounding
+    )
     np.testing.assert_allclose(lse, truth_lse, rtol=rounding, atol=rounding)

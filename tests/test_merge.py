@@ -27,7 +27,10 @@ def test_merge_is_the_closed_form_for_many_parts(rng, x64):
     total = np.exp(lses).sum(0)
     output, lse = merge(parts)
     np.testing.assert_allclose(
-        output, (np.exp(lses)[..., None] * outputs).sum(0) / total[..., None], rtol=1e-12, atol=1e-14
+        output,
+        (np.exp(lses)[..., None] * outputs).sum(0) / total[..., None],
+        rtol=1e-12,
+        atol=1e-14,
     )
     np.testing.assert_allclose(lse, np.log(total), rtol=1e-12)
     for again in (merge(parts[::-1]), merge([merge(parts[:3]), merge(parts[3:])])):
@@ -53,14 +56,20 @@ def test_empty_parts_add_nothing_and_take_no_gradient(rng, x64):
     assert all((leaf == 0).all() for leaf in gradient[0])
     finite, mixed = np.isfinite(mixed), np.where(np.isfinite(mixed), mixed, 0)
     np.testing.assert_allclose(gradient[1][1], np.where(finite, np.cos(mixed), 0), rtol=1e-12)
-    np.testing.assert_allclose(gradient[1][0], np.where(finite[..., None], np.cos(output), 0), rtol=1e-12)
+    np.testing.assert_allclose(
+        gradient[1][0], np.where(finite[..., None], np.cos(output), 0), rtol=1e-12
+    )
 
 
 def test_merge_of_far_parts_neither_overflows_nor_loses_the_small(x64):
     one = np.ones((1, 1, 1))
     for high in (1e4, -1e4):
-        output, lse = merge([(one, np.full((1, 1), high)), (3 * one, np.full((1, 1), high - math.log(3)))])
-        np.testing.assert_allclose(output, 1.5 * one, rtol=1e-11)  # an lse of 1e4 has an ulp of 2e-12
+        output, lse = merge(
+            [(one, np.full((1, 1), high)), (3 * one, np.full((1, 1), high - math.log(3)))]
+        )
+        np.testing.assert_allclose(
+            output, 1.5 * one, rtol=1e-11
+        )  # an lse of 1e4 has an ulp of 2e-12
         np.testing.assert_allclose(lse, high + math.log(4 / 3), rtol=1e-14)
 
 
@@ -81,8 +90,16 @@ def test_merge_keeps_the_dtypes_of_attend(dtype):
             r"parts\[1\] must be .*\(2, 3, 5\).*got \(2, 3, 7\) and \(2, 3\)",
             [(of(2, 3, 5), of(2, 3)), (of(2, 3, 7), of(2, 3))],
         ),
-        (ValueError, r"parts\[0\] must be .*got \(2, 3, 5\) and \(3, 2\)", [(of(2, 3, 5), of(3, 2))]),
-        (ValueError, r"parts\[0\] must be .*got \(2, 3, 5\) and \(2, 3, 1\)", [(of(2, 3, 5), of(2, 3, 1))]),
+        (
+            ValueError,
+            r"parts\[0\] must be .*got \(2, 3, 5\) and \(3, 2\)",
+            [(of(2, 3, 5), of(3, 2))],
+        ),
+        (
+            ValueError,
+            r"parts\[0\] must be .*got \(2, 3, 5\) and \(2, 3, 1\)",
+            [(of(2, 3, 5), of(2, 3, 1))],
+        ),
         (TypeError, "floating point", [(of(2, 3, 5, dtype=np.int32), of(2, 3, dtype=np.int32))]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The README is true: its table is the one that the code makes, its pictures exist. Its examples run as doctests."""
+"""The README is true: the code makes its table, its pictures exist, its examples are doctests."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_table_is_the_one_of_the_systems():
-    titles = (fixtures.load(path).title for path in sorted((ROOT / "tests" / "fixtures").glob("*.safetensors")))
+    titles = (
+        fixtures.load(path).title
+        for path in sorted((ROOT / "tests" / "fixtures").glob("*.safetensors"))
+    )
     assert systems.markdown(titles).strip() in (ROOT / "README.md").read_text()
 
 

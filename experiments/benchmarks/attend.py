@@ -1,11 +1,14 @@
-"""Time blockwise attention against PyTorch, FlexAttention, jax.nn, tokamax and dense, interleaved, as ratios.
+"""Time blockwise attention against PyTorch, FlexAttention, jax.nn, tokamax and dense attention.
 
-Claim: blockwise attention in plain JAX is faster than PyTorch's scaled_dot_product_attention on CPU.
+Claim: blockwise attention in plain JAX is faster than PyTorch's scaled_dot_product_attention on
+CPU.
 
-Each round gives every contender one turn, so that a machine that slows down slows all of them; a ratio is that of one
-round. Peak memory is that of a contender's first run, beyond its inputs. PyTorch gets contiguous arrays in its own
-layout and as many threads as there are CPUs; it, FlexAttention (which torch.compile builds with a C++ compiler) and
-tokamax are left out, by name, where they are not to be had. For a look: `--groups additive --rounds 1 --longest 1024`.
+The results are ratios. Each round gives every contender one turn, so that a machine that slows down
+slows all of them; a ratio is that of one round. Peak memory is that of a contender's first run,
+beyond its inputs. PyTorch gets contiguous arrays in its own layout and as many threads as there are
+CPUs; it, FlexAttention (which torch.compile builds with a C++ compiler) and tokamax are left out,
+by name, where they are not to be had. For a look:
+`--groups additive --rounds 1 --longest 1024`.
 """
 
 import json
@@ -28,7 +31,16 @@ from experiments.benchmarks import cases, contenders
 from experiments.benchmarks.cases import Case, Group
 from experiments.benchmarks.contenders import LeftOut
 from experiments.benchmarks.contenders_torch import run_flex, run_torch
-from experiments.benchmarks.timing import PAUSE, Run, machine, measure, peak_memory, ratio, ratios, roofline
+from experiments.benchmarks.timing import (
+    PAUSE,
+    Run,
+    machine,
+    measure,
+    peak_memory,
+    ratio,
+    ratios,
+    roofline,
+)
 
 Name = Literal["full", "short", "masks", "additive", "dtype", "compile", "memory"]
 
@@ -38,18 +50,20 @@ class Settings:
     """Time attention kernels against others on this machine."""
 
     groups: tuple[Name, ...] = ("full", "short", "masks", "additive", "dtype", "compile")
-    """Which tables; "memory", one run over 65,536 positions in a process of its own, takes minutes."""
+    """Which tables; "memory", one run over 65,536 positions in its own process, takes minutes."""
     rounds: int = 7
     """Turns of every contender."""
     longest: int = 65536
     """Leave out longer sequences."""
     without: tuple[str, ...] = ()
-    """Columns to leave out, such as FlexAttention, which compiles for a quarter of a minute for each row."""
+    """Columns to leave out, such as FlexAttention, which takes 15 seconds to compile each row."""
     pause: float = PAUSE
     """Seconds of rest before each turn."""
     markdown: bool = False
     """Print the tables as Markdown."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    json: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
+    ] = None
     """Write all that was measured to this file, too."""
 
     def __post_init__(self) -> None:
@@ -134,16 +148,24 @@ def times(group: Group, rows: Sequence[Row], columns: Sequence[str], peak: float
         rates = [f"{rate / 1e9:.0f}", f"{rate / peak:.0%}"] if rate else ["", ""]
         shown = [ratio(row.seconds[name], ours) if name in row.seconds else "" for name in columns]
         body.append([str(row.case), f"{1e3 * statistics.median(ours):.1f}", *rates, *shown])
-    return Printed(f"{group.title}: time of … over that of {group.ours}", header, [*body, _means(group, rows, columns)])
+    return Printed(
+        f"{group.title}: time of … over that of {group.ours}",
+        header,
+        [*body, _means(group, rows, columns)],
+    )
 
 
 def _means(group: Group, rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     cells = []
     for name in columns:
         medians = [
-            statistics.median(ratios(row.seconds[name], row.seconds[group.ours])) for row in rows if name in row.seconds
+            statistics.median(ratios(row.seconds[name], row.seconds[group.ours]))
+            for row in rows
+            if name in row.seconds
         ]
-        cells.append(f"{statistics.geometric_mean(medians):.2f} of {len(medians)}" if medians else "")
+        cells.append(
+            f"{statistics.geometric_mean(medians):.2f} of {len(medians)}" if medians else ""
+        )
     return ["geometric mean", "", "", "", *cells]
 
 
@@ -166,12 +188,22 @@ def linear(rows: Sequence[Row], peak: float) -> Printed:
         seconds, operations = statistics.median(row.seconds["blockwise"]), row.case.operations or 0
         share = "" if grown is None else f"{(row.case.bytes + grown) / (2 * row.case.bytes):.2f}"
         rate = operations / seconds
-        body.append([str(row.case), f"{seconds:.1f}", f"{rate / 1e9:.0f}", f"{rate / peak:.0%}", share])
-    header = ["work", "seconds", "GFLOP/s", "of roofline", "peak over inputs, outputs and gradients"]
+        body.append(
+            [str(row.case), f"{seconds:.1f}", f"{rate / 1e9:.0f}", f"{rate / peak:.0%}", share]
+        )
+    header = [
+        "work",
+        "seconds",
+        "GFLOP/s",
+        "of roofline",
+        "peak over inputs, outputs and gradients",
+    ]
     return Printed("memory of blockwise, in a process of its own", header, body)
 
 
-def time_group(name: str, settings: Settings, peak: float, console: Console) -> tuple[list[Row], list[Printed]]:
+def time_group(
+    name: str, settings: Settings, peak: float, console: Console
+) -> tuple[list[Row], list[Printed]]:
     """All cases of a group, and the tables that show them."""
     group = cases.GROUPS[name]
     chosen = [case for case in group.cases if case.T <= settings.longest]
@@ -198,16 +230,24 @@ def reasons(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for name, reason in row.left_out.items():
             found.setdefault((name, reason), []).append(row.case)
-    return [f"{name} is left out of {len(among)} of {len(rows)}: {why}" for (name, why), among in found.items()]
+    return [
+        f"{name} is left out of {len(among)} of {len(rows)}: {why}"
+        for (name, why), among in found.items()
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options: dict[str, Any] = {"description": __doc__, "prog": "python -m experiments.benchmarks.attend"}
+    options: dict[str, Any] = {
+        "description": __doc__,
+        "prog": "python -m experiments.benchmarks.attend",
+    }
     settings = tyro.cli(Settings, args=arguments, config=(tyro.conf.FlagCreatePairsOff,), **options)
     console, progress = Console(width=160), Console(stderr=True)
     peak = roofline(settings.pause)
-    heading = f"{machine()}; float32 matrix product {peak / 1e9:.0f} GFLOP/s; {settings.rounds} rounds"
+    heading = (
+        f"{machine()}; float32 matrix product {peak / 1e9:.0f} GFLOP/s; {settings.rounds} rounds"
+    )
     measured: dict[str, Any] = {"machine": heading, "roofline": peak, "groups": {}}
     print(heading)
     for name in settings.groups:
@@ -219,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 console.print(table.rich())
         print(*reasons(rows), sep="\n")
         measured["groups"][name] = [asdict(row) | {"work": str(row.case)} for row in rows]
-        if settings.json is not None:  # after each group: a long run that is stopped keeps what it has
+        # After each group: a long run that is stopped keeps what it has
+        if settings.json is not None:
             settings.json.write_text(json.dumps(measured, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""The work that attention is timed on: shapes, masks and modifiers, and how many scores they leave."""
+"""The work that attention is timed on: shapes, masks, modifiers, and the scores that they leave."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,10 @@ LARGEST = 10e9  # bytes of scores that are held at once: beyond, only those run 
 
 @dataclass(frozen=True)
 class Case:
-    """One piece of work: shapes in the letters of the glossary, with T = S; "compile" is of forward and backward."""
+    """One piece of work: shapes in the letters of the glossary, with T = S.
+
+    "compile" is of forward and backward.
+    """
 
     B: int
     T: int
@@ -23,7 +26,8 @@ class Case:
     kind: Kind = "full"
     what: Pass = "forward"
     dtype: str = "float32"
-    window: int = 256  # keys before the query's own; all kinds but full, padding and additive are causal
+    # Keys before the query's own; all kinds but full, padding and additive are causal
+    window: int = 256
 
     def __str__(self) -> str:
         heads = f"N {self.N}" if self.N == self.K else f"N {self.N}/{self.K}"
@@ -38,21 +42,33 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Those of query, key, value and cotangent, and again those of their gradients and the output; in float32."""
+        """Bytes of query, key, value and cotangent in float32.
+
+        The output and the gradients of the first three take as many.
+        """
         return 4 * self.B * self.T * 2 * (self.N + self.K) * self.H
 
     @property
     def too_large(self) -> bool:
-        """Whether who holds all scores at once, in as many arrays as was measured, needs more than the largest."""
+        """Whether a contender that holds all scores at once holds more than `LARGEST` bytes.
+
+        It holds as many arrays of scores as was measured.
+        """
         # additive: arrays of T × S × H, of which XLA and PyTorch keep fewer
-        arrays = (4 * self.H if self.backward else 2 * self.H) if self.kind == "additive" else 8 if self.backward else 3
+        if self.kind == "additive":
+            arrays = 4 * self.H if self.backward else 2 * self.H
+        else:
+            arrays = 8 if self.backward else 3
         return self.B * self.N * self.T**2 * 4 * arrays > LARGEST
 
     @property
     def operations(self) -> float | None:
-        """Floating-point operations of the matrix products that the mask leaves; None where something else counts.
+        """Floating-point operations of the matrix products that the mask leaves.
 
-        Backward, two and a half times the products of forward: the scores again, and four of gradients.
+        None where something else counts.
+
+        Backward, two and a half times the products of forward: the scores again, and four of
+        gradients.
         """
         if self.kind == "additive" or self.what == "compile":
             return None
@@ -115,7 +131,10 @@ SHORT = [(8, 128, 8), (8, 512, 8), (32, 128, 8), (32, 512, 8)]
 def _full_and_causal(sizes: list[tuple[int, int, int]], dtype: str = "float32") -> tuple[Case, ...]:
     kinds: tuple[Kind, ...] = ("full", "causal")
     return tuple(
-        Case(B, T, K=K, kind=kind, what=what, dtype=dtype) for B, T, K in sizes for kind in kinds for what in BOTH
+        Case(B, T, K=K, kind=kind, what=what, dtype=dtype)
+        for B, T, K in sizes
+        for kind in kinds
+        for what in BOTH
     )
 
 
@@ -123,7 +142,9 @@ GROUPS = {
     "full": Group("long sequences", ALL, _full_and_causal(LONG)),
     "short": Group("short sequences", ALL, _full_and_causal(SHORT)),
     "masks": Group(
-        "masks and modifiers", ALL, tuple(Case(B, T, kind=kind, what=what) for B, T, kind in MASKED for what in BOTH)
+        "masks and modifiers",
+        ALL,
+        tuple(Case(B, T, kind=kind, what=what) for B, T, kind in MASKED for what in BOTH),
     ),
     "additive": Group(
         "additive attention",
@@ -131,12 +152,19 @@ GROUPS = {
         tuple(Case(1, T, 1, 1, 128, "additive", "forward+backward") for T in (1024, 2048, 4096)),
     ),
     "dtype": Group(
-        "bfloat16", ("float32", "PyTorch"), _full_and_causal([(1, 1024, 8), (1, 4096, 8)], dtype="bfloat16")
+        "bfloat16",
+        ("float32", "PyTorch"),
+        _full_and_causal([(1, 1024, 8), (1, 4096, 8)], dtype="bfloat16"),
     ),
     "compile": Group(
         "compiling",
         ("jax.nn", "tokamax", "dense"),
-        tuple(Case(1, 2048, kind=kind, what="compile") for kind in ("full", "causal", "window", "documents")),
+        tuple(
+            Case(1, 2048, kind=kind, what="compile")
+            for kind in ("full", "causal", "window", "documents")
+        ),
     ),
-    "memory": Group("memory", (), tuple(Case(1, T, what="forward+backward") for T in (16384, 65536))),
+    "memory": Group(
+        "memory", (), tuple(Case(1, T, what="forward+backward") for T in (16384, 65536))
+    ),
 }

@@ -1,4 +1,7 @@
-"""Who computes attention in JAX: each makes of a case a function and its arguments, or says why it cannot."""
+"""Who computes attention in JAX: each turns a case into a function and its arguments.
+
+A contender that cannot do so says why.
+"""
 
 import dataclasses
 import functools
@@ -20,19 +23,27 @@ class LeftOut(Exception):
 
 
 class Work(NamedTuple):
-    """A function `(query, key, value, *others, extras)`; gradients are those of all but the extras."""
+    """A function `(query, key, value, *others, extras)`; gradients are of all but the extras."""
 
     function: Callable[..., jax.Array]
-    extras: dict[str, Any]  # masks and biases, as they come with every batch: arguments and not constants
+    # Masks and biases, as they come with every batch: arguments and not constants
+    extras: dict[str, Any]
 
 
 def operands(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
-    """What gradients flow into, query, key and value first, and the cotangent of the output; float32."""
+    """The arrays that gradients flow into, and the cotangent of the output; float32.
+
+    Query, key and value come first.
+    """
     rng = np.random.default_rng(0)
-    shapes: list[tuple[int, ...]] = [(case.B, case.T, heads, case.H) for heads in (case.N, case.K, case.K, case.N)]
+    shapes: list[tuple[int, ...]] = [
+        (case.B, case.T, heads, case.H) for heads in (case.N, case.K, case.K, case.N)
+    ]
     if case.kind == "additive":
         shapes.append((case.H,))
-    query, key, value, cotangent, *others = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    query, key, value, cotangent, *others = (
+        rng.standard_normal(shape, np.float32) for shape in shapes
+    )
     return [query, key, value, *others], cotangent
 
 
@@ -47,14 +58,21 @@ def kernel(case: Case, name: str) -> Work:
         case "soft cap":
             mask, modifier = causal, jattn.modifiers.soft_cap(CAP)
         case "ALiBi":
-            mask, modifier = causal, jattn.modifiers.alibi(jnp.asarray(jattn.modifiers.alibi_slopes(case.N)))
+            mask, modifier = (
+                causal,
+                jattn.modifiers.alibi(jnp.asarray(jattn.modifiers.alibi_slopes(case.N))),
+            )
         case "documents":
-            mask = causal & jattn.masks.segments(jnp.broadcast_to(documents(case), (case.B, case.T)))
+            mask = causal & jattn.masks.segments(
+                jnp.broadcast_to(documents(case), (case.B, case.T))
+            )
         case "padding":
             mask = jattn.masks.padding(jnp.asarray(lengths(case)))
         case "additive":
             return Work(functools.partial(_additive, implementation=name), {})
-    return Work(functools.partial(jattn.attend, implementation=name), {"mask": mask, "modifier": modifier})
+    return Work(
+        functools.partial(jattn.attend, implementation=name), {"mask": mask, "modifier": modifier}
+    )
 
 
 def _additive(query, key, value, weight, *, implementation):
@@ -77,17 +95,21 @@ def jax_nn(case: Case) -> Work:
 
 
 def tokamax(case: Case) -> Work:
-    """`tokamax.dot_product_attention`, the implementation in linear memory that runs on every machine."""
+    """`tokamax.dot_product_attention`, implemented in linear memory for every machine."""
     try:
         attend = importlib.import_module("tokamax").dot_product_attention
     except ImportError:
         raise LeftOut("it is not installed") from None
     static = {"logits_soft_cap": CAP} if case.kind == "soft cap" else {}
-    return _signature_of_jax(case, functools.partial(attend, implementation="xla_chunked", **static))
+    return _signature_of_jax(
+        case, functools.partial(attend, implementation="xla_chunked", **static)
+    )
 
 
 def _signature_of_jax(case: Case, attend: Callable[..., jax.Array]) -> Work:
-    static: dict[str, Any] = {"is_causal": case.kind in ("causal", "soft cap", "ALiBi", "documents")}
+    static: dict[str, Any] = {
+        "is_causal": case.kind in ("causal", "soft cap", "ALiBi", "documents")
+    }
     extras: dict[str, Any] = {}
     match case.kind:
         case "window":
@@ -104,7 +126,9 @@ def _signature_of_jax(case: Case, attend: Callable[..., jax.Array]) -> Work:
 def alibi_bias(case: Case) -> np.ndarray:
     """ALiBi as an array `[N, T, T]`, for those that take no function."""
     positions = np.arange(case.T, dtype=np.float32)
-    return -jattn.modifiers.alibi_slopes(case.N)[:, None, None] * np.abs(positions[:, None] - positions)
+    return -jattn.modifiers.alibi_slopes(case.N)[:, None, None] * np.abs(
+        positions[:, None] - positions
+    )
 
 
 def _check_room(case: Case) -> None:

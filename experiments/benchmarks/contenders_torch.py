@@ -1,4 +1,4 @@
-"""Who computes attention in PyTorch: its fused kernel, plain operations, and compiled FlexAttention."""
+"""Who computes attention in PyTorch: its fused kernel, plain operations, compiled FlexAttention."""
 
 import math
 import os
@@ -15,7 +15,10 @@ from experiments.benchmarks.timing import Run
 
 
 def run_torch(case: Case) -> Run:
-    """scaled_dot_product_attention with a dense mask where it needs one; plain operations for additive attention."""
+    """scaled_dot_product_attention, with a dense mask where it needs one.
+
+    Additive attention takes plain operations.
+    """
     torch = _torch()
     if case.kind == "soft cap":
         raise LeftOut("scaled_dot_product_attention has no soft cap")
@@ -23,7 +26,9 @@ def run_torch(case: Case) -> Run:
         raise LeftOut("it would hold too many scores")
     inputs, cotangent = _tensors(case)
     options = {} if case.kind == "additive" else _options(case)
-    attend = _additive if case.kind == "additive" else torch.nn.functional.scaled_dot_product_attention
+    attend = (
+        _additive if case.kind == "additive" else torch.nn.functional.scaled_dot_product_attention
+    )
 
     def run() -> Any:
         output = attend(*inputs, **options)
@@ -40,7 +45,9 @@ def _options(case: Case) -> dict[str, Any]:
     if case.kind == "causal":
         options["is_causal"] = True
     elif case.kind == "ALiBi":
-        options["attn_mask"] = torch.from_numpy(np.where(allowed(case), alibi_bias(case)[None], -math.inf))
+        options["attn_mask"] = torch.from_numpy(
+            np.where(allowed(case), alibi_bias(case)[None], -math.inf)
+        )
     elif case.kind != "full":
         options["attn_mask"] = torch.from_numpy(allowed(case))
     return options
@@ -66,7 +73,9 @@ def run_flex(case: Case) -> Run:
     torch._dynamo.reset()  # else a second shape is compiled for all shapes
     mask, change = _mods(case)
     batch = case.B if case.kind == "padding" else None
-    blocks = flex.create_block_mask(mask, batch, None, case.T, case.T, device="cpu") if mask else None
+    blocks = (
+        flex.create_block_mask(mask, batch, None, case.T, case.T, device="cpu") if mask else None
+    )
     (query, key, value), _ = _tensors(case)
     attend, shared = torch.compile(flex.flex_attention, dynamic=False), case.N != case.K
 
@@ -91,12 +100,18 @@ def _mods(case: Case) -> tuple[Any, Any]:
         case "causal":
             return causal, None
         case "window":
-            return lambda b, h, q_idx, k_idx: (q_idx >= k_idx) & (q_idx - k_idx <= case.window), None
+            return (
+                lambda b, h, q_idx, k_idx: (q_idx >= k_idx) & (q_idx - k_idx <= case.window),
+                None,
+            )
         case "soft cap":
             return causal, lambda score, b, h, q_idx, k_idx: CAP * torch.tanh(score / CAP)
         case "ALiBi":
             slopes = torch.from_numpy(jattn.modifiers.alibi_slopes(case.N))
-            return causal, lambda score, b, h, q_idx, k_idx: score - slopes[h] * (q_idx - k_idx).abs()
+            return (
+                causal,
+                lambda score, b, h, q_idx, k_idx: score - slopes[h] * (q_idx - k_idx).abs(),
+            )
         case "documents":
             ids = torch.from_numpy(documents(case))
             return lambda b, h, q_idx, k_idx: (q_idx >= k_idx) & (ids[q_idx] == ids[k_idx]), None

@@ -1,9 +1,11 @@
-"""Time jattn's LSTM and GRU against PyTorch and Flax on this machine, interleaved, as ratios with their spread.
+"""Time jattn's LSTM and GRU against PyTorch and Flax, as ratios with their spread.
 
-Claim: forward and backward, jattn is no slower than Flax, and its LSTM takes at most 1.3 times as long as PyTorch's.
+Claim: forward and backward, jattn is no slower than Flax, and its LSTM takes at most 1.3 times as
+long as PyTorch's.
 
-Each round runs every contender once, as in `experiments.benchmarks.attend`. Gradients are of the inputs and of every
-parameter. PyTorch gets as many threads as there are cores, and is left out where it is not installed.
+Each round runs every contender once, as in `experiments.benchmarks.attend`. Gradients are of the
+inputs and of every parameter. PyTorch gets as many threads as there are cores, and is left out
+where it is not installed.
 """
 
 import os
@@ -37,7 +39,11 @@ class Case:
         return f"{self.kind}, B {self.B}, T {self.T}, {self.D} → {self.F}, forward+backward"
 
 
-CASES = [Case(kind, *sizes) for kind in ("LSTM", "GRU") for sizes in [(32, 64, 128, 256), (64, 32, 64, 128)]]
+CASES = [
+    Case(kind, *sizes)
+    for kind in ("LSTM", "GRU")
+    for sizes in [(32, 64, 128, 256), (64, 32, 64, 128)]
+]
 COLUMNS = ["PyTorch", "Flax", "Flax, optimized"]
 
 
@@ -62,7 +68,10 @@ def contenders(case: Case) -> dict[str, Run]:
             "Flax, optimized": nnx.RNN(nnx.OptimizedLSTMCell(*widths, rngs=rngs)),
         }
     else:
-        networks = {"jattn": GRU(*widths, rngs=rngs), "Flax": nnx.RNN(nnx.GRUCell(*widths, rngs=rngs))}
+        networks = {
+            "jattn": GRU(*widths, rngs=rngs),
+            "Flax": nnx.RNN(nnx.GRUCell(*widths, rngs=rngs)),
+        }
     runs = {name: _compiled(network, inputs, cotangent) for name, network in networks.items()}
     return runs | _torch(case, inputs, cotangent)
 
@@ -90,7 +99,9 @@ def _torch(case: Case, inputs: np.ndarray, cotangent: np.ndarray) -> dict[str, R
     except ImportError:
         return {}
     torch.set_num_threads(os.cpu_count() or 1)
-    network = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}[case.kind](case.D, case.F, batch_first=True)
+    network = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}[case.kind](
+        case.D, case.F, batch_first=True
+    )
     leaf, back = torch.from_numpy(inputs).requires_grad_(), torch.from_numpy(cotangent)
     leaves = [leaf, *network.parameters()]
 
@@ -106,7 +117,9 @@ def main(settings: Settings) -> None:
     table = Table("work", "milliseconds", *COLUMNS, title="time of … over the time of jattn")
     for case in track(CASES, console=console):
         seconds = measure(contenders(case), settings.rounds)
-        ratios = [ratio(seconds[name], seconds["jattn"]) if name in seconds else "" for name in COLUMNS]
+        ratios = [
+            ratio(seconds[name], seconds["jattn"]) if name in seconds else "" for name in COLUMNS
+        ]
         table.add_row(str(case), f"{1e3 * float(np.median(seconds['jattn'])):.1f}", *ratios)
     console.print(table)
     console.print(f"{machine()}, float32")

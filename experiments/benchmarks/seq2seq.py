@@ -1,9 +1,11 @@
-"""Time Bahdanau's translator against the same model in eager PyTorch, interleaved, as ratios with their spread.
+"""Time Bahdanau's translator against the same model in eager PyTorch, as ratios with their spread.
 
-Claim: a training step and a beam search with four hypotheses are faster compiled than in PyTorch's eager mode.
+Claim: a training step and a beam search with four hypotheses are faster compiled than in PyTorch's
+eager mode.
 
-Both have the same weights; a step is forward, backward and Adam. PyTorch's beam search is the usual Python loop over
-tokens, with all hypotheses of all sentences in one batch; no sentence can end before the last step, in either.
+The runs are interleaved. Both have the same weights; a step is forward, backward and Adam.
+PyTorch's beam search is the usual Python loop over tokens, with all hypotheses of all sentences in
+one batch; no sentence can end before the last step, in either.
 """
 
 import os
@@ -48,7 +50,9 @@ def batch_of(settings: Settings) -> dict[str, np.ndarray]:
     return {"source": source, "target": target, "lengths": lengths}
 
 
-def of_jattn(weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], config: Config) -> dict[str, Run]:
+def of_jattn(
+    weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], config: Config
+) -> dict[str, Run]:
     """One training step, and one search."""
     model = Seq2Seq(config, rngs=nnx.Rngs(0))
     nnx.update(model, to_flax(weights, model, SEQ2SEQ))
@@ -69,7 +73,9 @@ def of_jattn(weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], confi
 
     def search() -> Any:
         options: dict[str, Any] = {"max_length": LONGEST, "width": WIDTH}
-        return jax.block_until_ready(model.beam(arrays["source"], lengths=arrays["lengths"], **options))
+        return jax.block_until_ready(
+            model.beam(arrays["source"], lengths=arrays["lengths"], **options)
+        )
 
     return {"training step": lambda: jax.block_until_ready(step(state)), "beam search": search}
 
@@ -118,7 +124,9 @@ def contenders(settings: Settings) -> dict[str, dict[str, Run]]:
 
         from experiments.torch_reference.recurrent import Seq2Seq as Reference
     except ImportError:
-        raise BadInput("this compares with PyTorch, which is not installed: pip install -e '.[torch]'") from None
+        raise BadInput(
+            "this compares with PyTorch, which is not installed: pip install -e '.[torch]'"
+        ) from None
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
     config, batch = settings.config, batch_of(settings)
@@ -138,7 +146,9 @@ def main(settings: Settings) -> None:
     for work, runs in contenders(settings).items():
         seconds = measure(runs, settings.rounds)
         times = f"{1e3 * float(np.median(seconds['jattn'])):.1f}"
-        table.add_row(f"{work}, B {settings.batch}", times, ratio(seconds["PyTorch"], seconds["jattn"]))
+        table.add_row(
+            f"{work}, B {settings.batch}", times, ratio(seconds["PyTorch"], seconds["jattn"])
+        )
     console.print(table)
     console.print(f"{machine()}, float32")
 

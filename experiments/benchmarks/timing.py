@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, ratios with their spread, peak memory, and what the machine can do."""
+"""What the benchmarks share: interleaved timing, ratios, peak memory, and the machine's limits."""
 
 import ctypes
 import gc
@@ -16,16 +16,19 @@ import numpy as np
 
 Run = Callable[[], object]
 
-# PyTorch's threads spin for up to about 200 ms after their work, and take the cores from whoever runs next
+# PyTorch's threads spin for up to about 200 ms after their work, and take the cores from whoever
+# runs next
 PAUSE = 0.25
-# After it, or after another contender's, memory has to be had anew from the system: the first runs of a turn are slow
+# After it, or after another contender's, memory has to be had anew from the system: the first runs
+# of a turn are slow
 ENOUGH, MOST = 0.4, 20  # seconds that a turn is timed for at least, unless it has run so often
 
 
 def measure(runs: Mapping[str, Run], rounds: int, pause: float = PAUSE) -> dict[str, list[float]]:
     """Seconds of every run, round by round.
 
-    In each round every contender has one turn: a pause, an untimed run, then timed ones, of which the median counts.
+    In each round every contender has one turn: a pause, an untimed run, then timed ones, of which
+    the median counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -65,14 +68,15 @@ def roofline(pause: float = PAUSE) -> float:
     """Operations per second of a large float32 matrix product, the median of seven turns."""
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((2048, 2048)), jnp.float32)
     product = jax.jit(lambda x: x @ x)
-    seconds = measure({"product": lambda: jax.block_until_ready(product(matrix))}, 7, pause)["product"]
-    return 2 * 2048**3 / statistics.median(seconds)
+    seconds = measure({"product": lambda: jax.block_until_ready(product(matrix))}, 7, pause)
+    return 2 * 2048**3 / statistics.median(seconds["product"])
 
 
 def peak_memory(run: Run) -> int | None:
-    """Bytes by which one run makes resident memory grow at its highest; None where Linux does not tell.
+    """Bytes that one run adds to resident memory at its highest; None where Linux does not tell.
 
-    What it returns is in it, its inputs are not. The first run of a compiled function counts: XLA keeps its buffers.
+    What it returns is in it, its inputs are not. The first run of a compiled function counts: XLA
+    keeps its buffers.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None

@@ -1,4 +1,7 @@
-"""Characters to numbers, and padded batches of few shapes in an order that the step number alone decides."""
+"""Turn characters into numbers, and pairs of texts into padded batches of few shapes.
+
+The step number alone decides the order of the batches.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,9 @@ SPECIAL = 4
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Characters, numbered from 4; 0 is padding, 1 the start, 2 the end and 3 a character never seen in training.
+    """Characters, numbered from 4; 0 is padding, 1 the start, 2 the end, 3 an unknown character.
+
+    A character is unknown where training has never seen it.
 
     Example:
       >>> vocabulary = Vocabulary.of(["abba", "cab"])
@@ -45,7 +50,10 @@ class Vocabulary:
         return [self.numbers.get(character, UNKNOWN) for character in text]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text up to the first end; an unknown character reads as U+FFFD, padding and start as nothing."""
+        """The text up to the first end; an unknown character reads as U+FFFD.
+
+        Padding and start read as nothing.
+        """
         text = []
         for token in tokens:
             if token == END:
@@ -92,11 +100,12 @@ def pad(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.nda
 
 
 class Batches:
-    """Training batches: `batches(step)` yields those of `step`, `step + 1`, …, so a resumed run repeats nothing.
+    """Training batches: `batches(step)` yields those of `step`, `step + 1`, …
 
-    Sources of similar length share a bucket, and a bucket has one shape: there are at most `num_buckets` shapes
-    to compile. An epoch visits every pair, in an order drawn anew from `(seed, epoch)`; the last batch of a bucket
-    is filled up with pairs of the same bucket.
+    So a resumed run repeats nothing. Sources of similar length share a bucket, and a bucket has one
+    shape: there are at most `num_buckets` shapes to compile. An epoch visits every pair, in an
+    order drawn anew from `(seed, epoch)`; the last batch of a bucket is filled up with pairs of the
+    same bucket.
     """
 
     def __init__(
@@ -114,7 +123,10 @@ class Batches:
         self.targets = [target.encode(pair.target) for pair in pairs]
         self.buckets = _buckets([len(row) for row in self.sources], num_buckets)
         self.widths = [
-            (max(len(self.sources[i]) for i in members), max(len(self.targets[i]) for i in members) + 1)
+            (
+                max(len(self.sources[i]) for i in members),
+                max(len(self.targets[i]) for i in members) + 1,
+            )
             for members in self.buckets
         ]
         self.per_epoch = sum(-(-len(members) // batch_size) for members in self.buckets)
@@ -150,7 +162,9 @@ def _buckets(lengths: Sequence[int], count: int) -> list[np.ndarray]:
     return [np.flatnonzero(bucket == i) for i in range(len(edges))]
 
 
-def fixed_batches(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def fixed_batches(
+    rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Padded batches of one shape, in order, with lengths and the number of rows that count.
 
     The last batch is filled up with its own last row.

@@ -1,4 +1,4 @@
-"""Dates as written in eighteen languages, from the Unicode CLDR data that Babel carries, and their ISO form."""
+"""Dates as eighteen languages write them, from Babel's Unicode CLDR data, and their ISO form."""
 
 import datetime
 import random
@@ -14,8 +14,10 @@ STYLES = ("medium", "long", "full")
 FIRST, LAST = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 
 
-def dates(num_train: int, num_test: int, *, seed: int = 0, languages: Sequence[str] = LANGUAGES) -> Split:
-    """Pairs such as ("mardi 9 mars 2021", "2021-03-09"), split by date: no test date is seen in training.
+def dates(
+    num_train: int, num_test: int, *, seed: int = 0, languages: Sequence[str] = LANGUAGES
+) -> Split:
+    """Pairs such as ("mardi 9 mars 2021", "2021-03-09"); no test date is seen in training.
 
     Args:
       num_train: number of dates to train on; each is written in every language and style.

@@ -1,4 +1,4 @@
-"""Labelled texts: the reader of CSV and TSV files, and the split into texts to train on and texts held out."""
+"""Labelled texts: a reader of CSV and TSV files, and a split into training and held-out texts."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from experiments.data.pairs import MAX_CHARACTERS, SHOWN_PROBLEMS, normalise
 
 
 class Text(NamedTuple):
-    """A text, its class, and what it speaks of: texts of one group are never on both sides of a split."""
+    """A text, its class, and what it speaks of; a split keeps all texts of a group on one side."""
 
     text: str
     label: str
@@ -44,7 +44,10 @@ class Labels:
 
 
 class Split(NamedTuple):
-    """Texts to train on, and held-out texts to be judged by; how many were left out, since several labels have them."""
+    """Texts to train on, held-out texts to be judged by, and how many texts were left out.
+
+    Texts that stand under several labels are left out.
+    """
 
     train: list[Text]
     test: list[Text]
@@ -57,15 +60,18 @@ def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]
     A text is a group of its own.
 
     Raises:
-      BadInput: a file that is missing, not readable, not UTF-8 or empty; without one of the columns; or with lines that
-        lack a text or a label, or whose text is too long. Bad lines are reported together, with their numbers.
+      BadInput: a file that is missing, not readable, not UTF-8 or empty; without one of the
+        columns; or with lines that lack a text or a label, or whose text is too long. Bad lines are
+        reported together, with their numbers.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}") from None
+        raise BadInput(
+            f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}"
+        ) from None
     tab = path.suffix.lower() == ".tsv"
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {"strict": True}
     table = csv.DictReader(io.StringIO(content, newline=""), **options)
@@ -73,7 +79,10 @@ def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]
     try:
         for name, column in (("--text-column", text_column), ("--label-column", label_column)):
             if table.fieldnames and column not in table.fieldnames:
-                raise BadInput(f"{path}: there is no column {column!r} ({name}), only {', '.join(table.fieldnames)}")
+                raise BadInput(
+                    f"{path}: there is no column {column!r} ({name}),"
+                    f" only {', '.join(table.fieldnames)}"
+                )
         for row in table:
             text, label = (normalise(row[column] or "") for column in (text_column, label_column))
             if problem := _problem(text, label, surplus=None in row):
@@ -82,10 +91,16 @@ def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]
     except csv.Error as error:
         raise BadInput(f"{path}:{table.line_num}: {error}") from None
     if problems:
-        more = f"\n… and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        more = (
+            f"\n… and {len(problems) - SHOWN_PROBLEMS} more"
+            if len(problems) > SHOWN_PROBLEMS
+            else ""
+        )
         raise BadInput("\n".join(problems[:SHOWN_PROBLEMS]) + more)
     if not texts:
-        raise BadInput(f"{path}: expected a header and lines of texts with labels, got no such line")
+        raise BadInput(
+            f"{path}: expected a header and lines of texts with labels, got no such line"
+        )
     return texts
 
 
@@ -101,9 +116,10 @@ def _problem(text: str, label: str, *, surplus: bool) -> str | None:
 
 
 def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
-    """Hold out a fraction of the *groups*, and leave out every text that stands under several labels.
+    """Hold out a fraction of the *groups*; leave out every text that stands under several labels.
 
-    No answer to such a text is right. A held-out text that is also trained on, under another group, is not tested.
+    No answer to such a text is right. A held-out text that is also trained on, under another group,
+    is not tested.
 
     Args:
       texts: of at least two groups.
@@ -111,8 +127,8 @@ def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
       seed: the same seed gives the same split, whatever the order of the texts.
 
     Raises:
-      BadInput: fewer than two groups, no text left to test, fewer than two labels to train on, or a label that only
-        the held-out texts have.
+      BadInput: fewer than two groups, no text left to test, fewer than two labels to train on, or a
+        label that only the held-out texts have.
 
     Example:
       >>> names = {"Prag": "da", "Praga": "it", "Rom": "da", "Roma": "it"}
@@ -143,7 +159,13 @@ def _check(train: Sequence[Text], test: Sequence[Text]) -> None:
     if len(known) < 2:
         raise BadInput(f"expected texts of at least 2 labels to train on, got {len(known)}")
     if not test:
-        raise BadInput("no held-out text has a single label and is new: there is nothing to test with")
+        raise BadInput(
+            "no held-out text has a single label and is new: there is nothing to test with"
+        )
     if unseen := sorted({text.label for text in test} - known):
-        shown = ", ".join(map(repr, unseen[:SHOWN_PROBLEMS])) + (" …" if len(unseen) > SHOWN_PROBLEMS else "")
-        raise BadInput(f"only held-out texts have the label {shown}: give more texts of it, or another --seed")
+        shown = ", ".join(map(repr, unseen[:SHOWN_PROBLEMS])) + (
+            " …" if len(unseen) > SHOWN_PROBLEMS else ""
+        )
+        raise BadInput(
+            f"only held-out texts have the label {shown}: give more texts of it, or another --seed"
+        )

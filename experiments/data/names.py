@@ -1,4 +1,4 @@
-"""Names of territories, languages and currencies in many languages, from the Unicode CLDR data that Babel carries.
+"""Names of territories, languages and currencies in many languages, from Babel's CLDR data.
 
 Run as `python -m experiments.data.names names.tsv`.
 """
@@ -13,15 +13,16 @@ from experiments.data.labelled import Text
 from experiments.data.pairs import normalise
 
 CLOSE = (
-    ("da", "nb", "sv"), ("en", "de", "nl"), ("es", "pt", "gl", "ca"), ("fr", "it"), ("cs", "sk", "pl"), ("hr", "sl"),
+    ("da", "nb", "sv"), ("en", "de", "nl"), ("es", "pt", "gl", "ca"), ("fr", "it"),
+    ("cs", "sk", "pl"), ("hr", "sl"),
     ("fi", "et"), ("id", "ms"), ("ru", "uk", "be", "bg", "mk", "sr"), ("ar", "fa"), ("zh", "ja"),
 )  # fmt: skip
 LANGUAGES = (*(language for group in CLOSE for language in group), "tr", "el", "ko")
-"""Neighbours stand side by side; the last three have none. Each is written in a script that the pictures can draw."""
+"""Neighbours stand side by side; the last three have none. The pictures can draw every script."""
 
 
 def names(languages: Sequence[str] = LANGUAGES) -> list[Text]:
-    """Every name, with its language as the label and what it names as the group, such as `territories/DE`.
+    """Every name, with its language as label and what it names as group (`territories/DE`).
 
     Example:
       >>> Text("Saksa", "fi", "territories/DE") in names(["fi"])

@@ -1,6 +1,7 @@
 """A baseline for texts: naive Bayes on how often runs of characters stand in each class.
 
-See Manning et al. 2008, https://nlp.stanford.edu/IR-book/html/htmledition/naive-bayes-text-classification-1.html
+See Manning et al. 2008,
+https://nlp.stanford.edu/IR-book/html/htmledition/naive-bayes-text-classification-1.html
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,4 +54,8 @@ class NaiveBayes:
 
     def _grams(self, text: str) -> Iterator[str]:
         ended = f"\n{text}\n"  # no text holds a line break
-        return (ended[i : i + length] for length in range(1, self.longest + 1) for i in range(len(ended) - length + 1))
+        return (
+            ended[i : i + length]
+            for length in range(1, self.longest + 1)
+            for i in range(len(ended) - length + 1)
+        )

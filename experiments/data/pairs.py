@@ -1,4 +1,4 @@
-"""Pairs of texts: the reader of tab-separated files, and the split into training and held-out pairs."""
+"""Pairs of texts: a reader of tab-separated files, and a split into training and held-out pairs."""
 
 import random
 import unicodedata
@@ -13,7 +13,7 @@ SHOWN_PROBLEMS = 10
 
 
 class Pair(NamedTuple):
-    """A source text, its target text, and a label (such as the language) under which results are told apart."""
+    """A source text, its target text, and a label (such as the language) to group results by."""
 
     source: str
     target: str
@@ -28,7 +28,9 @@ class Split(NamedTuple):
 
 
 def normalise(text: str) -> str:
-    """Compose accents (Unicode NFC) and turn every run of white space into one space, so that equal texts are equal.
+    """Compose accents (Unicode NFC) and turn every run of white space into one space.
+
+    So equal texts are equal.
 
     Example:
       >>> normalise(" 3 мая 1999\\u202fг. ")
@@ -41,8 +43,9 @@ def read_tsv(path: Path) -> list[Pair]:
     """Read `source<TAB>target` lines in UTF-8.
 
     Raises:
-      BadInput: a file that is missing, not readable, not UTF-8 or empty, or any line that is not two non-empty
-        texts of at most 500 characters. Bad lines are reported together, with their numbers.
+      BadInput: a file that is missing, not readable, not UTF-8 or empty, or any line that is not
+        two non-empty texts of at most 500 characters. Bad lines are reported together, with their
+        numbers.
     """
     try:
         content = path.read_bytes()
@@ -52,14 +55,20 @@ def read_tsv(path: Path) -> list[Pair]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise BadInput(f"{path}:{line}: expected UTF-8 text, got byte 0x{content[error.start]:02x}") from None
+        raise BadInput(
+            f"{path}:{line}: expected UTF-8 text, got byte 0x{content[error.start]:02x}"
+        ) from None
     lines = text.removesuffix("\n").split("\n") if text.strip() else []
     if not lines:
         raise BadInput(f"{path}: expected lines of source<TAB>target, got an empty file")
     rows = [[normalise(column) for column in line.split("\t")] for line in lines]
     problems = [f"{path}:{i}: {found}" for i, row in enumerate(rows, 1) if (found := _problem(row))]
     if problems:
-        more = f"\n… and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        more = (
+            f"\n… and {len(problems) - SHOWN_PROBLEMS} more"
+            if len(problems) > SHOWN_PROBLEMS
+            else ""
+        )
         raise BadInput("\n".join(problems[:SHOWN_PROBLEMS]) + more)
     return [Pair(source, target) for source, target in rows]
 
@@ -88,13 +97,17 @@ def split(pairs: Sequence[Pair], *, fraction: float = 0.1, seed: int = 0) -> Spl
     """
     sources = sorted({pair.source for pair in pairs})
     if len(sources) < 2:
-        raise BadInput(f"expected at least 2 different sources (one to hold out), got {len(sources)}")
+        raise BadInput(
+            f"expected at least 2 different sources (one to hold out), got {len(sources)}"
+        )
     count = min(max(round(fraction * len(sources)), 1), len(sources) - 1)
     held_out = set(random.Random(seed).sample(sources, count))
     return Split(*_partition(pairs, lambda pair: pair.source not in held_out))
 
 
-def _partition(pairs: Iterable[Pair], keep: Callable[[Pair], bool]) -> tuple[list[Pair], list[Pair]]:
+def _partition(
+    pairs: Iterable[Pair], keep: Callable[[Pair], bool]
+) -> tuple[list[Pair], list[Pair]]:
     sides: tuple[list[Pair], list[Pair]] = [], []
     for pair in dict.fromkeys(pairs):
         sides[not keep(pair)].append(pair)

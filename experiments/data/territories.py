@@ -1,6 +1,7 @@
-"""English names and what another language calls the same, from the Unicode CLDR data that Babel carries.
+"""English names and what another language calls the same, from Babel's Unicode CLDR data.
 
-Run as `python -m experiments.data.territories territories.tsv`; `--help` tells of other names and languages.
+Run as `python -m experiments.data.territories territories.tsv`; `--help` tells of other names and
+languages.
 """
 
 import argparse
@@ -12,12 +13,15 @@ from typing import Any
 from babel import Locale, UnknownLocaleError
 
 KINDS = ("territories", "languages", "scripts", "currencies", "variants", "time_zones")
-NOT_NAMED = {"XA", "XB", "ZZ", "XXX", "Zxxx", "Zzzz", "zxx", "und"}  # pseudo-locales, and codes of "unknown"
+# Pseudo-locales, and codes of "unknown"
+NOT_NAMED = {"XA", "XB", "ZZ", "XXX", "Zxxx", "Zzzz", "zxx", "und"}
 MAX_CHARACTERS = 80
 
 
 def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[tuple[str, str]]:
-    """The pairs of names (English, other language) of all kinds, each pair once, sorted by code within a kind.
+    """Pairs of names (English, other language) of all kinds, each pair once.
+
+    They are sorted by code within a kind.
 
     Args:
       kinds: of `KINDS`.
@@ -29,7 +33,8 @@ def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[t
     Example:
       >>> ("Germany", "Allemagne") in names()
       True
-      >>> [pair for pair in names(["scripts", "time_zones"], "de") if pair[0].startswith(("Cyrillic", "Acre Stand"))]
+      >>> pairs = names(["scripts", "time_zones"], "de")
+      >>> [pair for pair in pairs if pair[0].startswith(("Cyrillic", "Acre Stand"))]
       [('Cyrillic', 'Kyrillisch'), ('Acre Standard Time', 'Acre-Normalzeit')]
     """
     try:
@@ -42,22 +47,34 @@ def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[t
             raise ValueError(f"kinds must be of {', '.join(KINDS)}, got {kind}")
         one, two = _of(english, kind), _of(other, kind)
         pairs += [(one[code], two[code]) for code in sorted((one.keys() & two.keys()) - NOT_NAMED)]
-    return [pair for pair in dict.fromkeys(pairs) if all(0 < len(name) <= MAX_CHARACTERS for name in pair)]
+    return [
+        pair
+        for pair in dict.fromkeys(pairs)
+        if all(0 < len(name) <= MAX_CHARACTERS for name in pair)
+    ]
 
 
 def _of(locale: Locale, kind: str) -> Mapping[str, str]:
-    """Code → name. A time zone has up to three names: that of its winter, of its summer, and of both."""
+    """Code → name. A time zone has up to three names: of its winter, of its summer, and of both."""
     if kind != "time_zones":
         return getattr(locale, kind)
     zones: Mapping[str, Any] = locale.meta_zones
-    return {f"{zone} {form}": name for zone in zones for form, name in (zones[zone].get("long") or {}).items()}
+    return {
+        f"{zone} {form}": name
+        for zone in zones
+        for form, name in (zones[zone].get("long") or {}).items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tab-separated file that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.data.territories", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.data.territories", description=__doc__
+    )
     parser.add_argument("file", type=Path, metavar="OUT.tsv")
-    parser.add_argument("--of", nargs="+", choices=KINDS, default=["territories"], help="default: territories")
+    parser.add_argument(
+        "--of", nargs="+", choices=KINDS, default=["territories"], help="default: territories"
+    )
     parser.add_argument("--all", action="store_true", help=f"the same as --of {' '.join(KINDS)}")
     parser.add_argument("--to", default="fr", metavar="LOCALE", help="target language; default: fr")
     given = parser.parse_args(arguments)

@@ -1,1 +1,1 @@
-"""PyTorch references of the systems, written from their definitions, and the record of what they compute."""
+"""PyTorch references, written from the systems' definitions, and a record of their results."""

@@ -16,13 +16,19 @@ from jattn.parity.fixtures import Fixture, save
 def recordings() -> Mapping[str, Callable[[], Fixture]]:
     """The file of every fixture, and what records it."""
     cases = {case.file_name: functools.partial(record, case) for case in all_cases()}
-    return cases | {training.file_name: functools.partial(train, training) for training in all_trainings()}
+    return cases | {
+        training.file_name: functools.partial(train, training) for training in all_trainings()
+    }
 
 
 def main() -> None:
     """Records all fixtures into a folder, in place of those of the same names."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.torch_reference", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path("tests/fixtures"))
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.torch_reference", description=__doc__
+    )
+    parser.add_argument(
+        "folder", nargs="?", type=pathlib.Path, default=pathlib.Path("tests/fixtures")
+    )
     folder = parser.parse_args().folder
     torch.set_num_threads(1)
     for name, recorded in recordings().items():

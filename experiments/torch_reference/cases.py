@@ -1,4 +1,7 @@
-"""Every case that has a fixture. Sizes are distinct primes where they can be, so that swapped axes cannot pass."""
+"""Every case that has a fixture.
+
+Sizes are distinct primes where they can be, so that swapped axes cannot pass.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -43,10 +46,13 @@ def pooling_cases() -> list[Case]:
     line: Inputs = {"query": (B, T, 1), "key": (B, S, 1), "value": (B, S, V)}
     samples = {"query": (B, T, H), "key": (B, T, H), "value": (B, T, V)}
     widths: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, V)}
-    additive = {"query_features": 13, "key_features": 17, "hidden_features": 19, "dropout_rate": 0.5}
-    bilinear = {"score": "bilinear", "query_features": 13, "key_features": 17}
+    one_query: Inputs = QUERY_KEY_VALUE | {"query": (B, 1, H)}
+    sizes: dict[str, Any] = {"query_features": 13, "key_features": 17}
+    additive = sizes | {"hidden_features": 19, "dropout_rate": 0.5}
+    product, bilinear = {"score": "dot_product"}, {"score": "bilinear", **sizes}
     average, kernel = pooling.AveragePooling, pooling.KernelRegression
     learned, scored = pooling.ParametricKernelRegression, pooling.scored_attention
+    summed, scaled = pooling.AdditiveAttention, pooling.DotProductAttention
     return [
         Case(1, "average", average, {}, QUERY_KEY_VALUE),
         Case(1, "average_lengths", average, {}, QUERY_KEY_VALUE | lengths),
@@ -54,14 +60,14 @@ def pooling_cases() -> list[Case]:
         Case(2, "kernel_regression_features", kernel, {}, QUERY_KEY_VALUE | lengths),
         Case(3, "parametric", learned, {}, line),
         Case(3, "parametric_leave_one_out", learned, {"leave_one_out": True}, samples),
-        Case(5, "additive", pooling.AdditiveAttention, additive, widths),
-        Case(5, "additive_lengths", pooling.AdditiveAttention, additive, widths | lengths),
-        Case(5, "additive_lengths_per_query", pooling.AdditiveAttention, additive, widths | per_query),
-        Case(6, "scaled_dot_product", pooling.DotProductAttention, {"dropout_rate": 0.5}, QUERY_KEY_VALUE),
-        Case(6, "scaled_dot_product_lengths", pooling.DotProductAttention, {}, QUERY_KEY_VALUE | lengths),
-        Case(6, "scaled_dot_product_lengths_per_query", pooling.DotProductAttention, {}, QUERY_KEY_VALUE | per_query),
-        Case(7, "dot_product", scored, {"score": "dot_product"}, QUERY_KEY_VALUE),
-        Case(7, "dot_product_one_query", scored, {"score": "dot_product"}, QUERY_KEY_VALUE | {"query": (B, 1, H)}),
+        Case(5, "additive", summed, additive, widths),
+        Case(5, "additive_lengths", summed, additive, widths | lengths),
+        Case(5, "additive_lengths_per_query", summed, additive, widths | per_query),
+        Case(6, "scaled_dot_product", scaled, {"dropout_rate": 0.5}, QUERY_KEY_VALUE),
+        Case(6, "scaled_dot_product_lengths", scaled, {}, QUERY_KEY_VALUE | lengths),
+        Case(6, "scaled_dot_product_lengths_per_query", scaled, {}, QUERY_KEY_VALUE | per_query),
+        Case(7, "dot_product", scored, product, QUERY_KEY_VALUE),
+        Case(7, "dot_product_one_query", scored, product, one_query),
         Case(7, "bilinear", scored, bilinear, widths),
         Case(7, "bilinear_lengths", scored, bilinear, widths | lengths),
         Case(7, "cosine", scored, {"score": "cosine"}, QUERY_KEY_VALUE | lengths),
@@ -97,32 +103,37 @@ def mask_cases() -> list[Case]:
         Case(4, "masked_softmax", pooling.MaskedSoftmax, {}, scores),
         Case(4, "masked_softmax_lengths", pooling.MaskedSoftmax, {}, scores | lengths),
         Case(4, "masked_softmax_lengths_per_query", pooling.MaskedSoftmax, {}, scores | per_query),
-        Case(4, "masked_softmax_mask", pooling.MaskedSoftmax, {}, scores | {"mask": with_empty_row}),
-        *(Case(8, name, pooling.MaskedAttention, kind, QUERY_KEY_VALUE | more) for name, kind, more in kinds),
+        Case(
+            4, "masked_softmax_mask", pooling.MaskedSoftmax, {}, scores | {"mask": with_empty_row}
+        ),
+        *(
+            Case(8, name, pooling.MaskedAttention, kind, QUERY_KEY_VALUE | more)
+            for name, kind, more in kinds
+        ),
     ]
 
 
 def multi_head_cases() -> list[Case]:
     """Rows 9, 10, 15 and 16."""
-    attention = multi_head.MultiHeadAttention
+    split, attention = multi_head.HeadSplit, multi_head.MultiHeadAttention
     widths = {"query_features": 13, "key_features": 17, "value_features": 19}
     separate: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, 19)}
-    plain = {"num_heads": 3, "features": 33}
+    plain, bias = {"num_heads": 3, "features": 33}, {"use_bias": True}
     grouped = {"num_heads": 6, "features": 30, "num_kv_heads": 2}
     multi_query = {"num_heads": 5, "features": 35, "num_kv_heads": 1}
     lengths: Inputs = {"lengths": LENGTHS}
     per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
     return [
-        Case(9, "heads", multi_head.HeadSplit, {"num_heads": 3}, {"x": (B, T, 33), **lengths}),
-        Case(9, "heads_per_query", multi_head.HeadSplit, {"num_heads": 7}, {"x": (B, T, 35), **per_query}),
+        Case(9, "heads", split, {"num_heads": 3}, {"x": (B, T, 33), **lengths}),
+        Case(9, "heads_per_query", split, {"num_heads": 7}, {"x": (B, T, 35), **per_query}),
         Case(10, "self_attention", attention, plain | {"dropout_rate": 0.5}, {"query": (B, T, 33)}),
         Case(10, "widths", attention, plain | widths, separate),
-        Case(10, "widths_bias_lengths", attention, plain | widths | {"use_bias": True}, separate | lengths),
+        Case(10, "widths_bias_lengths", attention, plain | widths | bias, separate | lengths),
         Case(10, "widths_lengths_per_query", attention, plain | widths, separate | per_query),
         Case(15, "grouped_query", attention, grouped, {"query": (B, T, 30)}),
-        Case(15, "grouped_query_bias", attention, grouped | widths | {"use_bias": True}, separate | lengths),
+        Case(15, "grouped_query_bias", attention, grouped | widths | bias, separate | lengths),
         Case(16, "multi_query", attention, multi_query, {"query": (B, T, 35)}),
-        Case(16, "multi_query_bias", attention, multi_query | widths | {"use_bias": True}, separate | per_query),
+        Case(16, "multi_query_bias", attention, multi_query | widths | bias, separate | per_query),
     ]
 
 
@@ -131,16 +142,18 @@ def self_attention_cases() -> list[Case]:
     wide, shared = self_attention.WideHeads, self_attention.SharedProjectionAttention
     single, residual = self_attention.SelfAttention, self_attention.ResidualAttention
     heads = {"num_heads": 3, "in_features": 13, "head_features": 11}
-    slices, one, widths = {"num_heads": 3, "features": 33}, {"in_features": 13, "features": 11}, {"in_features": 13}
-    same, other, norm = widths | {"out_features": 13}, widths | {"out_features": 11}, {"use_layer_norm": True}
+    slices, one = {"num_heads": 3, "features": 33}, {"in_features": 13, "features": 11}
+    same, other = ({"in_features": 13, "out_features": width} for width in (13, 11))
+    norm = {"use_layer_norm": True}
+    query: Inputs = {"query": (B, T, 13)}
     x: Inputs = {"x": (B, T, 13)}
     sliced: Inputs = {"x": (B, T, 33)}
     lengths: Inputs = {"lengths": np.array([3, 5])}
     per_query: Inputs = {"lengths": np.minimum(LENGTHS_PER_QUERY, T)}
     return [
-        Case(12, "wide_heads", wide, heads, {"query": (B, T, 13)}),
-        Case(12, "wide_heads_bias_lengths", wide, heads | {"use_bias": True}, {"query": (B, T, 13), **lengths}),
-        Case(12, "wide_heads_key", wide, heads, {"query": (B, T, 13), "key": (B, S, 13), "lengths": LENGTHS}),
+        Case(12, "wide_heads", wide, heads, query),
+        Case(12, "wide_heads_bias_lengths", wide, heads | {"use_bias": True}, query | lengths),
+        Case(12, "wide_heads_key", wide, heads, query | {"key": (B, S, 13), "lengths": LENGTHS}),
         Case(13, "shared_projection", shared, slices, sliced),
         Case(13, "shared_projection_lengths", shared, slices, sliced | per_query),
         Case(13, "shared_projection_scale", shared, slices | {"scale": 33**-0.5}, sliced | lengths),
@@ -163,7 +176,9 @@ def position_cases() -> list[Case]:
     )
     where: Inputs = {"x": (B, T, 14), "positions": np.array([0, 1, 5, 100, 4095])}
     return [
-        Case(19, "sinusoidal", sinusoidal, {"features": 14, "dropout_rate": 0.5}, {"x": (B, T, 14)}),
+        Case(
+            19, "sinusoidal", sinusoidal, {"features": 14, "dropout_rate": 0.5}, {"x": (B, T, 14)}
+        ),
         Case(19, "sinusoidal_long", sinusoidal, {"features": 6}, {"x": (1, 257, 6)}),
         Case(20, "rotation", rotation, {"features": 14, "offset": 3}, where),
         Case(20, "rotation_back", rotation, {"features": 14, "offset": -101}, where),
@@ -179,7 +194,12 @@ def sequence_pooling_cases() -> list[Case]:
     kinds: list[tuple[int, str, Callable[..., Any], dict[str, Any]]] = [
         (27, "feature_pooling", sequence_pooling.FeaturePooling, {"features": 5}),
         (28, "multi_hop", sequence_pooling.MultiHopPooling, {"features": 5, "num_hops": 2}),
-        (29, "learned_query", sequence_pooling.LearnedQueryPooling, {"features": 5, "hidden_features": 11}),
+        (
+            29,
+            "learned_query",
+            sequence_pooling.LearnedQueryPooling,
+            {"features": 5, "hidden_features": 11},
+        ),
     ]
     return [
         Case(row, f"{name}{suffix}", reference, arguments | more, inputs)
@@ -192,46 +212,64 @@ def sequence_pooling_cases() -> list[Case]:
     ]
 
 
+def recurrent_case(name: str, kind: str, arguments: dict[str, Any], inputs: Inputs) -> Case:
+    """A case of row 24."""
+    return Case(24, name, recurrent.recurrent, {"kind": kind, **arguments}, inputs)
+
+
 def recurrent_cases() -> list[Case]:
-    """Row 24: each network alone, in both directions over padding, and without biases; each cell; the embedding."""
+    """Row 24: each network alone, two-way over padding, and without biases; each cell."""
     x: Inputs = {"x": (3, 11, 5)}
     padded: Inputs = x | {"lengths": np.array([4, 11, 1])}
     one = {"in_features": 5, "hidden_features": 7}
     two: dict[str, Any] = one | {"num_layers": 2, "bidirectional": True, "dropout_rate": 0.5}
     stack: dict[str, Any] = one | {"num_layers": 2, "dropout_rate": 0.5}
     relu, proj = {"activation": "relu"}, {"proj_features": 2}
-
-    def case(name: str, kind: str, arguments: dict[str, Any], inputs: Inputs) -> Case:
-        return Case(24, name, recurrent.recurrent, {"kind": kind, **arguments}, inputs)
-
-    cases = []
-    for name, kind, own in [("rnn", "RNN", {}), ("rnn_relu", "RNN", relu), ("lstm", "LSTM", {}), ("gru", "GRU", {})]:
-        cell = ["cell"] if kind == "LSTM" else []
-        cases += [
-            case(name, kind, one | own, x),
-            case(f"{name}_no_bias", kind, one | own | {"use_bias": False}, x),
-            case(f"{name}_two_ways", kind, two | own, padded | {part: (4, 3, 7) for part in ["state", *cell]}),
-            case(f"{name}_cell", f"{kind}Cell", one | own, {"x": (3, 5)} | {part: (3, 7) for part in ["state", *cell]}),
-        ]
     pair: Inputs = {"state": (4, 3, 2), "cell": (4, 3, 7)}
+    cases = [
+        recurrent_case("gru_two_layers", "GRU", stack, x | {"state": (2, 3, 7)}),
+        recurrent_case("gru_lengths_state", "GRU", stack, padded | {"state": (2, 3, 7)}),
+        recurrent_case("lstm_proj", "LSTM", one | proj, x),
+        recurrent_case("lstm_proj_two_ways", "LSTM", two | proj, padded | pair),
+    ]
+    networks: list[tuple[str, str, dict[str, Any]]] = [
+        ("rnn", "RNN", {}),
+        ("rnn_relu", "RNN", relu),
+        ("lstm", "LSTM", {}),
+        ("gru", "GRU", {}),
+    ]
+    for name, kind, own in networks:
+        parts = ["state", "cell"] if kind == "LSTM" else ["state"]
+        states: Inputs = {part: (4, 3, 7) for part in parts}
+        step: Inputs = {"x": (3, 5)} | {part: (3, 7) for part in parts}
+        cases += [
+            recurrent_case(name, kind, one | own, x),
+            recurrent_case(f"{name}_no_bias", kind, one | own | {"use_bias": False}, x),
+            recurrent_case(f"{name}_two_ways", kind, two | own, padded | states),
+            recurrent_case(f"{name}_cell", f"{kind}Cell", one | own, step),
+        ]
+    return cases
+
+
+def embedding_cases() -> list[Case]:
+    """Row 24: the embedding."""
     tokens: Inputs = {"tokens": ids([3, 1, 12, 4, 3, 2], [7, 7, 2, 9, 7, 5], [1, 0, 2, 2, 2, 11])}
     table = {"num_embeddings": 13, "features": 5}
-    return [
-        *cases,
-        case("gru_two_layers", "GRU", stack, x | {"state": (2, 3, 7)}),
-        case("gru_lengths_state", "GRU", stack, padded | {"state": (2, 3, 7)}),
-        case("lstm_proj", "LSTM", one | proj, x),
-        case("lstm_proj_two_ways", "LSTM", two | proj, padded | pair),
-        case("embedding", "Embedding", table, tokens),
-        case("embedding_padding", "Embedding", table | {"padding_idx": 2}, tokens),
-        case("embedding_padding_counted", "Embedding", table | {"padding_idx": -6, "scale_grad_by_freq": True}, tokens),
-        case("embedding_max_norm", "Embedding", table | {"padding_idx": 0, "max_norm": 1.0}, tokens),
-        case("embedding_max_norm_1", "Embedding", table | {"max_norm": 2.0, "norm_type": 1.0}, tokens),
-    ]
+    options: dict[str, dict[str, Any]] = {
+        "embedding": {},
+        "embedding_padding": {"padding_idx": 2},
+        "embedding_padding_counted": {"padding_idx": -6, "scale_grad_by_freq": True},
+        "embedding_max_norm": {"padding_idx": 0, "max_norm": 1.0},
+        "embedding_max_norm_1": {"max_norm": 2.0, "norm_type": 1.0},
+    }
+    return [recurrent_case(name, "Embedding", table | own, tokens) for name, own in options.items()]
 
 
 def classifier_cases() -> list[Case]:
-    """Rows 26 and 30: by the last step in one or both directions, or as popular code takes it; by attention."""
+    """Rows 26 and 30: classifiers by the last step, and by attention.
+
+    The last step is that of one or both directions, or what popular code takes for it.
+    """
     model = {"vocabulary": 13, "classes": 3, "embedding_features": 5, "hidden_features": 7}
     deep: dict[str, Any] = model | {"num_layers": 2, "bidirectional": True, "dropout_rate": 0.5}
     tokens: Inputs = {"tokens": ids([3, 1, 12, 4, 0, 0], [7, 7, 2, 9, 11, 5], [1, 0, 0, 0, 0, 0])}
@@ -269,7 +307,13 @@ def seq2seq_cases() -> list[Case]:
     }
     return [
         Case(31, "seq2seq", recurrent.Seq2Seq, model, tokens),
-        Case(31, "seq2seq_lengths", recurrent.Seq2Seq, model, tokens | {"lengths": np.array([4, 6, 1])}),
+        Case(
+            31,
+            "seq2seq_lengths",
+            recurrent.Seq2Seq,
+            model,
+            tokens | {"lengths": np.array([4, 6, 1])},
+        ),
     ]
 
 
@@ -286,7 +330,12 @@ def char_rnn_cases() -> list[Case]:
 
 def luong_cases() -> list[Case]:
     """Row 32."""
-    model = {"source_vocabulary": 13, "target_vocabulary": 17, "embedding_features": 5, "hidden_features": 7}
+    model = {
+        "source_vocabulary": 13,
+        "target_vocabulary": 17,
+        "embedding_features": 5,
+        "hidden_features": 7,
+    }
     tokens: Inputs = {
         "source": ids([3, 1, 12, 4, 0, 0], [7, 7, 2, 9, 11, 5], [1, 0, 0, 0, 0, 0]),
         "target_in": ids([1, 16, 2, 9], [1, 5, 5, 11], [1, 8, 0, 0]),
@@ -300,7 +349,11 @@ def luong_cases() -> list[Case]:
         Case(32, "luong_prediction", luong.Luong, model | {"feed": "prediction"}, padded),
         Case(32, "luong_no_attention", luong.Luong, model | {"attention": False}, padded),
         Case(
-            32, "luong_no_attention_prediction", luong.Luong, model | {"attention": False, "feed": "prediction"}, padded
+            32,
+            "luong_no_attention_prediction",
+            luong.Luong,
+            model | {"attention": False, "feed": "prediction"},
+            padded,
         ),
     ]
 
@@ -313,6 +366,7 @@ GROUPS: tuple[Callable[[], list[Case]], ...] = (
     position_cases,
     sequence_pooling_cases,
     recurrent_cases,
+    embedding_cases,
     classifier_cases,
     seq2seq_cases,
     char_rnn_cases,
@@ -322,4 +376,6 @@ GROUPS: tuple[Callable[[], list[Case]], ...] = (
 
 def all_cases() -> list[Case]:
     """Every case, in the order of the rows."""
-    return sorted(itertools.chain.from_iterable(group() for group in GROUPS), key=lambda case: case.file_name)
+    return sorted(
+        itertools.chain.from_iterable(group() for group in GROUPS), key=lambda case: case.file_name
+    )

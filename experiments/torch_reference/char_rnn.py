@@ -41,7 +41,9 @@ class CharRNN(nn.Module):
 class EmbeddedCharRNN(nn.Module):
     """Embedding, RNN and Linear."""
 
-    def __init__(self, vocabulary: int, embedding_features: int, hidden_features: int, num_layers: int) -> None:
+    def __init__(
+        self, vocabulary: int, embedding_features: int, hidden_features: int, num_layers: int
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding_features)
         self.rnn = nn.RNN(embedding_features, hidden_features, num_layers, batch_first=True)
@@ -54,4 +56,6 @@ class EmbeddedCharRNN(nn.Module):
 
 def char_rnn(kind: str, **arguments: int) -> nn.Module:
     """The network of that name."""
-    return {"CharCell": CharCell, "CharRNN": CharRNN, "EmbeddedCharRNN": EmbeddedCharRNN}[kind](**arguments)
+    return {"CharCell": CharCell, "CharRNN": CharRNN, "EmbeddedCharRNN": EmbeddedCharRNN}[kind](
+        **arguments
+    )

@@ -11,10 +11,11 @@ from experiments.torch_reference.sequence_pooling import FeaturePooling, Learned
 
 
 class Classifier(nn.Module):
-    """Embedding, RNN, LSTM or GRU, and a Linear on the last step, or (row 30) on what attention pools.
+    """Embedding, RNN, LSTM or GRU, and a Linear on the last step, or (row 30) on the pooled steps.
 
-    The popular code takes `output[:, -1]` for the last step: the backward direction has read one token there, and
-    without lengths that token is padding. Here it is `LastStep`; without a pooling, each direction gives its end.
+    The popular code takes `output[:, -1]` for the last step: the backward direction has read one
+    token there, and without lengths that token is padding. Here it is `LastStep`; without a
+    pooling, each direction gives its end.
     """
 
     def __init__(

@@ -11,7 +11,10 @@ def reverse(sequences: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tens
     """Sequences [B, S, ...], each from its end to its beginning; what lies past the end stays."""
     if lengths is None:
         return sequences.flip(1)
-    turned = [torch.cat([row[:length].flip(0), row[length:]]) for row, length in zip(sequences, lengths, strict=True)]
+    turned = [
+        torch.cat([row[:length].flip(0), row[length:]])
+        for row, length in zip(sequences, lengths, strict=True)
+    ]
     return torch.stack(turned)
 
 
@@ -31,9 +34,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Cell input [y; o of the step before], or [embedding of the step's own prediction before; y]."""
+    """Cell input [y; the last o], or [embedding of its own last prediction; y]."""
 
-    def __init__(self, vocabulary: int, embedding: int, hidden: int, attention: bool, feed: str) -> None:
+    def __init__(
+        self, vocabulary: int, embedding: int, hidden: int, attention: bool, feed: str
+    ) -> None:
         super().__init__()
         fed = embedding if feed == "prediction" else hidden if attention else 0
         self.feed, self.attention = feed, attention
@@ -51,7 +56,9 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """h [B, F] and encoder outputs [B, S, 2F] → o [B, F] and weights [B, S]."""
         scores = torch.einsum("bf,bsf->bs", h, self.W(memory))[:, None]
-        weights = masked_softmax(scores, None if lengths is None else allowed_by_lengths(lengths, memory.shape[1]))
+        weights = masked_softmax(
+            scores, None if lengths is None else allowed_by_lengths(lengths, memory.shape[1])
+        )
         context = (weights @ memory)[:, 0]
         return torch.tanh(self.W_u(torch.cat([context, h], dim=-1))), weights[:, 0]
 
@@ -62,7 +69,7 @@ class Decoder(nn.Module):
         last: tuple[torch.Tensor, torch.Tensor],
         lengths: torch.Tensor | None,
     ) -> Outputs:
-        """Tokens [B, T], teacher-forced → logits [B, T, C], and with attention weights [B, T, S]."""
+        """Tokens [B, T], teacher-forced → logits [B, T, C]; with attention, weights [B, T, S]."""
         h = self.h_projection(torch.cat([*last[0]], dim=-1))
         c = self.c_projection(torch.cat([*last[1]], dim=-1))
         o, prediction = torch.zeros_like(h), torch.ones_like(tokens[:, 0])  # 1 is the start token
@@ -97,12 +104,20 @@ class Luong(nn.Module):
         super().__init__()
         self.reverse_source = reverse_source
         self.encoder = Encoder(source_vocabulary, embedding_features, hidden_features)
-        self.decoder = Decoder(target_vocabulary, embedding_features, hidden_features, attention, feed)
+        self.decoder = Decoder(
+            target_vocabulary, embedding_features, hidden_features, attention, feed
+        )
 
-    def forward(self, source: torch.Tensor, target_in: torch.Tensor, lengths: torch.Tensor | None = None) -> Outputs:
-        """Source [B, S] and target_in [B, T], both token ids; weights are in the order of the source."""
-        memory, last = self.encoder(reverse(source, lengths) if self.reverse_source else source, lengths)
+    def forward(
+        self, source: torch.Tensor, target_in: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> Outputs:
+        """Source [B, S] and target_in [B, T] are token ids; weights are in the source order."""
+        memory, last = self.encoder(
+            reverse(source, lengths) if self.reverse_source else source, lengths
+        )
         outputs = self.decoder(target_in, memory, last, lengths)
         if self.reverse_source and "weights" in outputs:
-            outputs["weights"] = reverse(outputs["weights"].transpose(1, 2), lengths).transpose(1, 2)
+            outputs["weights"] = reverse(outputs["weights"].transpose(1, 2), lengths).transpose(
+                1, 2
+            )
         return outputs

@@ -14,7 +14,7 @@ class HeadSplit(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> Outputs:
-        """Split [B, T, N, H], folded [B·N, T, H], lengths [B·N], and the squares of the split, merged again."""
+        """Split [B, T, N, H], folded [B·N, T, H], lengths [B·N], and its squares, merged."""
         batch, length, _ = x.shape
         split = x.reshape(batch, length, self.num_heads, -1)
         folded = split.permute(0, 2, 1, 3).reshape(batch * self.num_heads, length, -1)
@@ -66,7 +66,9 @@ class MultiHeadAttention(nn.Module):
         keys = self.heads(self.W_k(key), self.num_kv_heads).repeat_interleave(shared, dim=1)
         values = self.heads(self.W_v(value), self.num_kv_heads).repeat_interleave(shared, dim=1)
         allowed = None if lengths is None else allowed_by_lengths(lengths, key.shape[1])[:, None]
-        weights = masked_softmax(queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5, allowed)
+        weights = masked_softmax(
+            queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5, allowed
+        )
         pooled = self.dropout(weights) @ values
         return {"output": self.W_o(pooled.transpose(1, 2).flatten(start_dim=2)), "weights": weights}
 

@@ -14,7 +14,7 @@ def allowed_by_lengths(lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
 
 
 def masked_softmax(scores: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
-    """Softmax over the last axis; hidden positions get exactly 0, and so does a row with nothing to see.
+    """Softmax over the last axis; hidden positions and rows with nothing to see get exactly 0.
 
     The popular code fills hidden scores with −1e6, which makes an empty row uniform.
     """
@@ -38,7 +38,11 @@ class Pooling(nn.Module):
         raise NotImplementedError
 
     def pool(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
     ) -> Outputs:
         """Output [B, T, V] and weights [B, T, S]."""
         weights = masked_softmax(self.score(query, key), allowed)
@@ -116,7 +120,13 @@ class MaskedSoftmax(nn.Module):
 class AdditiveAttention(Pooling):
     """Row 5: a(q, k) = w_vᵀ tanh(W_q q + W_k k), without biases."""
 
-    def __init__(self, query_features: int, key_features: int, hidden_features: int, dropout_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        query_features: int,
+        key_features: int,
+        hidden_features: int,
+        dropout_rate: float = 0.0,
+    ) -> None:
         super().__init__(dropout_rate)
         self.W_q = nn.Linear(query_features, hidden_features, bias=False)
         self.W_k = nn.Linear(key_features, hidden_features, bias=False)
@@ -137,7 +147,9 @@ class DotProductAttention(Pooling):
 
     def score(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Inner products, divided by √H where scaled."""
-        return torch.bmm(query, key.transpose(1, 2)) / (query.shape[-1] ** 0.5 if self.scaled else 1.0)
+        return torch.bmm(query, key.transpose(1, 2)) / (
+            query.shape[-1] ** 0.5 if self.scaled else 1.0
+        )
 
 
 class BilinearAttention(Pooling):
@@ -169,7 +181,7 @@ def scored_attention(score: str, **arguments: int) -> Pooling:
 
 
 class MaskedAttention(DotProductAttention):
-    """Row 8: scaled dot-product attention under a mask of some kind, each written out as a comparison of indices."""
+    """Row 8: scaled dot-product attention under a mask; each kind is a comparison of indices."""
 
     def __init__(self, mask: str, offset: int = 0, left: int = 0, right: int = 0) -> None:
         super().__init__()

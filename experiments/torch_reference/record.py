@@ -46,13 +46,24 @@ class Case:
         return zlib.crc32(self.file_name.encode())
 
 
+def versions() -> dict[str, str]:
+    """Package → version, of all that records a fixture."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
 def record(case: Case) -> Fixture:
     """The case in float64 with gradients, and PyTorch's own error where it computes in float32."""
     generator = np.random.default_rng(case.seed)
     module = case.reference(**case.arguments).double().eval()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.from_numpy(np.array(generator.normal(scale=0.5, size=tuple(parameter.shape)))))
+            parameter.copy_(
+                torch.from_numpy(np.array(generator.normal(scale=0.5, size=tuple(parameter.shape))))
+            )
     inputs = {
         name: torch.from_numpy(generator.normal(size=given) if isinstance(given, tuple) else given)
         for name, given in case.inputs.items()
@@ -75,7 +86,7 @@ def record(case: Case) -> Fixture:
         case=case.name,
         arguments=case.arguments,
         seed=case.seed,
-        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        versions=versions(),
         float32_errors=_float32_errors(copy.deepcopy(module), inputs, cotangents, _arrays(truth)),
         parameters=_arrays(parameters),
         inputs=_arrays(inputs),
@@ -88,7 +99,7 @@ def record(case: Case) -> Fixture:
 
 
 def _hook(name: str, child: nn.Module, modules: Tensors) -> torch.utils.hooks.RemovableHandle:
-    """Keeps every output of a submodule as NAME[CALL], or NAME[CALL][ITEM] where it returns several."""
+    """Keeps a submodule's outputs as NAME[CALL], or NAME[CALL][ITEM] where it returns several."""
     calls = 0
 
     def keep(label: str, output: Any) -> None:
@@ -118,7 +129,9 @@ def _gradients(
     parameters: Mapping[str, torch.Tensor], inputs: Tensors, outputs: Tensors, cotangents: Tensors
 ) -> Tensors:
     leaves = {f"grad/param/{name}": tensor for name, tensor in parameters.items()}
-    leaves |= {f"grad/input/{name}": tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    leaves |= {
+        f"grad/input/{name}": tensor for name, tensor in inputs.items() if tensor.requires_grad
+    }
     if not (leaves and cotangents):
         return {}
     gradients = torch.autograd.grad(

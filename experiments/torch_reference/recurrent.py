@@ -1,4 +1,4 @@
-"""Rows 24 and 31: PyTorch's recurrent networks, their cells and Embedding; the Bahdanau encoder-decoder on a GRU."""
+"""Rows 24 and 31: PyTorch's recurrent networks, cells and Embedding; Bahdanau's translator."""
 
 import warnings
 from typing import Any
@@ -10,8 +10,13 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from experiments.torch_reference.pooling import AdditiveAttention, Outputs
 
 
-def run_packed(rnn: nn.RNNBase, x: torch.Tensor, state: Any, lengths: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
-    """Runs over x [B, T, D], packed where lengths [B] are given; outputs [B, T, F] and state [L, B, F]."""
+def run_packed(
+    rnn: nn.RNNBase, x: torch.Tensor, state: Any, lengths: torch.Tensor | None
+) -> tuple[torch.Tensor, Any]:
+    """Runs over x [B, T, D], packed where lengths [B] are given.
+
+    Returns outputs [B, T, F] and state [L, B, F].
+    """
     if lengths is None:
         return rnn(x, state)
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
@@ -20,7 +25,7 @@ def run_packed(rnn: nn.RNNBase, x: torch.Tensor, state: Any, lengths: torch.Tens
 
 
 class Recurrent(nn.Module):
-    """Row 24: PyTorch's RNN (tanh or relu), LSTM (its state is a pair) or GRU, or a cell of theirs."""
+    """Row 24: PyTorch's RNN (tanh or relu), LSTM (its state is a pair), GRU, or their cells."""
 
     def __init__(self, kind: str, in_features: int, hidden_features: int, **options: Any) -> None:
         super().__init__()
@@ -32,7 +37,9 @@ class Recurrent(nn.Module):
         }
         own = {names.get(name, name): value for name, value in options.items()}
         cell = kind.endswith("Cell")
-        self.rnn = getattr(nn, kind)(in_features, hidden_features, **own, **({} if cell else {"batch_first": True}))
+        self.rnn = getattr(nn, kind)(
+            in_features, hidden_features, **own, **({} if cell else {"batch_first": True})
+        )
 
     def forward(
         self,
@@ -41,13 +48,18 @@ class Recurrent(nn.Module):
         cell: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
     ) -> Outputs:
-        """x [B, T, D], state and an LSTM's cell [L · directions, B, F], lengths [B]; for a cell without T and L."""
+        """x [B, T, D], state and an LSTM's cell [L · directions, B, F], lengths [B].
+
+        A cell takes the same without T and L.
+        """
         first = state if cell is None else (state, cell)
         if isinstance(self.rnn, nn.RNNCellBase):
             outputs, last = {}, self.rnn(x, first)
         else:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+                warnings.filterwarnings(
+                    "ignore", "LSTM with projections is not supported with oneDNN"
+                )
                 output, last = run_packed(self.rnn, x, first, lengths)
             outputs = {"output": output}
         state, *rest = last if isinstance(last, tuple) else (last,)
@@ -55,7 +67,10 @@ class Recurrent(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row 24: PyTorch's Embedding; it looks up in a copy, so that what `max_norm` rewrites can be seen beside it."""
+    """Row 24: PyTorch's Embedding.
+
+    It looks up in a copy, so that what `max_norm` rewrites can be seen beside it.
+    """
 
     def __init__(self, num_embeddings: int, features: int, **options: Any) -> None:
         super().__init__()
@@ -83,7 +98,9 @@ class Encoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.rnn = nn.GRU(embedding, hidden, num_layers, batch_first=True)
 
-    def forward(self, source: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, source: torch.Tensor, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [B, S] → outputs [B, S, F] and state [L, B, F]."""
         return run_packed(self.rnn, self.embedding(source), None, lengths)
 
@@ -131,7 +148,9 @@ class Seq2Seq(nn.Module):
         self.encoder = Encoder(source_vocabulary, embedding_features, hidden_features, num_layers)
         self.decoder = Decoder(target_vocabulary, embedding_features, hidden_features, num_layers)
 
-    def forward(self, source: torch.Tensor, target_in: torch.Tensor, lengths: torch.Tensor | None = None) -> Outputs:
+    def forward(
+        self, source: torch.Tensor, target_in: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> Outputs:
         """Source [B, S] and target_in [B, T], both token ids."""
         memory, state = self.encoder(source, lengths)
         return self.decoder(target_in, memory, state, lengths)

@@ -1,4 +1,4 @@
-"""Rows 12, 13, 14 and 18: wide heads, heads with a shared projection, one head, and the residual around it."""
+"""Rows 12, 13, 14, 18: wide heads, a shared projection, one head, and the residual around it."""
 
 import torch
 from torch import nn
@@ -7,9 +7,14 @@ from experiments.torch_reference.pooling import Outputs, allowed_by_lengths, mas
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, lengths: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Heads [B, N, T, H] and lengths [B] or [B, T] → pooled values [B, T, N·H] and weights [B, N, T, S]."""
+    """Heads [B, N, T, H], lengths [B] or [B, T] → pooled [B, T, N·H] and weights [B, N, T, S]."""
     allowed = None if lengths is None else allowed_by_lengths(lengths, key.shape[2])[:, None]
     weights = masked_softmax(query @ key.transpose(-1, -2) * scale, allowed)
     return (weights @ value).transpose(1, 2).flatten(start_dim=2), weights
@@ -18,7 +23,9 @@ def attend(
 class WideHeads(nn.Module):
     """Row 12: every head is as wide as the output, whatever the width of the input; scale √H."""
 
-    def __init__(self, num_heads: int, in_features: int, head_features: int, use_bias: bool = False) -> None:
+    def __init__(
+        self, num_heads: int, in_features: int, head_features: int, use_bias: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads, self.head_features = num_heads, head_features
         self.W_q = nn.Linear(in_features, num_heads * head_features, bias=use_bias)
@@ -27,9 +34,12 @@ class WideHeads(nn.Module):
         self.W_o = nn.Linear(num_heads * head_features, head_features, bias=use_bias)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> Outputs:
-        """Query [B, T, D], key (and value) [B, S, D] → output [B, T, H] and weights [B, N, T, S]."""
+        """Query [B, T, D], key (and value) [B, S, D] → output [B, T, H], weights [B, N, T, S]."""
         key = query if key is None else key
         projected = (self.W_q(query), self.W_k(key), self.W_v(key))
         heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
@@ -78,15 +88,20 @@ class SelfAttention(nn.Module):
 
 
 class ResidualAttention(nn.Module):
-    """Row 18: z = x + attention(x), with a Linear on the skip path where the widths differ and a LayerNorm at will."""
+    """Row 18: z = x + attention(x), with a Linear skip where widths differ; a LayerNorm at will."""
 
     def __init__(self, in_features: int, out_features: int, use_layer_norm: bool = False) -> None:
         super().__init__()
         self.attention = SelfAttention(in_features, out_features)
-        self.skip = nn.Identity() if in_features == out_features else nn.Linear(in_features, out_features)
+        self.skip = (
+            nn.Identity() if in_features == out_features else nn.Linear(in_features, out_features)
+        )
         self.norm = nn.LayerNorm(out_features) if use_layer_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> Outputs:
         """x [B, T, D] → output [B, T, F] and weights [B, T, T]."""
         attended = self.attention(x, lengths)
-        return {"output": self.norm(self.skip(x) + attended["output"]), "weights": attended["weights"]}
+        return {
+            "output": self.norm(self.skip(x) + attended["output"]),
+            "weights": attended["weights"],
+        }

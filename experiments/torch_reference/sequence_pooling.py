@@ -28,8 +28,8 @@ class FeaturePooling(nn.Module):
 class MultiHopPooling(nn.Module):
     """Row 28: A = softmax over time of W x + b, context = Aᵀ x.
 
-    The popular code runs its LSTM time-first and then softmaxes over what is the batch, so that sentences attend to
-    each other: a mistake, not a variant.
+    The popular code runs its LSTM time-first and then softmaxes over what is the batch, so that
+    sentences attend to each other: a mistake, not a variant.
     """
 
     def __init__(self, features: int, num_hops: int, use_bias: bool = True) -> None:

@@ -1,7 +1,6 @@
-"""Trains references for fifty steps and records how: the weights before and after, the data, and every step's loss."""
+"""Trains references for fifty steps; records the data, the first and last weights, every loss."""
 
 import dataclasses
-import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from experiments.torch_reference import char_rnn, pooling, recurrent
-from experiments.torch_reference.record import Case
+from experiments.torch_reference.record import Case, versions
 from jattn.parity.fixtures import Fixture
 
 Tensors = dict[str, torch.Tensor]
@@ -25,7 +24,8 @@ class Training:
       case: the reference, its arguments and its inputs.
       labels: what the loss needs besides the outputs.
       loss: a name in `LOSSES`.
-      optimizer: `name`, one in `OPTIMIZERS`, and `learning_rate`; `max_norm` where gradients are clipped.
+      optimizer: `name`, one in `OPTIMIZERS`, and `learning_rate`; `max_norm` where gradients are
+        clipped.
     """
 
     case: Case
@@ -48,15 +48,22 @@ def cross_entropy(outputs: Tensors, labels: Tensors) -> torch.Tensor:
     """Mean over the tokens [B, T] that lie within the lengths [B], where there are some."""
     target = labels["target"]
     if "lengths" in labels:
-        target = target.masked_fill(torch.arange(target.shape[1]) >= labels["lengths"][:, None], -100)
-    return nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), target.flatten(), ignore_index=-100)
+        target = target.masked_fill(
+            torch.arange(target.shape[1]) >= labels["lengths"][:, None], -100
+        )
+    return nn.functional.cross_entropy(
+        outputs["logits"].flatten(0, 1), target.flatten(), ignore_index=-100
+    )
 
 
 LOSSES: dict[str, Callable[[Tensors, Tensors], torch.Tensor]] = {
     "squared_error": squared_error,
     "cross_entropy": cross_entropy,
 }
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+}
 
 
 def kernel_regression() -> Training:
@@ -65,7 +72,9 @@ def kernel_regression() -> Training:
     x = np.sort(generator.uniform(0, 5, size=(1, 47, 1)), axis=1)
     y = 2 * np.sin(x) + x**0.8 + generator.normal(scale=0.5, size=x.shape)
     inputs = {"query": x, "key": x, "value": y}
-    case = Case(3, "leave_one_out", pooling.ParametricKernelRegression, {"leave_one_out": True}, inputs)
+    case = Case(
+        3, "leave_one_out", pooling.ParametricKernelRegression, {"leave_one_out": True}, inputs
+    )
     return Training(case, {"target": y}, "squared_error", {"name": "sgd", "learning_rate": 0.5})
 
 
@@ -93,7 +102,9 @@ def translation() -> Training:
     inputs = {"source": source, "target_in": target_in, "lengths": np.array([4, 5, 1])}
     labels = {"target": target, "lengths": np.array([4, 3, 2])}
     adam = {"name": "adam", "learning_rate": 0.02, "max_norm": 0.5}
-    return Training(Case(31, "seq2seq", recurrent.Seq2Seq, model, inputs), labels, "cross_entropy", adam)
+    return Training(
+        Case(31, "seq2seq", recurrent.Seq2Seq, model, inputs), labels, "cross_entropy", adam
+    )
 
 
 def all_trainings() -> list[Training]:
@@ -102,14 +113,19 @@ def all_trainings() -> list[Training]:
 
 
 def train(training: Training) -> Fixture:
-    """Fifty steps in float64; outputs are the losses and gradient norms [50] before each step, and the last weights."""
+    """Trains for fifty steps in float64.
+
+    Outputs are the losses and gradient norms [50] before each step, and the last weights.
+    """
     case = training.case
     generator = np.random.default_rng(case.seed)
     module = case.reference(**case.arguments).double().train()
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.copy_(torch.from_numpy(np.array(generator.normal(scale=0.5, size=tuple(parameter.shape)))))
+            parameter.copy_(
+                torch.from_numpy(np.array(generator.normal(scale=0.5, size=tuple(parameter.shape))))
+            )
     first = _arrays(parameters)
     losses, norms = _optimise(module, training)
     data = {**case.inputs, **{f"label/{name}": label for name, label in training.labels.items()}}
@@ -117,9 +133,13 @@ def train(training: Training) -> Fixture:
     return Fixture(
         system=case.system,
         case=case.name,
-        arguments={"module": case.arguments, "loss": training.loss, "optimizer": training.optimizer},
+        arguments={
+            "module": case.arguments,
+            "loss": training.loss,
+            "optimizer": training.optimizer,
+        },
         seed=case.seed,
-        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        versions=versions(),
         parameters=first,
         inputs={name: np.asarray(array) for name, array in data.items()},
         outputs={"losses": np.array(losses), "norms": np.array(norms), **trained},

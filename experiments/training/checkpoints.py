@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or not there: Orbax writes each to a temporary name, a digest finds later damage."""
+"""Checkpoints that are whole or not there.
+
+Orbax writes each to a temporary name, a digest finds later damage.
+"""
 
 import hashlib
 import shutil
@@ -17,7 +20,7 @@ from experiments import BadInput
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One intact checkpoint: the step, every array of the state by its path, and what was saved with it."""
+    """One intact checkpoint: the step, every array of the state by its path, and the metadata."""
 
     step: int
     arrays: Mapping[str, np.ndarray]
@@ -44,11 +47,13 @@ class Checkpoints:
         with self._manager(create=True) as manager:
             manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), saved=ocp.args.JsonSave(saved)),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(arrays), saved=ocp.args.JsonSave(saved)
+                ),
             )
 
     def newest(self, *, say: Any = print) -> Checkpoint:
-        """The newest intact checkpoint; those damaged are left as they are, and `say` is told of them.
+        """The newest intact checkpoint; `say` is told of damaged ones, which stay as they are.
 
         Raises:
           BadInput: no checkpoint, or none that is intact.
@@ -61,22 +66,30 @@ class Checkpoints:
                 return self._load(step)
             except Exception as error:  # Orbax and TensorStore raise many kinds on a damaged file
                 reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                say(f"checkpoint {self.folder / str(step)} is damaged ({reason}); trying an earlier one")
+                say(
+                    f"checkpoint {self.folder / str(step)} is damaged ({reason});"
+                    " trying an earlier one"
+                )
         raise BadInput(f"no intact checkpoint in {self.folder}: steps {steps} are all damaged")
 
     def set_aside(self, after: int) -> None:
-        """Move the (damaged) checkpoints after a step into the folder `damaged`: training will pass there again."""
+        """Move the (damaged) checkpoints after a step to `damaged`: training passes there again."""
         for step in self.steps():
             if step > after:
                 target = self.folder.parent / "damaged"
                 target.mkdir(exist_ok=True)
-                name = next(name for i in range(1000) if not (name := target / f"{step}-{i}").exists())
+                name = next(
+                    name for i in range(1000) if not (name := target / f"{step}-{i}").exists()
+                )
                 shutil.move(self.folder / str(step), name)
 
     def _load(self, step: int) -> Checkpoint:
         with self._manager(create=False) as manager:
             restored = manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(), saved=ocp.args.JsonRestore())
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(), saved=ocp.args.JsonRestore()
+                ),
             )
         arrays = {path: np.asarray(array) for path, array in restored.state.items()}
         if _digest(arrays) != restored.saved["digest"]:
@@ -84,9 +97,13 @@ class Checkpoints:
         return Checkpoint(step, arrays, restored.saved["metadata"])
 
     def _manager(self, *, create: bool) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=create, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, create=create, enable_async_checkpointing=False
+        )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "saved": ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(
+            self.folder.absolute(), options=options, item_handlers=handlers
+        )
 
 
 def fill(state: nnx.State, arrays: Mapping[str, np.ndarray]) -> nnx.State:
@@ -97,17 +114,25 @@ def fill(state: nnx.State, arrays: Mapping[str, np.ndarray]) -> nnx.State:
     """
     leaves = dict(_leaves(state))
     wrong = sorted(leaves.keys() ^ arrays.keys())
-    wrong += [path for path in leaves.keys() & arrays.keys() if _plain(leaves[path]).shape != arrays[path].shape]
+    wrong += [
+        path
+        for path in leaves.keys() & arrays.keys()
+        if _plain(leaves[path]).shape != arrays[path].shape
+    ]
     if wrong:
-        raise BadInput(f"the checkpoint does not fit the model and its optimizer, which differ in {wrong}")
+        raise BadInput(
+            f"the checkpoint does not fit the model and its optimizer, which differ in {wrong}"
+        )
     filled = iter([_like(value, arrays[path]) for path, value in _leaves(state)])
     return jax.tree.map(lambda _: next(filled), state)
 
 
 def restore(model: nnx.Module, checkpoint: Checkpoint) -> None:
-    """Give a model the weights of a checkpoint of the training loop; the optimizer's numbers are left out."""
+    """Give a model the weights of a training checkpoint, and leave out the optimizer's numbers."""
     model_path = "0/"  # the loop saves (model, optimizer)
-    arrays = {path: array for path, array in checkpoint.arrays.items() if path.startswith(model_path)}
+    arrays = {
+        path: array for path, array in checkpoint.arrays.items() if path.startswith(model_path)
+    }
     filled = fill(nnx.state((model,)), arrays)
     nnx.update((model,), filled)
 
@@ -119,7 +144,11 @@ def _leaves(state: nnx.State) -> Iterator[tuple[str, jax.Array]]:
 
 def _plain(value: jax.Array) -> jax.Array:
     """Random keys as the numbers that they are made of."""
-    return jax.random.key_data(value) if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+    return (
+        jax.random.key_data(value)
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        else value
+    )
 
 
 def _like(value: jax.Array, array: np.ndarray) -> jax.Array:
@@ -132,5 +161,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for path in sorted(arrays):
         array = arrays[path]
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode() + np.ascontiguousarray(array).tobytes())
+        digest.update(
+            f"{path} {array.dtype} {array.shape}\n".encode() + np.ascontiguousarray(array).tobytes()
+        )
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Pictures of a classifier: which classes it takes for which, and the characters that it looks at."""
+"""Pictures of a classifier: which classes it confuses, and the characters that it looks at."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +45,9 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path, *, title: s
         for row, column in zip(*np.nonzero(shares >= 1), strict=True):
             share = shares[row, column]
             colour = "white" if share > 45 else "0.2"
-            axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
+            axis.text(
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize=6.5, color=colour
+            )
         axis.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
         axis.set_yticks(range(len(names)), names, parse_math=False)
         axis.set_title(title, fontsize="medium")
@@ -56,8 +58,8 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path, *, title: s
 def strips(rows: Sequence[Strip], path: Path, *, columns: int = 2) -> None:
     """Draw texts with their characters on a ground that is the darker, the more weight they have.
 
-    Characters stand in the order in which they are read, from the left in every script. Long texts are cut; without any
-    row there is no picture.
+    Characters stand in the order in which they are read, from the left in every script. Long texts
+    are cut; without any row there is no picture.
     """
     if not rows:
         return
@@ -66,7 +68,10 @@ def strips(rows: Sequence[Strip], path: Path, *, columns: int = 2) -> None:
     blocks = [rows[start : start + height] for start in range(0, len(rows), height)]
     widths = [max(len(row.text[:LONGEST]) for row in block) for block in blocks]
     with matplotlib.rc_context({"font.family": fonts.family()}):
-        figure = Figure(figsize=(0.27 * sum(widths) + 2.2 * len(widths), 0.36 * height + 0.9), layout="constrained")
+        figure = Figure(
+            figsize=(0.27 * sum(widths) + 2.2 * len(widths), 0.36 * height + 0.9),
+            layout="constrained",
+        )
         axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
         colours = PowerNorm(0.7, vmin=0, vmax=1)
         for axis, block in zip(axes, blocks, strict=True):
@@ -87,7 +92,9 @@ def _draw_strips(axis: Axes, rows: Sequence[Strip], drawable: set[str], colours:
             shown = fonts.readable("␣" if character == " " else character, drawable)
             colour = "white" if weights[y, x] > 0.6 else "black"
             size = 10 if len(shown) == 1 else 4
-            axis.text(x, y, shown, ha="center", va="center", color=colour, fontsize=size, parse_math=False)
+            axis.text(
+                x, y, shown, ha="center", va="center", color=colour, fontsize=size, parse_math=False
+            )
     axis.imshow(weights, cmap="Oranges", norm=colours, aspect="auto")
     titles = [fonts.readable(row.title, drawable) for row in rows]
     axis.set_yticks(range(len(rows)), titles, fontsize=9, parse_math=False)

@@ -26,7 +26,10 @@ def option(name: str) -> str:
 
 def parse(default: Settings, experiment: str, arguments: Sequence[str] | None) -> Settings:
     """The settings that a command line gives, over the default ones."""
-    options: dict[str, Any] = {"prog": f"python -m experiments.{experiment}", "config": (tyro.conf.FlagCreatePairsOff,)}
+    options: dict[str, Any] = {
+        "prog": f"python -m experiments.{experiment}",
+        "config": (tyro.conf.FlagCreatePairsOff,),
+    }
     return tyro.cli(type(default), args=arguments, default=default, **options)
 
 
@@ -47,7 +50,8 @@ def continue_from(
       compared: the settings that must be the checkpoint's.
 
     Raises:
-      BadInput: no checkpoint, not one of this experiment, or a given setting is not the checkpoint's.
+      BadInput: no checkpoint, not one of this experiment, or a given setting is not the
+        checkpoint's.
     """
     run = Run.open(run_dir, experiment)
     checkpoint = run.checkpoints.newest(say=warn)
@@ -58,7 +62,9 @@ def continue_from(
     for name in compared:
         given, own = getattr(settings, name), getattr(before, name)
         if given != own:
-            raise BadInput(f"{option(name)} {given} differs from the checkpoint's, {own}, in {run.folder}")
+            raise BadInput(
+                f"{option(name)} {given} differs from the checkpoint's, {own}, in {run.folder}"
+            )
     return settings, run, checkpoint
 
 

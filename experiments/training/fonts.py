@@ -10,9 +10,10 @@ CJK = ("Noto Sans CJK JP", "notojp_matplotlib", "fonts/NotoSansCJKjp-Regular.otf
 
 
 def family() -> list[str]:
-    """Font names, preferred first: DejaVu Sans (of Matplotlib), then Noto Sans CJK (of notojp-matplotlib).
+    """Font names, preferred first: DejaVu Sans (Matplotlib), Noto Sans CJK (notojp-matplotlib).
 
-    The second is registered by its file: the package itself, once imported, would change every later picture.
+    The second is registered by its file: the package itself, once imported, would change every
+    later picture.
     """
     name, package, file = CJK
     known = {font.name for font in font_manager.fontManager.ttflist}
@@ -36,4 +37,6 @@ def readable(text: str, drawable: set[str]) -> str:
       >>> readable("aก", {"a"})
       'aU+0E01'
     """
-    return "".join(character if character in drawable else f"U+{ord(character):04X}" for character in text)
+    return "".join(
+        character if character in drawable else f"U+{ord(character):04X}" for character in text
+    )

@@ -14,7 +14,15 @@ import numpy as np
 import optax
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from experiments import BadInput
@@ -30,7 +38,8 @@ Watch = Callable[[int, Any], Mapping[str, Any]]
 class Recipe:
     """What a training run depends on besides the model, the loss and the data.
 
-    `schedule` maps the step to the learning rate (shown and recorded); `transform` is the optimizer that uses it.
+    `schedule` maps the step to the learning rate (shown and recorded); `transform` is the optimizer
+    that uses it.
     """
 
     steps: int
@@ -40,9 +49,16 @@ class Recipe:
     checkpoint_every: int = 200
 
     @classmethod
-    def adam(cls, steps: int, learning_rate: float, *, clip: float = 1.0, **options: int) -> "Recipe":
-        """Adam with clipped gradients; the rate warms up for a tenth of the steps (≤ 1000), then falls as a cosine."""
-        schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(steps // 10, 1000), steps)
+    def adam(
+        cls, steps: int, learning_rate: float, *, clip: float = 1.0, **options: int
+    ) -> "Recipe":
+        """Adam with clipped gradients; the rate warms up, then falls as a cosine.
+
+        The warm-up takes a tenth of the steps, but at most 1000.
+        """
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, learning_rate, min(steps // 10, 1000), steps
+        )
         transform = optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
         return cls(steps, schedule, transform, **options)
 
@@ -61,8 +77,9 @@ def train(
 ) -> bool:
     """Train `model` in place, from `checkpoint` or from the beginning, to the recipe's last step.
 
-    Everything that the next step depends on (weights, optimizer, random streams, step) is in every checkpoint and the
-    batches depend on the step alone; so a run that was stopped and resumed ends in the same bits as one that was not.
+    Everything that the next step depends on (weights, optimizer, random streams, step) is in every
+    checkpoint and the batches depend on the step alone; so a run that was stopped and resumed ends
+    in the same bits as one that was not.
 
     Args:
       model: any NNX module, in training mode.
@@ -72,13 +89,13 @@ def train(
       run: where checkpoints and metrics go.
       checkpoint: continue from here; later metrics and (damaged) checkpoints of the run make room.
       metadata: JSON that is saved with every checkpoint.
-      watch: `(step, model) -> JSON` to record with the loss, of the model as it is after the step; it may use the
-        model in the call alone.
+      watch: `(step, model) -> JSON` to record with the loss, of the model as it is after the step;
+        it may use the model in the call alone.
       console: where the progress bar goes.
 
     Returns:
-      True at the last step; False where Ctrl-C (or SIGTERM) stopped it earlier, after one more checkpoint. A second
-      Ctrl-C stops at once.
+      True at the last step; False where Ctrl-C (or SIGTERM) stopped it earlier, after one more
+      checkpoint. A second Ctrl-C stops at once.
     """
     console = console or Console()
     graph, state = nnx.split((model, nnx.Optimizer(model, recipe.transform, wrt=nnx.Param)))
@@ -111,14 +128,17 @@ def train(
     return not stopped or step == recipe.steps
 
 
-def _jitted(graph: nnx.GraphDef, loss: Loss) -> Callable[[nnx.State, Any], tuple[nnx.State, jax.Array]]:
-    """One optimization step on the bare state: modules exist while it is traced, not while it runs."""
+def _jitted(
+    graph: nnx.GraphDef, loss: Loss
+) -> Callable[[nnx.State, Any], tuple[nnx.State, jax.Array]]:
+    """One optimization step on the bare state: modules exist only while it is traced."""
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: nnx.State, batch: Any) -> tuple[nnx.State, jax.Array]:
         model, optimizer = nnx.merge(graph, state)
         value, gradients = nnx.value_and_grad(loss)(model, batch)
-        with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers, even where strict is asked
+        # Optax raises floats to integer powers, even where strict is asked
+        with jax.numpy_dtype_promotion("standard"):
             optimizer.update(model, gradients)
         return nnx.state((model, optimizer)), value
 
@@ -129,14 +149,18 @@ def _mean(losses: list[jax.Array], step: int) -> float:
     mean = float(np.mean([float(value) for value in losses]))
     if not np.isfinite(mean):
         raise BadInput(
-            f"the loss became {mean} before step {step}: lower the learning rate (earlier checkpoints are kept)"
+            f"the loss became {mean} before step {step}: lower the learning rate"
+            " (earlier checkpoints are kept)"
         )
     return mean
 
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """Set an event at the first Ctrl-C or SIGTERM, so that a step is never cut in two; the second acts at once."""
+    """Set an event at the first Ctrl-C or SIGTERM; the second acts at once.
+
+    So no step is cut in two.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -163,13 +187,19 @@ class _Speed(ProgressColumn):
     """Steps a second."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} steps/s" if task.speed else "compiling …", style="progress.data.speed")
+        return Text(
+            f"{task.speed:.1f} steps/s" if task.speed else "compiling …",
+            style="progress.data.speed",
+        )
 
 
 @contextmanager
-def _progress(console: Console, steps: int, start: int) -> Iterator[Callable[[int, float, float, bool], None]]:
+def _progress(
+    console: Console, steps: int, start: int
+) -> Iterator[Callable[[int, float, float, bool], None]]:
     columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), _Speed(), TimeRemainingColumn()
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), _Speed(),
+        TimeRemainingColumn(),
     )  # fmt: skip
     with Progress("training", *columns, console=console) as bar:
         task = bar.add_task("training", total=steps, completed=start, numbers="")

@@ -17,7 +17,7 @@ LONGEST = 60  # characters
 
 
 class Alignment(NamedTuple):
-    """A source and what was read off it, with the weights [T, S] of every written character; one panel."""
+    """One panel: a source, what was read off it, and the weights [T, S] of all that was written."""
 
     title: str
     source: str
@@ -26,15 +26,17 @@ class Alignment(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A curve [T] predicted from S samples, with the weights [T, S] of the samples in it; one column of the picture."""
+    """One column of the picture: a curve [T] predicted from S samples, and their weights [T, S]."""
 
     title: str
     prediction: np.ndarray
     weights: np.ndarray
 
 
-def curve(metrics: Sequence[dict[str, Any]], path: Path, *, title: str = "", per: str = "token") -> None:
-    """Draw loss (logarithmic; the unit that it is taken `per`) and learning rate against the step."""
+def curve(
+    metrics: Sequence[dict[str, Any]], path: Path, *, title: str = "", per: str = "token"
+) -> None:
+    """Draw the loss `per` unit (logarithmic) and the learning rate against the step."""
     rows = [row for row in metrics if "loss" in row]
     steps = [row["step"] for row in rows]
     with matplotlib.rc_context({"font.family": fonts.family()}):
@@ -50,9 +52,10 @@ def curve(metrics: Sequence[dict[str, Any]], path: Path, *, title: str = "", per
 
 
 def alignments(panels: Sequence[Alignment], path: Path, *, columns: int = 3) -> None:
-    """Draw one heat map a panel: rows are the characters written, columns those read; darker is more weight.
+    """Draw one heat map a panel: rows are the characters written, columns those read.
 
-    Long texts are cut, and a panel in which nothing was written is left out; without any panel there is no picture.
+    Darker is more weight. Long texts are cut, and a panel in which nothing was written is left out;
+    without any panel there is no picture.
     """
     panels = [panel for panel in panels if panel.source and panel.output]
     if not panels:
@@ -73,11 +76,17 @@ def alignments(panels: Sequence[Alignment], path: Path, *, columns: int = 3) -> 
 
 def _heat_map(axis: Axes, panel: Alignment, drawable: set[str]) -> Any:
     source, output = panel.source[:LONGEST], panel.output[:LONGEST]
-    image = axis.imshow(panel.weights[: len(output), : len(source)], cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    image = axis.imshow(
+        panel.weights[: len(output), : len(source)], cmap="Greys", vmin=0, vmax=1, aspect="auto"
+    )
     width, height = 330, 190  # of a panel, in points
     for axes, text, room in ((axis.xaxis, source, width), (axis.yaxis, output, height)):
-        labels = [fonts.readable("␣" if character == " " else character, drawable) for character in text]
-        axes.set_ticks(range(len(text)), labels, parse_math=False, fontsize=min(10, room / len(text)))
+        labels = [
+            fonts.readable("␣" if character == " " else character, drawable) for character in text
+        ]
+        axes.set_ticks(
+            range(len(text)), labels, parse_math=False, fontsize=min(10, room / len(text))
+        )
         axes.set_ticks(np.arange(len(text) + 1) - 0.5, minor=True)
     axis.tick_params(which="both", length=0)
     axis.grid(which="minor", color="0.9", linewidth=0.5)
@@ -87,11 +96,16 @@ def _heat_map(axis: Axes, panel: Alignment, drawable: set[str]) -> Any:
 
 
 def fits(
-    panels: Sequence[Fit], grid: np.ndarray, truth: np.ndarray, samples: tuple[np.ndarray, np.ndarray], path: Path
+    panels: Sequence[Fit],
+    grid: np.ndarray,
+    truth: np.ndarray,
+    samples: tuple[np.ndarray, np.ndarray],
+    path: Path,
 ) -> None:
-    """Draw predictions on a grid [T] over truth [T] and samples [S]; below, how much each sample counts in them.
+    """Draw predictions on a grid [T] over truth [T] and samples [S]; below, the weights of samples.
 
-    Predictions and weights share the horizontal axis: a column of weights is what the point above it is made of.
+    Predictions and weights share the horizontal axis: a column of weights is what the point above
+    it is made of.
     """
     x, y = samples
     colours = PowerNorm(0.5, vmin=0, vmax=max(panel.weights.max() for panel in panels))
@@ -105,7 +119,9 @@ def fits(
             above.set_title(panel.title)
             above.grid(alpha=0.3)
             below.set_xlabel("x of the prediction")
-            image = below.pcolormesh(grid, x, panel.weights.T, cmap="Blues", norm=colours, shading="nearest")
+            image = below.pcolormesh(
+                grid, x, panel.weights.T, cmap="Blues", norm=colours, shading="nearest"
+            )
         axes[0, 0].set_ylabel("y")
         axes[1, 0].set_ylabel("x of the sample")
         axes[0, 0].legend()
@@ -113,8 +129,12 @@ def fits(
         figure.savefig(path, dpi=110)
 
 
-def spellings(panels: Mapping[str, Sequence[tuple[int, float, str]]], target: str, path: Path) -> None:
-    """Draw the loss of networks that learn a text, one panel each, with what they write where it changes.
+def spellings(
+    panels: Mapping[str, Sequence[tuple[int, float, str]]], target: str, path: Path
+) -> None:
+    """Draw the losses of networks that learn a text, one panel each, and what they come to write.
+
+    A text is shown where it changes.
 
     A panel is a list of (step, loss, text); the target is written in green.
     """
@@ -123,13 +143,19 @@ def spellings(panels: Mapping[str, Sequence[tuple[int, float, str]]], target: st
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (title, rows) in zip(axes, panels.items(), strict=True):
             axis.plot([step for step, _, _ in rows], [loss for _, loss, _ in rows], color="C0")
-            changes = [row for row, (_, _, before) in zip(rows, [(0, 0, ""), *rows], strict=False) if row[2] != before]
+            changes = [
+                row
+                for row, (_, _, before) in zip(rows, [(0, 0, ""), *rows], strict=False)
+                if row[2] != before
+            ]
             for i, (step, loss, text) in enumerate(changes):
-                colour, height = "C2" if text == target else "0.35", 0.95 - min(0.9 / len(changes), 0.08) * i
+                colour = "C2" if text == target else "0.35"
+                height = 0.95 - min(0.9 / len(changes), 0.08) * i
                 axis.plot(step, loss, "o", color=colour, markersize=4)
                 axis.annotate(
-                    f"{text}  (step {step})", (step, loss), (0.35, height), textcoords="axes fraction", color=colour,
-                    verticalalignment="center", arrowprops={"arrowstyle": "-", "color": "0.8", "relpos": (0, 0.5)},
+                    f"{text}  (step {step})", (step, loss), (0.35, height),
+                    textcoords="axes fraction", color=colour, verticalalignment="center",
+                    arrowprops={"arrowstyle": "-", "color": "0.8", "relpos": (0, 0.5)},
                 )  # fmt: skip
             axis.set_title(title)
             axis.set_xlabel("step")

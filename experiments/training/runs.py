@@ -32,7 +32,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise BadInput(
-                    f"{folder} holds something already: give another --run-dir, or --resume to continue the run there"
+                    f"{folder} holds something already: give another --run-dir,"
+                    " or --resume to continue the run there"
                 )
         except OSError as error:
             raise BadInput(f"{folder}: {error.strerror or error}") from None
@@ -45,11 +46,18 @@ class Run:
         Raises:
           BadInput: there is none.
         """
-        folders = [folder] if folder else sorted(_numbered(RUNS / experiment), key=lambda path: int(path.name))
+        folders = (
+            [folder]
+            if folder
+            else sorted(_numbered(RUNS / experiment), key=lambda path: int(path.name))
+        )
         for found in reversed(folders):
             if cls(found).checkpoints.steps():
                 return cls(found)
-        raise BadInput(f"no checkpoint in {folder or RUNS / experiment}: train first, or give another --run-dir")
+        raise BadInput(
+            f"no checkpoint in {folder or RUNS / experiment}:"
+            " train first, or give another --run-dir"
+        )
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -90,7 +98,7 @@ class Metrics:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Keep the lines up to `step`: what lies beyond the checkpoint will be computed, and written, once more."""
+        """Keep the lines up to `step`; training computes and writes those beyond it once more."""
         kept = [row for row in self.read() if row["step"] <= step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         self.path.write_text(text, encoding="utf-8")

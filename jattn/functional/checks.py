@@ -1,4 +1,7 @@
-"""Errors that name the argument, what was expected and what came. Run at trace time: inside jit they cost nothing."""
+"""These checks raise errors that name the argument, what was expected and what came.
+
+They run at trace time: inside jit they cost nothing.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +16,13 @@ Sizes = dict[str, Any]
 
 
 def shapes(swap_axes: tuple[int, int] | None = None, **arguments: tuple[Any, str]) -> Sizes:
-    """Check shapes against patterns and return the size of every letter; `"..."` is one shape shared by all.
+    """Check shapes against patterns and return the size of every letter.
+
+    In a pattern `"..."` is one shape that all arguments share.
 
     Args:
-      swap_axes: two axes that callers are known to confuse; where swapping them would pass, the error says so.
+      swap_axes: two axes that callers are known to confuse; where swapping them would pass, the
+        error says so.
       **arguments: argument name -> (array, pattern such as `"... T N H"`).
 
     Returns:
@@ -30,7 +36,9 @@ def shapes(swap_axes: tuple[int, int] | None = None, **arguments: tuple[Any, str
       {'...': (2,), 'T': 5, 'H': 3, 'S': 7}
     """
     try:
-        return _bind({name: (np.shape(array), pattern) for name, (array, pattern) in arguments.items()})
+        return _bind(
+            {name: (np.shape(array), pattern) for name, (array, pattern) in arguments.items()}
+        )
     except ValueError as error:
         if swap_axes and (names := _fits_when_swapped(arguments, swap_axes)):
             hint = f"it would fit with axes {swap_axes[0]} and {swap_axes[1]} of {names} swapped"
@@ -47,11 +55,15 @@ def _bind(arguments: Mapping[str, tuple[tuple[int, ...], str]]) -> Sizes:
         known = {letter: sizes[letter] for letter in letters if letter in sizes}
         expected = (*known.get("...", lead), *(known.get(letter) for letter in named))
         detail = ", ".join(f"{letter} = {size}" for letter, size in known.items())
-        message = f"{name} must be [{', '.join(letters)}]{' with ' + detail if detail else ''}, got shape {shape}"
+        wanted = f"[{', '.join(letters)}]{' with ' + detail if detail else ''}"
+        message = f"{name} must be {wanted}, got shape {shape}"
         try:
-            chex.assert_shape(jax.ShapeDtypeStruct(shape, bool), expected, exception_type=ValueError)
+            chex.assert_shape(
+                jax.ShapeDtypeStruct(shape, bool), expected, exception_type=ValueError
+            )
         except ValueError:
-            raise ValueError(message) from None  # the caller's own words; Chex would put "input 0" before them
+            # the caller's own words; Chex would put "input 0" before them
+            raise ValueError(message) from None
         sizes |= {"...": lead} if letters[0] == "..." else {}
         sizes |= dict(zip(named, shape[len(lead) :], strict=True))
     return sizes
@@ -77,7 +89,9 @@ def _fits_when_swapped(arguments: Mapping[str, tuple[Any, str]], axes: tuple[int
 
 
 def broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -> None:
-    """Raise a `ValueError` unless `array` broadcasts to exactly `shape`, which `meaning` spells in letters.
+    """Raise a `ValueError` unless `array` broadcasts to exactly `shape`.
+
+    `meaning` spells the shape in letters.
 
     Example:
       >>> broadcastable("mask", np.ones((1, 5, 7), bool), (2, 3, 5, 7), "[..., N, T, S]")
@@ -91,11 +105,15 @@ def broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -
         hint = ""
         if len(came) == len(shape) - 1 and came[0] == shape[0]:
             hint = f"; one {name} per example needs a head axis: {name}[:, None]"
-        raise ValueError(f"{name} must broadcast to {meaning} = {tuple(shape)}, got shape {came}{hint}")
+        raise ValueError(
+            f"{name} must broadcast to {meaning} = {tuple(shape)}, got shape {came}{hint}"
+        )
 
 
 def floating(**arguments: Any) -> None:
-    """Raise a `TypeError` that names the first argument which is not an array of real floating-point numbers.
+    """Raise a `TypeError` that names the first argument which is not floating point.
+
+    Every argument must be an array of real floating-point numbers.
 
     Example:
       >>> floating(query=np.zeros(3))
@@ -117,14 +135,17 @@ def integers(**arguments: Any) -> None:
 
 
 def index(**arrays: Any) -> None:
-    """Raise an error that names the first argument which is not integers, or has a known value beyond 32 bits.
+    """Raise an error that names the first argument which is no integers, or beyond 32 bits.
+
+    The lowest number, −2³¹, is left out, so that every index may be negated.
 
     Example:
       >>> index(positions=np.array([3, 5]))
     """
     for name, array in arrays.items():
         integers(**{name: array})
-        in_range(name, array, -(2**31), 2**31 - 1, "the range of int32, in which indices are compared")
+        why = "the range of int32, in which indices are compared"
+        in_range(name, array, -(2**31) + 1, 2**31 - 1, why)
 
 
 def _dtype(array: Any) -> Any:
@@ -143,13 +164,17 @@ def concrete(array: Any) -> np.ndarray | None:
     if isinstance(array, jax.core.Tracer):
         return None
     if isinstance(array, jax.Array):
-        on_cpu = array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
+        on_cpu = array.is_fully_addressable and all(
+            device.platform == "cpu" for device in array.devices()
+        )
         return np.asarray(array) if on_cpu else None
     return np.asarray(array)
 
 
 def in_range(name: str, array: Any, low: int, high: int, why: str) -> None:
-    """Raise a `ValueError` if a known value of `array` lies outside `low … high` (inclusive); `why` names the bound.
+    """Raise a `ValueError` if a known value of `array` lies outside `low … high`.
+
+    Both ends are allowed; `why` names the bound.
 
     Example:
       >>> in_range("lengths", [3, 5], 0, 7, "S")
@@ -162,7 +187,9 @@ def in_range(name: str, array: Any, low: int, high: int, why: str) -> None:
 
 
 def probability(**rates: Any) -> None:
-    """Raise a `ValueError` (`TypeError`) that names the first argument which is not a Python number from 0 to 1.
+    """Raise an error that names the first argument which is not a number from 0 to 1.
+
+    It is a `TypeError` if the argument is not a Python number, else a `ValueError`.
 
     Example:
       >>> probability(dropout_rate=0.1)
@@ -183,13 +210,3 @@ def positive(**numbers: Any) -> None:
     for name, number in numbers.items():
         if not isinstance(number, (int, np.integer)) or number < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
-
-
-def accumulator(dtype: Any) -> Any:
-    """The dtype in which sums are kept: float32 for float16 and bfloat16, else the dtype itself.
-
-    Example:
-      >>> accumulator(jnp.bfloat16)
-      dtype('float32')
-    """
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)

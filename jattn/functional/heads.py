@@ -39,7 +39,9 @@ def merge_heads(x: Array) -> Array:
 
 
 def group_heads(x: Array, num_kv_heads: int) -> Array:
-    """Group query heads by the key head they share, `h // G`: `[..., T, N, H] -> [..., T, K, G, H]`.
+    """Group query heads that share a key head: `[..., T, N, H] -> [..., T, K, G, H]`.
+
+    Query head h uses key head `h // G`.
 
     Raises:
       ValueError: N is not divisible by K.
@@ -70,8 +72,9 @@ def ungroup_heads(x: Array) -> Array:
 
 
 def repeat_kv(x: Array, num_heads: int) -> Array:
-    """Repeat every key/value head for the query heads that share it: `[..., S, K, H] -> [..., S, N, H]`.
+    """Repeat every key/value head for its query heads: `[..., S, K, H] -> [..., S, N, H]`.
 
+    Each query head gets its own copy of the key/value head that it shares with others.
     `attend` does not need this; it is for code that knows no grouped heads.
 
     Raises:
@@ -88,7 +91,9 @@ def repeat_kv(x: Array, num_heads: int) -> Array:
 
 
 def fold_heads(x: Array) -> Array:
-    """Make heads part of the batch: `[B, T, N, H] -> [B·N, T, H]`. Example b, head n becomes row b·N + n.
+    """Make heads part of the batch: `[B, T, N, H] -> [B·N, T, H]`.
+
+    Head n of example b becomes row b·N + n.
 
     Raises:
       ValueError: x is not of rank 4.
@@ -117,7 +122,7 @@ def unfold_heads(x: Array, num_heads: int) -> Array:
 
 
 def repeat_lengths(lengths: Array, num_heads: int) -> Array:
-    """Lengths for folded heads, each repeated once per head: `[B] -> [B·N]`, or `[B, T] -> [B·N, T]`.
+    """Repeat lengths for folded heads, once per head: `[B] -> [B·N]`, or `[B, T] -> [B·N, T]`.
 
     Example:
       >>> repeat_lengths(jnp.array([3, 5]), 2)

@@ -1,4 +1,7 @@
-"""What every mask can do: be evaluated or classified on a block, combined by `& | ~`, materialised, drawn."""
+"""Every mask can be evaluated, classified, combined, materialised and drawn.
+
+A mask is evaluated or classified on a block; `& | ~` combine masks.
+"""
 
 from typing import Any
 
@@ -7,34 +10,47 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.functional import checks
-from jattn.functional.blocks import FULL, PARTIAL, Block, pytree
+from jattn.functional.block import FULL, PARTIAL, Block
+from jattn.functional.pytree import pytree
 
 Array = jax.Array
+LARGEST_PICTURE = 32  # queries and keys that printing a mask draws
 
 
 class Mask:
     """A set of (query, key) pairs. Make one with a function of this module."""
 
     def rule(self, block: Block) -> Array:
-        """Which entries of the block may be attended to: boolean, broadcastable to `[..., N, rows, columns]`."""
+        """Tell which entries of the block may be attended to.
+
+        The result is boolean and broadcastable to `[..., N, rows, columns]`.
+        """
         raise NotImplementedError
 
     def classify(self, block: Block) -> Array:
-        """EMPTY (0), PARTIAL (1) or FULL (2) for each example: broadcastable to `[..., N, 1, 1]`; in doubt PARTIAL."""
+        """Tell for each example whether the block is EMPTY (0), PARTIAL (1) or FULL (2).
+
+        The result is broadcastable to `[..., N, 1, 1]`; in doubt it is PARTIAL.
+        """
         return jnp.asarray(PARTIAL)
 
     def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
-        """Raise a `ValueError` if the mask does not fit scores of shape `[*lead, num_heads, T, S]`."""
+        """Raise a `ValueError` if the mask does not fit scores `[*lead, num_heads, T, S]`."""
 
     def extent(self) -> tuple[tuple[int, ...], int | None, int | None, int | None]:
-        """The leading shape, N, T and S that the mask's own arrays imply; `()` and None where they imply none."""
+        """Return the leading shape, N, T and S that the mask's own arrays imply.
+
+        Where they imply none, the leading shape is `()` and a size is None.
+        """
         return (), None, None, None
 
     def __call__(self, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
         """One entry, from scalars; arrays of the mask are read as having one batch axis."""
         return self.rule(Block.point(b, h, q_idx, k_idx)).reshape(())
 
-    def to_array(self, T: int, S: int, *, batch: tuple[int, ...] | None = None, num_heads: int = 1) -> Array:
+    def to_array(
+        self, T: int, S: int, *, batch: tuple[int, ...] | None = None, num_heads: int = 1
+    ) -> Array:
         """Materialise the mask.
 
         Args:
@@ -61,19 +77,33 @@ class Mask:
           █ · ·
           █ █ ·
         """
-        lead, own_N, own_T, own_S = self.extent()
-        T, S = T or own_T or own_S or 8, S or own_S or own_T or 8
+        T, S = self._lengths(T, S)
+        lead, N, *_ = self.extent()
+        self.check(lead, N or h + 1, T, S)
+        return self._draw_corner(T, S, b, h)
+
+    def _lengths(self, T: int | None, S: int | None) -> tuple[int, int]:
+        _, _, own_T, own_S = self.extent()
+        return T or own_T or own_S or 8, S or own_S or own_T or 8
+
+    def _draw_corner(self, rows: int, columns: int, b: int = 0, h: int = 0) -> str:
+        lead, N, *_ = self.extent()
+        N = N or h + 1
         with jax.ensure_compile_time_eval():
-            array = np.asarray(self.to_array(T, S, num_heads=own_N or h + 1))
-        array = np.broadcast_to(array, (*lead, own_N or h + 1, T, S)).reshape(-1, own_N or h + 1, T, S)
-        picture = array[b, h]
-        return "\n".join(" ".join("█" if entry else "·" for entry in row) for row in picture)
+            allowed = np.asarray(self.rule(Block(lead, N, (0, rows), (0, columns))))
+        picture = np.broadcast_to(allowed, (*lead, N, rows, columns)).reshape(-1, N, rows, columns)
+        lines = (" ".join("█" if entry else "·" for entry in row) for row in picture[b, h])
+        return "\n".join(lines)
 
     def __str__(self) -> str:
-        leaves = jax.tree.leaves(self)
-        if any(checks.concrete(leaf) is None for leaf in leaves):
+        if any(checks.concrete(leaf) is None for leaf in jax.tree.leaves(self)):
             return repr(self)
-        return f"{self!r}\n{self.draw()}"
+        T, S = self._lengths(None, None)
+        rows, columns = min(T, LARGEST_PICTURE), min(S, LARGEST_PICTURE)
+        picture = f"{self!r}\n{self._draw_corner(rows, columns)}"
+        if (rows, columns) == (T, S):
+            return picture
+        return f"{picture}\n… the first {rows} of {T} queries, {columns} of {S} keys"
 
     def __and__(self, other: "Mask") -> "Mask":
         return _And(self, _as_mask(other))
@@ -90,7 +120,9 @@ class Mask:
         return _as_mask(other) | self
 
     def __bool__(self) -> bool:
-        raise TypeError("a mask is neither true nor false: combine masks with & | ~, not with and, or, not")
+        raise TypeError(
+            "a mask is neither true nor false: combine masks with & | ~, not with and, or, not"
+        )
 
     def __invert__(self) -> "Mask":
         return _Not(self)
@@ -98,7 +130,9 @@ class Mask:
 
 def _as_mask(mask: Any) -> Mask:
     if not isinstance(mask, Mask):
-        raise TypeError(f"a mask combines with masks only, got {type(mask).__name__}; see mask_mod and dense")
+        raise TypeError(
+            f"a mask combines with masks only, got {type(mask).__name__}; see mask_mod and dense"
+        )
     return mask
 
 
@@ -123,7 +157,10 @@ class _And(Mask):
         return np.broadcast_shapes(a_lead, b_lead), *sizes
 
     def __repr__(self):
-        return " & ".join(f"({part!r})" if isinstance(part, _Or) else repr(part) for part in (self.left, self.right))
+        return " & ".join(
+            f"({part!r})" if isinstance(part, _Or) else repr(part)
+            for part in (self.left, self.right)
+        )
 
 
 @pytree

@@ -1,10 +1,13 @@
-"""Masks: which query may attend to which key. True = may attend. Combine them with `&`, `|` and `~`.
+"""A mask says which query may attend to which key: True = may attend.
 
-A mask is a small value that can be evaluated on any block of the score matrix, so that no `[T, S]` array has to exist.
-Python integers in it are static; arrays (lengths, ids) are pytree leaves and may be traced.
+Combine masks with `&`, `|` and `~`.
 
-`causal`, `sliding_window`, `no_self` and callables see positions; `padding`, `segments` and `dense` see array slots.
-The two are the same unless the caller of `attend` passes positions.
+A mask is a small value that can be evaluated on any block of the score matrix, so that no `[T, S]`
+array has to exist. Python integers in it are static; arrays (lengths, ids) are pytree leaves and
+may be traced.
+
+`causal`, `sliding_window`, `no_self` and callables see positions; `padding`, `segments` and `dense`
+see array slots. The two are the same unless the caller of `attend` passes positions.
 
 Example:
   >>> print(causal() & no_self())
@@ -26,9 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.functional import checks
-from jattn.functional.blocks import EMPTY, FULL, PARTIAL, Block, pytree
+from jattn.functional import checks, dtypes
+from jattn.functional.block import EMPTY, FULL, PARTIAL, Block
 from jattn.functional.mask_algebra import Mask
+from jattn.functional.pytree import pytree
 
 Array = jax.Array
 
@@ -39,8 +43,8 @@ def causal(offset: int | Array = 0) -> Mask:
         j ≤ i + offset
 
     Args:
-      offset: how many later keys are visible too; with S > T, `S − T` aligns the ends. An integer, or an integer
-        array `[]` or `[...]` with one offset per example.
+      offset: how many later keys are visible too; with S > T, `S − T` aligns the ends. An integer,
+        or an integer array `[]` or `[...]` with one offset per example.
 
     Example:
       >>> print(causal().draw(3, 4))
@@ -74,7 +78,9 @@ def sliding_window(left: int | Array, right: int | Array = 0) -> Mask:
     """
     left, right = _integer("left", left), _integer("right", right)
     if isinstance(left, int) and isinstance(right, int) and left + right < 0:
-        raise ValueError(f"sliding_window holds no key at all: left + right must be ≥ 0, got {left} and {right}")
+        raise ValueError(
+            f"sliding_window holds no key at all: left + right must be ≥ 0, got {left} and {right}"
+        )
     return _SlidingWindow(left, right)
 
 
@@ -84,8 +90,8 @@ def padding(lengths: Array) -> Mask:
         j < length
 
     Args:
-      lengths: integers `[...]` (one per example) or `[..., T]` (one per query), from 0 to S; traced lengths beyond S
-        allow all S keys.
+      lengths: integers `[...]` (one per example) or `[..., T]` (one per query), from 0 to S; traced
+        lengths beyond S allow all S keys.
 
     Example:
       >>> print(padding(np.array(2)).draw(3, 4))
@@ -97,7 +103,9 @@ def padding(lengths: Array) -> Mask:
 
 
 def prefix_lm(lengths: Array) -> Mask:
-    """The prefix is seen by all, what follows it only by later queries: `causal() | padding(lengths)`.
+    """All queries see the prefix; only later queries see what follows it.
+
+    It is `causal() | padding(lengths)`.
 
     Paper: Raffel et al. 2020, https://arxiv.org/abs/1910.10683
 
@@ -169,12 +177,15 @@ def mask_mod(
     function: Callable[[Array, Array, Array, Array], Array],
     bounds: Callable[[Array, Array, Array, Array], Array] | None = None,
 ) -> Mask:
-    """Lift a callable `(b, h, q_idx, k_idx) -> bool` on scalars, so that `&`, `|` and `~` apply to it.
+    """Make a mask of a callable `(b, h, q_idx, k_idx) -> bool` on scalars.
+
+    Then `&`, `|` and `~` apply to it.
 
     Args:
-      function: sees the flat batch index, the query head and the positions of query and key; may capture arrays
-        (of JAX, if it indexes them: the indices are traced).
-      bounds: `(q_low, q_high, k_low, k_high) -> EMPTY | PARTIAL | FULL`, both ends inclusive: lets kernels skip blocks.
+      function: sees the flat batch index, the query head and the positions of query and key; may
+        capture arrays (of JAX, if it indexes them: the indices are traced).
+      bounds: `(q_low, q_high, k_low, k_high) -> EMPTY | PARTIAL | FULL`, both ends inclusive: lets
+        kernels skip blocks.
 
     Paper: the signature of FlexAttention, Dong et al. 2024, https://arxiv.org/abs/2412.05496
 
@@ -185,7 +196,9 @@ def mask_mod(
       █ · █ ·
     """
     if not callable(function):
-        raise TypeError(f"mask_mod lifts a callable (b, h, q_idx, k_idx) -> bool, got {type(function).__name__}")
+        raise TypeError(
+            f"mask_mod lifts a callable (b, h, q_idx, k_idx) -> bool, got {type(function).__name__}"
+        )
     return _Mod(function, bounds)
 
 
@@ -194,11 +207,12 @@ class _Causal(Mask):
     offset: Any
 
     def rule(self, block):
-        return block.k_idx - block.q_idx <= _each(block, self.offset)
+        return _at_most(block.k_idx, _shift(block.q_idx, _each(block, self.offset)))
 
     def classify(self, block):
-        (q_low, q_high), (k_low, k_high), offset = block.q_range, block.k_range, _each(block, self.offset)
-        return _classified(empty=k_low - q_high > offset, full=k_high - q_low <= offset)
+        offset, (k_low, k_high) = _each(block, self.offset), block.k_range
+        reach_low, reach_high = (_shift(q, offset) for q in block.q_range)
+        return _classified(empty=~_at_most(k_low, reach_high), full=_at_most(k_high, reach_low))
 
     def check(self, lead, num_heads, T, S):
         _check_each("offset", self.offset, lead)
@@ -207,7 +221,8 @@ class _Causal(Mask):
         return np.shape(self.offset), None, None, None
 
     def __repr__(self):
-        return f"causal({_show(self.offset)})" if _is_array(self.offset) or self.offset else "causal()"
+        shown = _show(self.offset) if _is_array(self.offset) or self.offset else ""
+        return f"causal({shown})"
 
 
 @pytree
@@ -216,14 +231,21 @@ class _SlidingWindow(Mask):
     right: Any
 
     def rule(self, block):
-        later = block.k_idx - block.q_idx
-        return (-later <= _each(block, self.left)) & (later <= _each(block, self.right))
+        first, last = self._ends(block, block.q_idx)
+        return _at_most(first, block.k_idx) & _at_most(block.k_idx, last)
+
+    def _ends(self, block, q_idx):
+        return _shift(q_idx, -_each(block, self.left)), _shift(q_idx, _each(block, self.right))
 
     def classify(self, block):
         (q_low, q_high), (k_low, k_high) = block.q_range, block.k_range
-        left, right = _each(block, self.left), _each(block, self.right)
-        empty = (q_low - k_high > left) | (k_low - q_high > right)
-        return _classified(empty=empty, full=(q_high - k_low <= left) & (k_high - q_low <= right))
+        (low_first, low_last), (high_first, high_last) = (
+            self._ends(block, q) for q in (q_low, q_high)
+        )
+        empty = ~(_at_most(low_first, k_high) & _at_most(k_low, high_last))
+        return _classified(
+            empty=empty, full=_at_most(high_first, k_low) & _at_most(k_high, low_last)
+        )
 
     def check(self, lead, num_heads, T, S):
         _check_each("left", self.left, lead)
@@ -243,7 +265,8 @@ class _Padding(Mask):
     def _per_query(self, block):
         """Lengths `[..., 1, rows or 1, 1]`."""
         per_query = np.ndim(self.lengths) == len(block.lead) + 1
-        return (block.of_query if per_query else block.of_example)(jnp.asarray(self.lengths, jnp.int32))
+        pick = block.of_query if per_query else block.of_example
+        return pick(dtypes.lengths(self.lengths))
 
     def rule(self, block):
         return block.k_slot < self._per_query(block)
@@ -256,7 +279,8 @@ class _Padding(Mask):
     def check(self, lead, num_heads, T, S):
         shape = np.shape(self.lengths)
         if shape not in {lead, (*lead, T)}:
-            expected = f"[...] = {lead} (one per example) or [..., T] = {(*lead, T)} (one per query)"
+            per_example, per_query = f"[...] = {lead}", f"[..., T] = {(*lead, T)}"
+            expected = f"{per_example} (one per example) or {per_query} (one per query)"
             raise ValueError(f"padding lengths must be {expected}, got shape {shape}")
         checks.in_range("padding lengths", self.lengths, 0, S, "S, the number of keys")
 
@@ -279,7 +303,7 @@ class _Segments(Mask):
         return q_ids == k_ids
 
     def _of(self, block):
-        q_ids, k_ids = (jnp.asarray(ids, jnp.int32) for ids in (self.q_ids, self.k_ids))
+        q_ids, k_ids = dtypes.together(self.q_ids, self.k_ids)
         return block.of_query(q_ids), block.of_key(k_ids)
 
     def classify(self, block):
@@ -290,7 +314,10 @@ class _Segments(Mask):
         return _classified(empty=(q_high < k_low) | (k_high < q_low), full=one)
 
     def check(self, lead, num_heads, T, S):
-        for name, ids, shape in (("q_ids", self.q_ids, (*lead, T)), ("k_ids", self.k_ids, (*lead, S))):
+        for name, ids, shape in (
+            ("q_ids", self.q_ids, (*lead, T)),
+            ("k_ids", self.k_ids, (*lead, S)),
+        ):
             if np.shape(ids) != shape:
                 raise ValueError(f"segments {name} must have shape {shape}, got {np.shape(ids)}")
 
@@ -364,7 +391,9 @@ def _classified(*, empty: Array, full: Array) -> Array:
 
 
 def _integer(name: str, value: Any) -> Any:
-    if isinstance(value, (bool, np.bool_)) or not (isinstance(value, (int, np.integer)) or hasattr(value, "dtype")):
+    if isinstance(value, (bool, np.bool_)) or not (
+        isinstance(value, (int, np.integer)) or hasattr(value, "dtype")
+    ):
         raise TypeError(f"{name} must be an integer or an array of integers, got {value!r}")
     checks.index(**{name: value})
     return int(value) if isinstance(value, (int, np.integer)) else value
@@ -383,17 +412,41 @@ def _is_array(value: Any) -> bool:
 def _each(block: Block, value: Any) -> Any:
     if not _is_array(value):
         return value
-    value = jnp.asarray(value, jnp.int32)
+    value = dtypes.indices(value)
     return block.of_example(value) if value.ndim > 0 else value
+
+
+def _at_most(first: Any, second: Any) -> Array:
+    first, second = dtypes.together(first, second)
+    return first <= second
+
+
+def _shift(position: Array, offset: Any) -> Array:
+    """position + offset, held at the ends of int32 where it would wrap around."""
+    if isinstance(offset, int) and offset == 0:
+        return position
+    position, offset = dtypes.together(position, offset)
+    total = position + offset
+    if total.dtype == jnp.int64:
+        return total
+    least, most = (jnp.asarray(end, jnp.int32) for end in (-(2**31), 2**31 - 1))
+    up, down = jnp.where(total < position, most, total), jnp.where(total > position, least, total)
+    return jnp.where(offset >= 0, up, down)
 
 
 def _check_each(name: str, value: Any, lead: tuple[int, ...]) -> None:
     if np.shape(value) not in {(), lead}:
-        raise ValueError(f"{name} must be one integer or one per example {lead}, got shape {np.shape(value)}")
+        raise ValueError(
+            f"{name} must be one integer or one per example {lead}, got shape {np.shape(value)}"
+        )
 
 
 def _show(value: Any) -> str:
     if not _is_array(value):
         return str(value)
     known = checks.concrete(value)
-    return f"array of shape {np.shape(value)}" if known is None or known.size > 8 else str(known.tolist())
+    return (
+        f"array of shape {np.shape(value)}"
+        if known is None or known.size > 8
+        else str(known.tolist())
+    )

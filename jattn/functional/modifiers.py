@@ -1,8 +1,11 @@
-"""Modifiers change a score after it is computed and before it is masked: `(score, b, h, q_idx, k_idx) -> score`.
+"""Modifiers change a score after it is computed and before it is masked.
 
-Any function of that form on scalars is a modifier; it sees the flat batch index, the query head and the positions of
-query and key, and gradients reach the arrays it captures. A tuple of modifiers applies from left to right. The
-signature is that of FlexAttention's score_mod (https://arxiv.org/abs/2412.05496). What follows are the published ones.
+The form of a modifier is `(score, b, h, q_idx, k_idx) -> score`.
+
+Any function of that form on scalars is a modifier; it sees the flat batch index, the query head and
+the positions of query and key, and gradients reach the arrays it captures. A tuple of modifiers
+applies from left to right. The signature is that of FlexAttention's score_mod
+(https://arxiv.org/abs/2412.05496). What follows are the published ones.
 """
 
 import math
@@ -13,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.functional import checks
-from jattn.functional.blocks import Block, pytree
+from jattn.functional.block import Block
+from jattn.functional.pytree import pytree
 
 Array = jax.Array
 
@@ -25,8 +29,10 @@ class Modifier:
         """Change the scores `[..., N, rows, columns]` of a block."""
         raise NotImplementedError
 
-    def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool) -> None:
-        """Raise a `ValueError` if the modifier does not fit scores of shape `[*lead, num_heads, T, S]`."""
+    def check(
+        self, lead: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+    ) -> None:
+        """Raise a `ValueError` if the modifier does not fit scores `[*lead, num_heads, T, S]`."""
 
     def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
         """Change one score; arrays of the modifier are read as having one batch axis."""
@@ -36,16 +42,41 @@ class Modifier:
 
 @pytree
 class ScoreMod(Modifier):
-    """A user's function `(score, b, h, q_idx, k_idx) -> score` on scalars, evaluated on blocks."""
+    """A user's function `(score, b, h, q_idx, k_idx) -> score` on scalars, evaluated on blocks.
+
+    It may be singular where the mask forbids, `slope · log(i − j + 1)` under `causal()`, and there
+    the derivative by `slope` would be 0 · NaN. So at forbidden entries it sees what it sees at one
+    that is allowed.
+    """
 
     function: Any
 
     def rule(self, scores, block):
         """Apply the function to every entry; the result has the dtype of the scores."""
-        changed = jnp.vectorize(self.function)(scores, block.b, block.h, block.q_idx, block.k_idx)
+        entries = (scores, block.b, block.h, block.q_idx, block.k_idx)
+        if block.allowed is not None:
+            entries = _at_allowed(block.allowed, *entries)
+        changed = jnp.vectorize(self.function)(*entries)
         if not jnp.issubdtype(changed.dtype, jnp.floating):
             raise TypeError(f"a modifier must return a floating-point score, got {changed.dtype}")
         return changed.astype(scores.dtype)
+
+
+def _at_allowed(allowed: Array, *entries: Array) -> list[Array]:
+    """Replace what stands at forbidden entries by what stands at the first allowed one."""
+    first = jnp.unravel_index(jnp.argmax(allowed), allowed.shape)
+    zero = jnp.zeros((), first[0].dtype)
+
+    def replaced(array):
+        moves = [a > 1 and b > 1 for a, b in zip(array.shape, allowed.shape, strict=True)]
+        if not any(moves):
+            return array
+        starts = [index if move else zero for index, move in zip(first, moves, strict=True)]
+        sizes = [1 if move else size for size, move in zip(array.shape, moves, strict=True)]
+        there = jax.lax.dynamic_slice(jax.lax.stop_gradient(array), starts, sizes)
+        return jnp.where(allowed, array, there)
+
+    return [replaced(array) for array in entries]
 
 
 def soft_cap(cap: float | Array) -> Modifier:
@@ -72,9 +103,11 @@ def soft_cap(cap: float | Array) -> Modifier:
 
 
 def alibi(slopes: Array) -> Modifier:
-    """A linear penalty on distance, one slope per head; symmetric, so that it also serves without a causal mask.
+    """A linear penalty on distance, with one slope per head.
 
         score ← score − slopes[h] · |i − j|
+
+    It is symmetric, so that it also serves without a causal mask.
 
     Args:
       slopes: `[N]`, floating point; see `alibi_slopes`.
@@ -91,9 +124,10 @@ def alibi(slopes: Array) -> Modifier:
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """The geometric slopes of the ALiBi paper: 2^(−8 h / N) for h = 1 … N where N is a power of two.
+    """The geometric slopes of the ALiBi paper.
 
-    Otherwise the slopes of the largest power of two below N come first, then every second one of twice that power.
+    Where N is a power of two, they are 2^(−8 h / N) for h = 1 … N. Otherwise the slopes of the
+    largest power of two below N come first, then every second one of twice that power.
 
     Args:
       num_heads: N ≥ 1.
@@ -127,7 +161,8 @@ def relative_bias(table: Array) -> Modifier:
       table: `[2 L − 1]`, or `[N, 2 L − 1]` with one row per head; L is the longest length. Longer
         inputs are an error; with positions of one's own, an offset beyond the table adds NaN.
 
-    Paper: Shaw et al. 2018, https://arxiv.org/abs/1803.02155; in this form Liu et al. 2021, https://arxiv.org/abs/2103.14030
+    Paper: Shaw et al. 2018, https://arxiv.org/abs/1803.02155; in this form Liu et al. 2021,
+      https://arxiv.org/abs/2103.14030
 
     Example:
       >>> float(relative_bias(jnp.array([0.0, 1.0, 2.0]))(0.0, 0, 0, 1, 0))
@@ -146,7 +181,8 @@ def t5_bias(table: Array, *, bidirectional: bool = True, max_distance: int = 128
 
     Args:
       table: `[num_buckets, N]`, floating point.
-      bidirectional: half of the buckets are for later keys; otherwise later keys share the bucket of distance 0.
+      bidirectional: half of the buckets are for later keys; otherwise later keys share the bucket
+        of distance 0.
       max_distance: beyond it all offsets share the last bucket.
 
     Raises:
@@ -163,8 +199,9 @@ def t5_bias(table: Array, *, bidirectional: bool = True, max_distance: int = 128
     near = num_buckets // (4 if bidirectional else 2)
     if near < 1 or (bidirectional and num_buckets % 2) or max_distance <= near:
         raise ValueError(
-            f"t5_bias needs max_distance > num_buckets // {4 if bidirectional else 2} ≥ 1, and an even number of "
-            f"buckets if bidirectional, got {num_buckets} buckets and max_distance {max_distance}"
+            f"t5_bias needs max_distance > num_buckets // {4 if bidirectional else 2} ≥ 1, and an "
+            f"even number of buckets if bidirectional, got {num_buckets} buckets and "
+            f"max_distance {max_distance}"
         )
     return _T5Bias(table, bidirectional, max_distance)
 
@@ -199,8 +236,8 @@ class _Alibi(Modifier):
     slopes: Any
 
     def rule(self, scores, block):
-        distance = jnp.abs(block.q_idx - block.k_idx).astype(scores.dtype)
-        return scores - jnp.asarray(self.slopes, scores.dtype)[block.h] * distance
+        slopes = jnp.asarray(self.slopes, scores.dtype)[block.h]
+        return scores - slopes * block.distance.astype(scores.dtype)
 
     def check(self, lead, num_heads, T, S, own_positions):
         _check_heads("alibi slopes", np.shape(self.slopes)[0], num_heads)
@@ -212,18 +249,23 @@ class _RelativeBias(Modifier):
 
     def rule(self, scores, block):
         table = jnp.asarray(self.table, scores.dtype)
-        offsets = block.q_idx - block.k_idx + (table.shape[-1] - 1) // 2
-        # `fill` would read a negative index from the end, as Python does
-        offsets = jnp.where(offsets < 0, table.shape[-1], offsets)
-        index = (offsets,) if table.ndim == 1 else (block.h, offsets)
-        return scores + table.at[index].get(mode="fill", fill_value=jnp.nan)
+        middle = (table.shape[-1] - 1) // 2
+        distance = jnp.minimum(block.distance, np.uint32(middle + 1)).astype(jnp.int32)
+        offset = jnp.where(block.q_idx >= block.k_idx, distance, -distance)
+        # Beyond the table stands NaN; `fill` would read a negative index from its end, as Python
+        index = jnp.where(distance > middle, table.shape[-1], middle + offset)
+        where = (index,) if table.ndim == 1 else (block.h, index)
+        return scores + table.at[where].get(mode="fill", fill_value=jnp.nan)
 
     def check(self, lead, num_heads, T, S, own_positions):
         if np.ndim(self.table) == 2:
             _check_heads("relative_bias table", np.shape(self.table)[0], num_heads)
         longest = (np.shape(self.table)[-1] + 1) // 2
         if max(T, S) > longest and not own_positions:
-            raise ValueError(f"relative_bias table holds offsets of lengths up to {longest}, got T = {T} and S = {S}")
+            raise ValueError(
+                f"relative_bias table holds offsets of lengths up to {longest}, "
+                f"got T = {T} and S = {S}"
+            )
 
 
 @pytree
@@ -233,18 +275,24 @@ class _T5Bias(Modifier):
     max_distance: int
 
     def rule(self, scores, block):
-        buckets = self._bucket(block.k_idx - block.q_idx)
-        return scores + jnp.asarray(self.table, scores.dtype)[buckets, block.h]
+        return scores + jnp.asarray(self.table, scores.dtype)[self._bucket(block), block.h]
 
-    def _bucket(self, offsets):
+    def _bucket(self, block):
         num_buckets = np.shape(self.table)[0] // (2 if self.bidirectional else 1)
-        later = jnp.where(offsets > 0, num_buckets, 0) if self.bidirectional else 0
-        distance = jnp.abs(offsets) if self.bidirectional else jnp.maximum(-offsets, 0)
+        is_later, most = block.k_idx > block.q_idx, np.uint32(2**31 - 1)
+        distance = jnp.minimum(block.distance, most).astype(jnp.int32)  # all beyond share a bucket
+        later: Any = jnp.where(is_later, num_buckets, 0)
+        if not self.bidirectional:
+            distance, later = jnp.where(is_later, 0, distance), 0
         near = num_buckets // 2
-        # The edges of the logarithmic buckets in exact integers: no rounding of a logarithm decides.
+        # Edges of the logarithmic buckets in exact integers: no rounding of a logarithm decides.
         steps = np.arange(1, num_buckets - near)
-        edges = np.ceil(near * (self.max_distance / near) ** (steps / (num_buckets - near)) - 1e-9).astype(np.int32)
-        far = near + jnp.searchsorted(jnp.asarray(edges), distance, side="right").astype(distance.dtype)
+        edges = np.ceil(
+            near * (self.max_distance / near) ** (steps / (num_buckets - near)) - 1e-9
+        ).astype(np.int32)
+        far = near + jnp.searchsorted(jnp.asarray(edges), distance, side="right").astype(
+            distance.dtype
+        )
         return later + jnp.where(distance < near, distance, far)
 
     def check(self, lead, num_heads, T, S, own_positions):

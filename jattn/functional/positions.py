@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jattn.functional import checks
+from jattn.functional import checks, dtypes
 
 Array = jax.Array
 
@@ -15,10 +15,12 @@ def sinusoidal_encoding(positions: int | Array, features: int, *, base: float = 
 
         P[i, 2j] = sin(i / base^(2j/D)),  P[i, 2j+1] = cos(i / base^(2j/D))
 
-    Angles of known positions are computed in float64 before rounding, so that far positions keep their digits.
+    Angles of known positions are computed in float64 before rounding, so that far positions keep
+    their digits.
 
     Args:
-      positions: a length T, for positions 0 … T − 1, or positions `[..., T]`, integer or floating point.
+      positions: a length T, for positions 0 … T − 1, or positions `[..., T]`, integer or floating
+        point.
       features: D, even.
       base: the ratio between the longest and the shortest wavelength.
 
@@ -42,7 +44,8 @@ def sinusoidal_encoding(positions: int | Array, features: int, *, base: float = 
 def sinusoidal_rotation(offset: float | Array, features: int, *, base: float = 10000.0) -> Array:
     """The rotation that shifts a sinusoidal encoding; it depends on the offset alone.
 
-        P[i + δ] = R(δ) P[i],  R(δ) = blocks [[cos ω_j δ, sin ω_j δ], [−sin ω_j δ, cos ω_j δ]],  ω_j = base^(−2j/D)
+        P[i + δ] = R(δ) P[i],  ω_j = base^(−2j/D)
+        R(δ) = blocks [[cos ω_j δ, sin ω_j δ], [−sin ω_j δ, cos ω_j δ]]
 
     Args:
       offset: δ, a scalar.
@@ -65,23 +68,30 @@ def sinusoidal_rotation(offset: float | Array, features: int, *, base: float = 1
     if np.ndim(offset) > 0:
         raise ValueError(f"offset must be a scalar, got shape {np.shape(offset)}")
     known = checks.concrete(offset)
-    sin, cos = _sin_cos(_angles(jnp.asarray(offset) if known is None else known, features, base), _default_float())
+    sin, cos = _sin_cos(
+        _angles(jnp.asarray(offset) if known is None else known, features, base), _default_float()
+    )
     even = 2 * np.arange(features // 2)
     rotation = jnp.zeros((features, features), sin.dtype)
     rotation = rotation.at[even, even].set(cos).at[even + 1, even + 1].set(cos)
     return rotation.at[even, even + 1].set(sin).at[even + 1, even].set(-sin)
 
 
-def rotary(x: Array, positions: Array | None = None, *, base: float = 10000.0, interleaved: bool = True) -> Array:
-    """Rotate pairs of features by an angle proportional to the position, so that qᵀk depends on the offset alone.
+def rotary(
+    x: Array, positions: Array | None = None, *, base: float = 10000.0, interleaved: bool = True
+) -> Array:
+    """Rotate pairs of features by an angle proportional to the position.
 
         (x_a, x_b) ← (x_a cos iω_j − x_b sin iω_j, x_a sin iω_j + x_b cos iω_j),  ω_j = base^(−2j/H)
+
+    Then qᵀk depends on the offset alone.
 
     Args:
       x: `[..., T, N, H]`, floating point, H even: queries or keys.
       positions: `[T]` or `[..., T]`; None: 0 … T − 1.
       base: as in `sinusoidal_encoding`.
-      interleaved: pairs are neighbours (2j, 2j + 1), as in the paper; otherwise halves (j, j + H/2), as in Llama.
+      interleaved: pairs are neighbours (2j, 2j + 1), as in the paper; otherwise halves
+        (j, j + H/2), as in Llama.
 
     Returns:
       The shape and dtype of `x`; angles and products are computed in at least float32.
@@ -100,10 +110,12 @@ def rotary(x: Array, positions: Array | None = None, *, base: float = 10000.0, i
     checks.floating(x=x)
     lead, T = sizes["..."], sizes["T"]
     if positions is not None and np.shape(positions) not in {(T,), (*lead, T)}:
-        raise ValueError(f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}")
+        raise ValueError(
+            f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}"
+        )
     known = _as_positions(T if positions is None else positions)
     angles = _angles(known, sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
-    dtype = checks.accumulator(x.dtype)
+    dtype = dtypes.accumulator(x.dtype)
     sin, cos = _sin_cos(angles, dtype)
     pairs = "... (J two) -> two ... J" if interleaved else "... (two J) -> two ... J"
     a, b = rearrange(x.astype(dtype), pairs, two=2)
@@ -128,7 +140,9 @@ def relative_positions(q_positions: int | Array, k_positions: int | Array) -> Ar
              [ 1,  0, -1]], dtype=int32)
     """
     checks.integers(q_positions=q_positions, k_positions=k_positions)
-    q_idx, k_idx = (jnp.asarray(_as_positions(positions), jnp.int32) for positions in (q_positions, k_positions))
+    q_idx, k_idx = (
+        jnp.asarray(_as_positions(positions), jnp.int32) for positions in (q_positions, k_positions)
+    )
     checks.shapes(q_positions=(q_idx, "... T"))
     checks.shapes(k_positions=(k_idx, "... S"))
     return q_idx[..., :, None] - k_idx[..., None, :]
@@ -144,13 +158,20 @@ def _as_positions(positions: int | Array) -> np.ndarray | Array:
 
 
 def _angles(positions: np.ndarray | Array, features: int, base: float) -> np.ndarray | Array:
-    """i · base^(−2j/D), `[..., D/2]`: NumPy float64 for known positions, else JAX's default float."""
+    """The angles i · base^(−2j/D), `[..., D/2]`.
+
+    They are NumPy float64 for known positions, else JAX's default float.
+    """
     if features < 2 or features % 2:
-        raise ValueError(f"features come in pairs of sine and cosine: their number must be even, got {features}")
+        raise ValueError(
+            f"features come in pairs of sine and cosine: their number must be even, got {features}"
+        )
     frequencies = base ** (-np.arange(0, features, 2) / features)
     if isinstance(positions, np.ndarray):
         return positions.astype(np.float64)[..., None] * frequencies
-    return positions.astype(_default_float())[..., None] * jnp.asarray(frequencies, _default_float())
+    return positions.astype(_default_float())[..., None] * jnp.asarray(
+        frequencies, _default_float()
+    )
 
 
 def _sin_cos(angles: np.ndarray | Array, dtype: np.dtype) -> tuple[Array, Array]:

@@ -43,15 +43,16 @@ def lstm_step(gates: Array, cell: Array) -> tuple[Array, Array]:
       ValueError: a shape does not fit.
       TypeError: an argument is not floating point.
 
-    Papers: Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; with the forget gate of
-    Gers et al. 2000, https://doi.org/10.1162/089976600300015015
+    Papers: Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; with the
+      forget gate of Gers et al. 2000, https://doi.org/10.1162/089976600300015015
 
     Example:
       >>> lstm_step(jnp.zeros(4), jnp.ones(1))[1]  # all gates half open, candidate zero
       Array([0.5], dtype=float32)
     """
     _check("cell", cell, 4, gates=gates)
-    # all four in one go, then split: on CPU a function of a slice is slow, and made anew wherever it is read
+    # all four in one go, then split: on CPU a function of a slice is slow, and made anew wherever
+    # it is read
     i, f, _, o = jnp.split(jax.nn.sigmoid(gates), 4, axis=-1)
     _, _, g, _ = jnp.split(jnp.tanh(gates), 4, axis=-1)
     cell = f * cell + i * g
@@ -79,15 +80,18 @@ def gru_step(projected: Array, hidden: Array, state: Array) -> Array:
       ValueError: a shape does not fit.
       TypeError: an argument is not floating point.
 
-    Paper: Cho et al. 2014, https://arxiv.org/abs/1406.1078; reset gate after the product, as in its v1
+    Paper: Cho et al. 2014, https://arxiv.org/abs/1406.1078; reset gate after the product, as in its
+      v1
 
     Example:
-      >>> gru_step(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.ones((2, 1)))  # all gates half open, candidate zero
+      >>> gates = jnp.zeros((2, 3))  # all gates half open, candidate zero
+      >>> gru_step(gates, gates, jnp.ones((2, 1)))
       Array([[0.5],
              [0.5]], dtype=float32)
     """
     _check("state", state, 3, projected=projected, hidden=hidden)
-    reset, update, _ = jnp.split(jax.nn.sigmoid(projected + hidden), 3, axis=-1)  # in one go, as in `lstm_step`
+    opened = jax.nn.sigmoid(projected + hidden)  # in one go, as in `lstm_step`
+    reset, update, _ = jnp.split(opened, 3, axis=-1)
     resets = jnp.concatenate([reset] * 3, axis=-1)
     _, _, candidate = jnp.split(jnp.tanh(projected + resets * hidden), 3, axis=-1)
     return candidate + update * (state - candidate)
@@ -105,13 +109,18 @@ def _check(name: str, state: Array, number: int, **gates: Array) -> None:
     checks.floating(**{name: state}, **gates)
 
 
-def advance(step: Step, projected: Array, state: State, weights: Weights, *, apart: bool = False) -> State:
-    """One whole step: the product with the hidden kernel, the gates, and the projection of h if there is one.
+def advance(
+    step: Step, projected: Array, state: State, weights: Weights, *, apart: bool = False
+) -> State:
+    """Take one whole step of a layer.
 
         u = U h + d,   h', … = step((x + u,), (h, …)),   h' ← R h'
 
+    It makes the product with the hidden kernel, the gates, and the projection of h if there is one.
+
     Args:
-      step: (gates, state) -> the next state, element by element; a state is a tuple that begins with h.
+      step: (gates, state) -> the next state, element by element; a state is a tuple that begins
+        with h.
       projected: x = W x_t + b, `[..., G · F]`, floating point.
       state: h `[..., P]`, then what else the step keeps, `[..., F]` each; of the same dtype.
       weights: U, d and R are used.
@@ -122,7 +131,9 @@ def advance(step: Step, projected: Array, state: State, weights: Weights, *, apa
 
     Example:
       >>> weights = Weights(jnp.eye(3), jnp.eye(3))
-      >>> advance(lambda gates, state: (jnp.tanh(gates[0]),), jnp.zeros((2, 3)), (jnp.zeros((2, 3)),), weights)[0].shape
+      >>> step = lambda gates, state: (jnp.tanh(gates[0]),)
+      >>> (h,) = advance(step, jnp.zeros((2, 3)), (jnp.zeros((2, 3)),), weights)
+      >>> h.shape
       (2, 3)
     """
     return _project(step(_gates(projected, state[0], weights, apart), state), weights)
@@ -153,7 +164,8 @@ def recur(
       step, weights, apart: as `advance` takes them.
       inputs: `[T, ..., D]`, floating point.
       state: before the first step, as `advance` takes it.
-      inside: booleans `[T, ..., 1]`; where False a step leaves the state as it is. None: True everywhere.
+      inside: booleans `[T, ..., 1]`; where False a step leaves the state as it is. None: True
+        everywhere.
       reverse: run from the last step to the first.
 
     Returns:
@@ -171,13 +183,21 @@ def recur(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(
-    how: tuple[Step, bool, bool], inputs: Array, inside: Array | None, state: State, weights: Weights
+    how: tuple[Step, bool, bool],
+    inputs: Array,
+    inside: Array | None,
+    state: State,
+    weights: Weights,
 ) -> tuple[Array, State]:
     return _forward(how, inputs, inside, state, weights)[0]
 
 
 def _forward(
-    how: tuple[Step, bool, bool], inputs: Array, inside: Array | None, state: State, weights: Weights
+    how: tuple[Step, bool, bool],
+    inputs: Array,
+    inside: Array | None,
+    state: State,
+    weights: Weights,
 ) -> tuple[tuple[Array, State], Any]:
     """Keeps of every step what its gates are made of, and the state that it found."""
     step, apart, reverse = how
@@ -198,12 +218,19 @@ def _forward(
     return (states, last), (inputs, inside, weights, kept, before)
 
 
-def _backward(how: tuple[Step, bool, bool], kept: Any, cotangents: tuple[Array, State]) -> tuple[Any, ...]:
-    """Only the cotangent of the state goes from step to step; each weight's is one product for all steps."""
+def _backward(
+    how: tuple[Step, bool, bool], kept: Any, cotangents: tuple[Array, State]
+) -> tuple[Any, ...]:
+    """Carry only the cotangent of the state from step to step.
+
+    The cotangent of each weight is one product for all steps.
+    """
     step, apart, reverse = how
     inputs, inside, weights, gates, before = kept
     hidden_kernel = rearrange(weights.hidden_kernel, "p gates -> gates p")
-    proj_kernel = None if weights.proj_kernel is None else rearrange(weights.proj_kernel, "f p -> p f")
+    proj_kernel = (
+        None if weights.proj_kernel is None else rearrange(weights.proj_kernel, "f p -> p f")
+    )
 
     def body(d_state: State, at: Any) -> tuple[State, Any]:
         inside, gates, before, d_output = at
@@ -238,7 +265,11 @@ _recur.defvjp(_forward, _backward)
 
 
 def _where(inside: Array | None, new: State, old: State) -> State:
-    return new if inside is None else tuple(jnp.where(inside, a, b) for a, b in zip(new, old, strict=True))
+    return (
+        new
+        if inside is None
+        else tuple(jnp.where(inside, a, b) for a, b in zip(new, old, strict=True))
+    )
 
 
 def _plus(product: Array, bias: Array | None) -> Array:

@@ -1,11 +1,18 @@
-"""Scores: how well a query and a key fit. Each is `(query [..., T, H], key [..., S, H']) -> [..., T, S]`.
+"""A score says how well a query and a key fit.
 
-A score is pairwise: entry (t, s) depends on row t of the query and row s of the key alone. Parameters are further
-arguments; bind them with `functools.partial`, `jax.tree_util.Partial` or a closure before handing a score to `attend`.
+Each score is a function `(query [..., T, H], key [..., S, H']) -> [..., T, S]`.
 
-In `attend` the leading axes are `[..., N]`, and where N query heads share K < N key heads `[..., K, G]` for the query
-and `[..., K, 1]` for the key. Parameters are shared by all heads, or have a leading axis of N heads; a score does not
-depend on the example. Sums are kept in at least float32, which is the dtype of the result.
+A score is pairwise: entry (t, s) depends on row t of the query and row s of the key alone.
+Parameters are further arguments; bind them with `functools.partial`, `jax.tree_util.Partial` or a
+closure before handing a score to `attend`.
+
+In `attend` the leading axes are `[..., N]`, and where N query heads share K < N key heads
+`[..., K, G]` for the query and `[..., K, 1]` for the key. Parameters are shared by all heads, or
+have a leading axis of N heads; a score does not depend on the example.
+
+Query and key come in the dtype in which the caller of `attend` gave them, in every kernel. The
+scores here multiply half precision as it comes and keep sums in float32, which is then the dtype of
+the result. A score of yours may return any floating dtype; what follows it is float32 at least.
 """
 
 import math
@@ -15,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jattn.functional import checks
+from jattn.functional import checks, dtypes
+from jattn.functional.products import product
 
 Array = jax.Array
 
@@ -62,14 +70,16 @@ def dot_product(query: Array, key: Array) -> Array:
       >>> dot_product(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]]))
       Array([[11.]], dtype=float32)
     """
-    query, key = _pair(query, key)
+    query, key = _pair(query, key, widen=False)
     return _products(query, key)
 
 
 def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = None) -> Array:
-    """The inner product over the square root of the width, so that its variance does not grow with H.
+    """The inner product over the square root of the width.
 
         a(q, k) = qᵀk / √H
+
+    The division keeps its variance from growing with H.
 
     Args:
       query: `[..., T, H]`, floating point.
@@ -88,8 +98,10 @@ def scaled_dot_product(query: Array, key: Array, scale: float | Array | None = N
       >>> scaled_dot_product(jnp.ones((1, 4)), jnp.ones((1, 4)))
       Array([[2.]], dtype=float32)
     """
-    query, key = _pair(query, key)
+    query, key = _pair(query, key, widen=False)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else _factor(scale, query, key)
+    if dtypes.is_half(query.dtype) and not _is_power_of_two(factor):
+        return _products(query, key) * factor  # a scaled query would lose digits
     return _products(query * factor, key)  # T × H products instead of T × S
 
 
@@ -115,9 +127,10 @@ def bilinear(query: Array, key: Array, weight: Array) -> Array:
       >>> bilinear(jnp.ones((1, 2)), jnp.ones((1, 3)), jnp.ones((2, 3)))
       Array([[6.]], dtype=float32)
     """
-    query, key = _pair(query, key, same_width=False)
+    query, key = _pair(query, key, same_width=False, widen=False)
     weight = _per_head(weight, query, key, (query.shape[-1], key.shape[-1]))
-    return _products(jnp.matmul(query, weight), key)
+    projected = product(query, weight.astype(query.dtype), (-1, -2))  # qᵀ W
+    return _products(projected.astype(key.dtype), key)
 
 
 def additive(query: Array, key: Array, weight: Array) -> Array:
@@ -144,8 +157,9 @@ def additive(query: Array, key: Array, weight: Array) -> Array:
     """
     query, key = _pair(query, key)
     weight = _per_head(weight, query, key, query.shape[-1:])
-    # Not an einsum: product and sum fuse with the tanh, a matrix product would write out [..., T, S, H] first.
-    return (jnp.tanh(query[..., :, None, :] + key[..., None, :, :]) * weight[..., None, None, :]).sum(-1)
+    # No matrix product: this sum fuses with the tanh, and [..., T, S, H] is never written out
+    hidden = jnp.tanh(query[..., :, None, :] + key[..., None, :, :])
+    return (hidden * weight[..., None, None, :]).sum(-1)
 
 
 def gaussian(query: Array, key: Array, weight: float | Array = 1.0) -> Array:
@@ -180,9 +194,11 @@ def gaussian(query: Array, key: Array, weight: float | Array = 1.0) -> Array:
 
 
 def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
-    """The cosine of the angle between query and key; 0, with zero derivative, where either is the zero vector.
+    """The cosine of the angle between query and key.
 
         a(q, k) = scale · qᵀk / (‖q‖ ‖k‖)
+
+    Where either is the zero vector, it is 0 and so is its derivative.
 
     Args:
       query: `[..., T, H]`, floating point.
@@ -201,52 +217,72 @@ def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
       >>> cosine(jnp.array([[3.0, 4.0]]), jnp.array([[4.0, 3.0], [-4.0, 3.0]])).round(2)
       Array([[0.96, 0.  ]], dtype=float32)
     """
+    dtype = _pair(query, key, widen=False)[0].dtype
     query, key = _pair(query, key)
-    return _products(_unit(query) * _factor(scale, query, key), _unit(key))
+    directions = (_unit(vector).astype(dtype) for vector in (query, key))
+    return _products(*directions) * _factor(scale, query, key)
 
 
 def _unit(vector: Array) -> Array:
-    # Squares of very large or small numbers leave the range of the dtype: divide by the largest entry first
+    # Squares of very large or small numbers leave the range of the dtype: divide by the largest
+    # entry first. The reciprocal of a number near the end of the range would do so, too.
     largest = jax.lax.stop_gradient(jnp.abs(vector).max(-1, keepdims=True, initial=0))
-    vector = vector / jnp.where(largest > 0, largest, 1)
+    step = jnp.where(largest > 1, 1 / 16, 16).astype(vector.dtype)
+    vector = vector * step / jnp.where(largest > 0, largest * step, 1)
     squared = jnp.square(vector).sum(-1, keepdims=True)
     return jnp.where(largest > 0, vector / jnp.sqrt(jnp.where(largest > 0, squared, 1)), 0)
 
 
-def _pair(query: Array, key: Array, same_width: bool = True) -> tuple[Array, Array]:
-    """Check a query and a key and promote both to the dtype in which sums are kept."""
+def _pair(
+    query: Array, key: Array, same_width: bool = True, widen: bool = True
+) -> tuple[Array, Array]:
+    """Check a query and a key and promote both to one dtype, at least float32 where `widen`."""
     query, key = jnp.asarray(query), jnp.asarray(key)
     checks.floating(query=query, key=key)
     checks.shapes(query=(query, "... T H"))
     checks.shapes(key=(key, "... S H"))
     if same_width and query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have one width H, got shapes {query.shape} and {key.shape}")
-    dtype = checks.accumulator(jnp.result_type(query, key))
+        shapes = f"got shapes {query.shape} and {key.shape}"
+        raise ValueError(f"query and key must have one width H, {shapes}")
+    dtype = jnp.promote_types(query.dtype, key.dtype)
+    dtype = dtypes.accumulator(dtype) if widen else dtype
     return query.astype(dtype), key.astype(dtype)
 
 
 def _products(query: Array, key: Array) -> Array:
     """Inner products of all rows; heads that share a key make one matrix product."""
     if not query.ndim == key.ndim > 2 or key.shape[-3] > 1 or query.shape[-3] == 1:
-        return jnp.einsum("...th,...sh->...ts", query, key)
+        return product(query, key)
     rows = rearrange(query, "... g t h -> ... (g t) h")
-    products = jnp.einsum("...th,...sh->...ts", rows, key[..., 0, :, :])
+    products = product(rows, key[..., 0, :, :])
     return rearrange(products, "... (g t) s -> ... g t s", g=query.shape[-3])
 
 
+def _is_power_of_two(factor: Any) -> bool:
+    return isinstance(factor, (int, float)) and abs(math.frexp(factor)[0]) in (0, 0.5)
+
+
 def _factor(scale: Any, query: Array, key: Array) -> Any:
-    return _per_head(scale, query, key, ())[..., None, None] if jnp.ndim(scale) > 0 else scale
+    if jnp.ndim(scale) > 0:
+        return _per_head(scale, query, key, ())[..., None, None]
+    if not hasattr(scale, "dtype"):
+        return scale
+    return jnp.asarray(scale, dtypes.accumulator(query.dtype))
 
 
 def _per_head(weight: Any, query: Array, key: Array, shape: tuple[int, ...]) -> Array:
-    """Align a weight `shape` or `[N, *shape]` with the head axes of a query: `[..., N]`, or grouped `[..., K, G]`."""
+    """Align a weight `shape` or `[N, *shape]` with a query's leading axes, `[..., N]` or grouped.
+
+    Grouped, these are `[..., K, G]`; axes along which the weight is shared have size 1.
+    """
     weight = jnp.asarray(weight)
     checks.floating(weight=weight)
     grouped = query.ndim > 3 and query.ndim == key.ndim and key.shape[-3] == 1 < query.shape[-3]
     heads = query.shape[-4:-2] if grouped else query.shape[-3:-2]
-    if heads and weight.shape == (math.prod(heads), *shape):
-        weight = weight.reshape(*heads, *shape)
-    elif weight.shape != shape:
+    if weight.shape == shape:
+        heads = ()
+    elif not heads or weight.shape != (math.prod(heads), *shape):
         per_head = f", or {(math.prod(heads), *shape)} with one per head" if heads else ""
         raise ValueError(f"weight must be {shape}{per_head}, got shape {weight.shape}")
-    return weight.astype(checks.accumulator(weight.dtype))
+    shared = (1,) * (query.ndim - 2 - len(heads))
+    return weight.reshape(*shared, *heads, *shape).astype(dtypes.accumulator(query.dtype))

@@ -5,22 +5,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.functional import checks
+from jattn.functional import checks, dtypes
 
 Array = jax.Array
 
 
-def masked_softmax(scores: Array, mask: Array | None = None, *, lengths: Array | None = None) -> Array:
+def masked_softmax(
+    scores: Array, mask: Array | None = None, *, lengths: Array | None = None
+) -> Array:
     """Softmax over the last axis in which forbidden entries get exactly 0.
 
         weights[t, s] = mask[t, s] · exp(scores[t, s]) / Σ_r mask[t, r] · exp(scores[t, r])
 
-    A row with no allowed entry is all zeros. (Code that fills with −1e6 makes such a row uniform instead.)
+    A row with no allowed entry is all zeros. (Code that fills with −1e6 makes such a row uniform
+    instead.)
 
     Args:
       scores: `[..., T, S]`, floating point; float16 and bfloat16 are summed in float32.
       mask: boolean, broadcastable to `[..., T, S]`; True = may attend.
-      lengths: integers `[...]` or `[..., T]`; entries s ≥ length are forbidden. Combines with `mask`.
+      lengths: integers `[...]` or `[..., T]`; entries s ≥ length are forbidden. Combines with
+        `mask`.
 
     Returns:
       Weights of the shape and dtype of `scores`.
@@ -44,6 +48,7 @@ def masked_softmax(scores: Array, mask: Array | None = None, *, lengths: Array |
         if allowed.dtype != bool:
             raise TypeError(f"mask must be boolean (True = may attend), got {allowed.dtype}")
         checks.broadcastable("mask", allowed, scores.shape, "the scores [..., T, S]")
+        allowed = allowed.reshape((1,) * (scores.ndim - allowed.ndim) + allowed.shape)
     if lengths is not None:
         within = _within(lengths, scores)
         allowed = within if allowed is None else allowed & within
@@ -55,34 +60,41 @@ def _within(lengths: Any, scores: Array) -> Array:
     checks.integers(lengths=lengths)
     *lead, T, S = scores.shape
     if lengths.shape not in {tuple(lead), (*lead, T)}:
-        raise ValueError(f"lengths must be [...] = {tuple(lead)} or [..., T] = {(*lead, T)}, got {lengths.shape}")
+        raise ValueError(
+            f"lengths must be [...] = {tuple(lead)} or [..., T] = {(*lead, T)}, got {lengths.shape}"
+        )
     checks.in_range("lengths", lengths, 0, S, "S, the number of keys")
     per_row = lengths if lengths.ndim == scores.ndim - 1 else lengths[..., None]
-    return jnp.arange(S, dtype=jnp.int32) < per_row[..., None].astype(jnp.int32)
+    slots = jnp.arange(S, dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (S,))
+    return slots < dtypes.lengths(per_row)[..., None]
 
 
 def softmax_and_logsumexp(scores: Array, mask: Array | None) -> tuple[Array, Array]:
-    """The masked softmax over the last axis together with log Σ exp of the allowed scores (−inf for an empty row).
+    """The masked softmax over the last axis together with log Σ exp of the allowed scores.
 
-    Both are finite and have zero gradients where a row is empty; forbidden scores may be anything, NaN included.
+    A score of −inf is as good as forbidden. A row with nothing else has weights of zero, a
+    log-sum-exp of −inf, and zero gradients. Forbidden scores may be anything, NaN included.
 
     Args:
       scores: `[..., S]`, floating point.
-      mask: boolean, broadcastable to `[..., S]`, or None.
+      mask: boolean, broadcastable to `[..., S]` and of its rank, or None.
 
     Returns:
-      Weights `[..., S]` and log-sum-exp `[...]`, in the dtype in which sums are kept (at least float32).
+      Weights `[..., S]` and log-sum-exp `[...]`, in the dtype in which sums are kept (at least
+      float32).
 
     Example:
       >>> softmax_and_logsumexp(jnp.zeros(2), jnp.array([False, False]))
       (Array([0., 0.], dtype=float32), Array(-inf, dtype=float32))
     """
-    scores = scores.astype(checks.accumulator(scores.dtype))
+    scores = scores.astype(dtypes.accumulator(scores.dtype))
+    lowest = jnp.finfo(scores.dtype).min  # in place of −inf, which has no difference from itself
     if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    maximum = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
-    maximum = jnp.where(jnp.isneginf(maximum), 0, maximum)
+        scores = jnp.where(mask, scores, lowest)
+    maximum = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=lowest))
     exponentials = jnp.exp(scores - maximum)
+    if mask is not None:
+        exponentials = jnp.where(mask, exponentials, 0)
     total = exponentials.sum(-1, keepdims=True)
     divisor = jnp.where(total == 0, 1, total)  # also keeps the gradient of the logarithm finite
     logsumexp = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))

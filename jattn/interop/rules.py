@@ -60,9 +60,10 @@ TRANSPOSE = Rearrange("o i -> i o")
 class Rule:
     """One row of a weight table: PyTorch name(s) ↔ Flax path(s), and the layout between them.
 
-    A placeholder in braces (`{layer}`) matches a whole number and stands for the same number on both sides.
-    Several names on one side are one array with a leading axis: they are stacked before the layout, or
-    unstacked after it; so a packed tensor, or one that is tied to another, is an ordinary rule.
+    A placeholder in braces (`{layer}`) matches a whole number and stands for the same number on
+    both sides. Several names on one side are one array with a leading axis: they are stacked before
+    the layout, or unstacked after it; so a packed tensor, or one that is tied to another, is an
+    ordinary rule.
 
     Args:
       torch: name of a PyTorch tensor, or a tuple of names that make up one array.
@@ -85,7 +86,9 @@ class Rule:
     def __post_init__(self) -> None:
         patterns = (*names(self.torch), *names(self.flax))
         if len({_placeholders(pattern) for pattern in patterns}) != 1:
-            raise ValueError(f"all names of a rule have the same placeholders; got {self.torch} ↔ {self.flax}")
+            raise ValueError(
+                f"all names of a rule have the same placeholders; got {self.torch} ↔ {self.flax}"
+            )
 
 
 def names(side: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -128,19 +131,23 @@ class ConversionError(ValueError):
         super().__init__("\n".join(["the weights do not fit", *lines]))
 
 
-def to_flax(tensors: Mapping[str, np.ndarray], target: nnx.Module | nnx.State, rules: Iterable[Rule]) -> nnx.State:
+def to_flax(
+    tensors: Mapping[str, np.ndarray], target: nnx.Module | nnx.State, rules: Iterable[Rule]
+) -> nnx.State:
     """PyTorch tensors as the parameters of a Flax module.
 
-    Every tensor is consumed and every parameter filled, or one error lists all that is wrong. The target
-    itself is left as it is: `nnx.update(module, state)` loads the result.
+    Every tensor is consumed and every parameter filled, or one error lists all that is wrong. The
+    target itself is left as it is: `nnx.update(module, state)` loads the result.
 
     Args:
       tensors: PyTorch name → array, as in a state dict.
-      target: a Flax NNX module, or the state of its parameters (shapes are enough: `nnx.eval_shape`).
+      target: a Flax NNX module, or the state of its parameters (shapes are enough:
+        `nnx.eval_shape`).
       rules: the weight table.
 
     Returns:
-      A new state with the structure of the target's parameters; each keeps the dtype of its source tensor.
+      A new state with the structure of the target's parameters; each keeps the dtype of its source
+      tensor.
 
     Raises:
       ConversionError: (a ValueError) what is missing, unused, ambiguous or misshapen.
@@ -156,7 +163,9 @@ def to_flax(tensors: Mapping[str, np.ndarray], target: nnx.Module | nnx.State, r
     shapes = {name: tuple(variable.shape) for name, (_, variable) in variables.items()}
     steps = [_Step(names(rule.torch), names(rule.flax), rule.layout.forward) for rule in rules]
     problems = _Problems()
-    arrays = _convert({name: np.asarray(tensor) for name, tensor in tensors.items()}, steps, shapes, problems)
+    arrays = _convert(
+        {name: np.asarray(tensor) for name, tensor in tensors.items()}, steps, shapes, problems
+    )
     values = {name: jnp.asarray(array) for name, array in arrays.items()}
     problems.misshapen += [
         f"{name}: {array.dtype} becomes {values[name].dtype} in JAX unless jax_enable_x64 is set"
@@ -164,15 +173,17 @@ def to_flax(tensors: Mapping[str, np.ndarray], target: nnx.Module | nnx.State, r
         if values[name].dtype != array.dtype
     ]
     problems.raise_any()
-    return nnx.from_flat_state((path, variable.replace(values[name])) for name, (path, variable) in variables.items())
+    return nnx.from_flat_state(
+        (path, variable.replace(values[name])) for name, (path, variable) in variables.items()
+    )
 
 
 def to_torch(source: nnx.Module | nnx.State, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
-    """The parameters of a Flax module as PyTorch tensors: the inverse of `to_flax`, from the same table.
+    """The parameters of a Flax module as PyTorch tensors: the inverse of `to_flax`.
 
     Args:
       source: a Flax NNX module, or the state of its parameters (or of their gradients).
-      rules: the weight table.
+      rules: the weight table, the same as for `to_flax`.
 
     Returns:
       PyTorch name → array, each in the dtype of its source.
@@ -185,7 +196,9 @@ def to_torch(source: nnx.Module | nnx.State, rules: Iterable[Rule]) -> dict[str,
       >>> to_torch(linear, [Rule("weight", "kernel", TRANSPOSE)])["weight"].shape
       (2, 3)
     """
-    arrays = {name: np.asarray(variable.get_value()) for name, (_, variable) in _variables(source).items()}
+    arrays = {
+        name: np.asarray(variable.get_value()) for name, (_, variable) in _variables(source).items()
+    }
     steps = [_Step(names(rule.flax), names(rule.torch), rule.layout.inverse) for rule in rules]
     problems = _Problems()
     tensors = _convert(arrays, steps, None, problems)
@@ -235,12 +248,17 @@ class _Step:
         if len(self.targets) == 1:
             return {self.targets[0]: np.array(changed, order="C")}
         if changed.ndim == 0 or len(changed) != len(self.targets):
-            raise ValueError(f"{changed.shape} is not {len(self.targets)} parts along the first axis")
-        return {target: np.array(part, order="C") for target, part in zip(self.targets, changed, strict=True)}
+            raise ValueError(
+                f"{changed.shape} is not {len(self.targets)} parts along the first axis"
+            )
+        return {
+            target: np.array(part, order="C")
+            for target, part in zip(self.targets, changed, strict=True)
+        }
 
 
 def _expression(pattern: str) -> str:
-    """The regular expression of a name with placeholders; a repeated one is the same number again."""
+    """The regular expression of a name with placeholders; a repeated one is the same number."""
     expression = re.escape(pattern)
     for placeholder in _placeholders(pattern):
         written = re.escape(f"{{{placeholder}}}")
@@ -255,7 +273,9 @@ def _placeholders(pattern: str) -> frozenset[str]:
 
 def _variables(target: nnx.Module | nnx.State) -> dict[str, tuple[tuple[Any, ...], nnx.Variable]]:
     state = target if isinstance(target, nnx.State) else nnx.state(target, nnx.Param)
-    return {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    return {
+        ".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)
+    }
 
 
 def _convert(
@@ -274,7 +294,9 @@ def _convert(
         if unknown:
             problems.unused += [f"{step} (the module has no {', '.join(unknown)})"]
         twice = [target for target in step.targets if target in filled]
-        problems.ambiguous += [f"{target} is filled more than once, last by {step}" for target in twice]
+        problems.ambiguous += [
+            f"{target} is filled more than once, last by {step}" for target in twice
+        ]
         if not (absent or unknown or twice):
             found |= _run(step, arrays, shapes, problems)
         filled.update(step.targets)
@@ -282,7 +304,9 @@ def _convert(
     return found
 
 
-def _bind(arrays: Mapping[str, np.ndarray], steps: Sequence[_Step], problems: _Problems) -> list[_Step]:
+def _bind(
+    arrays: Mapping[str, np.ndarray], steps: Sequence[_Step], problems: _Problems
+) -> list[_Step]:
     """The steps with their placeholders bound, each once, in the order of the names."""
     chosen: list[_Step] = []
     for name in arrays:
@@ -310,5 +334,7 @@ def _run(
         return {}
     for target, array in changed.items():
         if shapes is not None and array.shape != shapes[target]:
-            problems.misshapen.append(f"{step}: {came} gives {array.shape}; {target} is {shapes[target]}")
+            problems.misshapen.append(
+                f"{step}: {came} gives {array.shape}; {target} is {shapes[target]}"
+            )
     return changed

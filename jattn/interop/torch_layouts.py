@@ -1,4 +1,4 @@
-"""How PyTorch modules name and lay out their weights: tables for the rule engine, put together per model."""
+"""How PyTorch names and lays out weights: tables for the rule engine, put together per model."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -26,7 +26,8 @@ def within(rules: Iterable[Rule], torch: str = "", flax: str = "") -> tuple[Rule
         return tuple(f"{prefix}.{name}" if prefix else name for name in names(side))
 
     return tuple(
-        dataclasses.replace(rule, torch=prefixed(torch, rule.torch), flax=prefixed(flax, rule.flax)) for rule in rules
+        dataclasses.replace(rule, torch=prefixed(torch, rule.torch), flax=prefixed(flax, rule.flax))
+        for rule in rules
     )
 
 
@@ -67,7 +68,7 @@ PACKED_MULTI_HEAD_ATTENTION = (
     ),
     *within(LINEAR, "out_proj", "out"),
 )
-"""`torch.nn.MultiheadAttention` with query, key and value of one width ↔ `jattn.nn.MultiHeadAttention`."""
+"""`torch.nn.MultiheadAttention` with inputs of one width ↔ `jattn.nn.MultiHeadAttention`."""
 
 RESIDUAL_ATTENTION = (
     *within(MULTI_HEAD_ATTENTION, "attention", "attention"),
@@ -92,7 +93,7 @@ RECURRENT_CELL = (
     Rule("bias_ih", "input_bias"),
     Rule("bias_hh", "hidden_bias"),
 )
-"""`torch.nn.RNNCell`, `LSTMCell`, `GRUCell` ↔ `jattn.nn`'s: the same gate order, both biases kept."""
+"""`torch.nn.RNNCell`, `LSTMCell`, `GRUCell` ↔ `jattn.nn`'s: same gate order, both biases kept."""
 
 RECURRENT = tuple(
     Rule(f"{name}_l{{layer}}{end}", f"{cells}.{{layer}}.{parameter}", layout)
@@ -141,4 +142,4 @@ CLASSIFIER = (
     *within(LEARNED_QUERY_POOLING, "attention", "pooling"),
     *within(LINEAR, "fc", "out"),
 )
-"""Embedding, recurrent network, either attention pooling or none, Linear ↔ `jattn.models.Classifier`."""
+"""Embedding, recurrent network, attention pooling or none, Linear ↔ `jattn.models.Classifier`."""

@@ -1,4 +1,4 @@
-"""What kernels do to arrays, with heads before lengths: query `[..., N, T, H]`, key `[..., K, S, H']`."""
+"""What kernels do to arrays, heads before lengths: query `[..., N, T, H]`, key `[..., K, S, H']`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jattn.functional import checks
+from jattn.functional import checks, dtypes
+from jattn.functional.products import product
 
 Array = jax.Array
 
@@ -22,8 +23,15 @@ def heads_last(x: Array) -> Array:
     return rearrange(x, "... N T H -> ... T N H")
 
 
-def head_scores(score: Callable[[Array, Array], Array], query: Array, key: Array) -> Array:
-    """Evaluate a score for every head: `[..., N, T, H], [..., K, S, H'] -> [..., N, T, S]`; keys are not repeated."""
+def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) -> Array:
+    """Evaluate a score for every head, without repeating keys: `[..., N, T, S]`, float32 at least.
+
+    Args:
+      score: sees `[..., N, T, H]` and `[..., K, S, H']` where N = K, and else
+        `[..., K, G, T, H]` and `[..., K, 1, S, H']`.
+      query: `[..., N, T, H]`.
+      key: `[..., K, S, H']`.
+    """
     *lead, N, T, _ = query.shape
     K, S = key.shape[-3:-1]
     if N == K:
@@ -31,22 +39,30 @@ def head_scores(score: Callable[[Array, Array], Array], query: Array, key: Array
     else:
         grouped = rearrange(query, "... (K G) T H -> ... K G T H", K=K)
         scores, expected = score(grouped, key[..., None, :, :]), (*lead, K, N // K, T, S)
+    if not hasattr(scores, "shape"):
+        came = type(scores).__name__
+        raise TypeError(f"score must return an array [..., T, S] = {expected}, got a {came}")
     if scores.shape != expected:
-        raise ValueError(f"score must return [..., T, S] for each head, {expected}, got {scores.shape}")
+        each = f"score must return [..., T, S] for each head, {expected}"
+        raise ValueError(f"{each}, got {scores.shape}")
     checks.floating(**{"the result of score": scores})
-    return scores.reshape(*lead, N, T, S).astype(checks.accumulator(jnp.result_type(query, key)))
+    return scores.reshape(*lead, N, T, S).astype(dtypes.accumulator(scores.dtype))
 
 
 def pool(weights: Array, value: Array) -> Array:
-    """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`, in the dtype of the weights."""
-    grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=value.shape[-3])
-    pooled = jnp.einsum("...kts,...ksv->...ktv", grouped, value.astype(weights.dtype))
-    return rearrange(pooled, "... K (G T) V -> ... (K G) T V", G=weights.shape[-3] // value.shape[-3])
+    """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`.
+
+    Weights are rounded to the dtype of half-precision values; sums are kept in float32.
+    """
+    K, N = value.shape[-3], weights.shape[-3]
+    grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=K)
+    pooled = product(grouped.astype(value.dtype), value, (-1, -2))
+    return rearrange(pooled, "... K (G T) V -> ... (K G) T V", G=N // K)
 
 
 def hide(rows: Array, seen: Array | None) -> Array:
-    """Replace hidden rows by zeros, so that whatever they hold reaches nothing."""
-    return rows if seen is None else jnp.where(seen, rows, 0)
+    """Replace hidden entries by zeros, so that nothing depends on what they hold."""
+    return rows if seen is None else jnp.where(seen, rows, jnp.zeros((), rows.dtype))
 
 
 def keys_seen(allowed: Array | None, num_kv_heads: int) -> Array | None:
@@ -62,36 +78,3 @@ def keys_seen(allowed: Array | None, num_kv_heads: int) -> Array | None:
 def queries_seen(allowed: Array | None) -> Array | None:
     """Which queries may attend to some key: broadcastable to `[..., N, T, 1]`."""
     return None if allowed is None else allowed.any(-1, keepdims=True)
-
-
-def outer(cotangent: Array, value: Array) -> Array:
-    """Cotangent of the weights: `[..., N, T, V], [..., K, S, V] -> [..., N, T, S]`."""
-    grouped = rearrange(cotangent, "... (K G) T V -> ... K (G T) V", K=value.shape[-3])
-    outer = jnp.einsum("...ktv,...ksv->...kts", grouped, value)
-    return rearrange(outer, "... K (G T) S -> ... (K G) T S", G=cotangent.shape[-3] // value.shape[-3])
-
-
-def pool_turned(weights: Array, cotangent: Array) -> Array:
-    """Cotangent of the value, columns first: `[..., N, T, S], [..., K, V, G · T] -> [..., K, V, S]`."""
-    grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=cotangent.shape[-3])
-    return jnp.einsum("...kvt,...kts->...kvs", cotangent, grouped)
-
-
-def read(array: Array, start: Any, size: int, axis: int = -3) -> Array:
-    """The part of an axis from `start` on."""
-    return array if size == array.shape[axis] else jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-
-
-def write(array: Array, part: Array, start: Any, axis: int = -3) -> Array:
-    """The array with a part of an axis replaced."""
-    return part if part.shape == array.shape else jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
-
-
-def add(array: Array, part: Array, start: Any, axis: int = -3) -> Array:
-    """The array with something added to a part of an axis."""
-    return write(array, read(array, start, part.shape[axis], axis) + part, start, axis)
-
-
-def turned(array: Array) -> Array:
-    """Columns first."""
-    return rearrange(array, "... length width -> ... width length")

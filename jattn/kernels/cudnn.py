@@ -1,82 +1,74 @@
-"""NVIDIA's fused attention through `jax.nn.dot_product_attention`, for the requests that it honours exactly.
+"""NVIDIA's fused attention, through `jax.nn.dot_product_attention`.
 
-Those are scaled dot products of half-precision operands without modifiers, dropout or weights, under no mask or under
-`causal()` with T = S: there every query sees a key and every key is seen, so that no rule about empty or hidden rows is
-in question. For everything else it raises `NotImplementedError`. It is taken where it is asked for by name alone: JAX's
-rule for it fails under a `vmap` that maps some operands and not others, and on no platform but its own does it lower.
+It takes what it honours exactly: scaled dot products of half-precision operands without modifiers,
+dropout, log-sum-exp or weights, under no mask, or under `causal()` with T = S. There every query
+sees a key and every key is seen, so that no rule about empty or hidden rows is in question.
+
+What it lacks: everything else; forward mode and second derivatives; a `vmap` that maps some operands
+and not others; any platform but CUDA. So it comes by name alone, or first of several names,
+`implementation=("cudnn", "blockwise")`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jattn.functional import masks, scores
-from jattn.functional.masks import Mask
-from jattn.functional.modifiers import Modifier
-
-Array = jax.Array
+from jattn.functional import dtypes, masks, scores
+from jattn.request import Request, Result
 
 
-def attend(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    score: Callable[[Array, Array], Array],
-    mask: Mask | None,
-    modifiers: Sequence[Modifier],
-    positions: tuple[Array, Array] | None,
-    dropout_rate: float,
-    dropout_key: Array | None,
-    return_lse: bool,
-    return_weights: bool,
-) -> tuple[Array, None, None]:
-    """As `dense.attend`, by cuDNN.
-
-    Raises:
-      NotImplementedError: names what cuDNN does not do, or does in another way.
-    """
-    scale, causal = _scale(score, query.shape[-1]), _is_causal(mask, query, key)
+def refuses(request: Request) -> str | None:
+    """Why this kernel cannot do what is asked; None if it can."""
+    query, key, value, mask = request.query, request.key, request.value, request.mask
+    width, scale = query.shape[-1], _scale(request.score, query.shape[-1])
     reasons = {
-        f"platform {jax.default_backend()}": jax.default_backend() != "gpu",
-        f"dtype {query.dtype}": query.dtype not in (jnp.float16, jnp.bfloat16),
-        "a score other than scaled_dot_product with a constant scale": scale is None,
-        f"mask {mask!r}": mask is not None and not causal,
-        "modifier": bool(modifiers),
-        "positions": positions is not None and mask is not None,
-        "dropout": dropout_rate > 0,
-        "return_lse": return_lse,
-        "return_weights": return_weights,
-        "values of another width than keys": key.shape[-1] != value.shape[-1],
-        "no rows": 0 in (query.size, key.size),
+        f"it runs on NVIDIA GPUs, not on {jax.default_backend()}": jax.default_backend() != "gpu",
+        f"it multiplies half precision, not {query.dtype}": not dtypes.is_half(query.dtype),
+        "it has no score but scaled_dot_product with a constant scale": scale is None,
+        f"it has no mask but causal() with T = S, not {mask!r}": mask is not None
+        and not _is_causal(mask, query.shape[-3] == key.shape[-3]),
+        "it has no modifier": bool(request.modifiers),
+        "its mask sees no positions": request.positions is not None and mask is not None,
+        "it has no dropout": request.dropout_rate > 0,
+        "it has no log-sum-exp: return_lse": request.return_lse,
+        "it never has all weights at once: return_weights": request.return_weights,
+        "its values have the width of its keys": not width == key.shape[-1] == value.shape[-1],
+        "it needs a query and a key": 0 in (query.size, key.size),
     }
-    lacking = [reason for reason, given in reasons.items() if given]
-    if lacking:
-        raise NotImplementedError(f"cudnn: {', '.join(lacking)}")
-    batch = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    try:
-        output = jax.nn.dot_product_attention(*batch, scale=scale, is_causal=causal, implementation="cudnn")
-    except RuntimeError as error:  # no cuDNN
-        raise NotImplementedError(f"cudnn: {error}") from error
-    return checkpoint_name(output.reshape(query.shape), "attend_output"), None, None
+    found = [reason for reason, given in reasons.items() if given]
+    return "; ".join(found) or None
+
+
+def run(request: Request) -> Result:
+    """Attention by this kernel."""
+    query = request.query
+    batch = (x.reshape(-1, *x.shape[-3:]) for x in (query, request.key, request.value))
+    output = jax.nn.dot_product_attention(
+        *batch,
+        scale=_scale(request.score, query.shape[-1]),
+        is_causal=request.mask is not None,
+        implementation="cudnn",
+    )
+    return Result(checkpoint_name(output.reshape(query.shape), "attend_output"), None, None)
 
 
 def _scale(score: Any, width: int) -> float | None:
-    """The factor of a scaled dot product; None where the score is another, or its scale an array."""
+    """The factor of a scaled dot product; None where the score is another, or its scale traced."""
     options: dict[str, Any] = {}
     if isinstance(score, functools.partial) and not score.args:
         score, options = score.func, score.keywords
     scale = options.get("scale")
     if score is not scores.scaled_dot_product or not set(options) <= {"scale"}:
         return None
-    return width**-0.5 if scale is None else float(scale) if isinstance(scale, (int, float)) else None
+    if scale is None:
+        return width**-0.5
+    return float(scale) if isinstance(scale, (int, float)) else None
 
 
-def _is_causal(mask: Mask | None, query: Array, key: Array) -> bool:
+def _is_causal(mask: masks.Mask, square: bool) -> bool:
     offset = getattr(mask, "offset", None)
-    square = query.shape[-3] == key.shape[-3]
-    return square and isinstance(mask, type(masks.causal())) and isinstance(offset, int) and offset == 0
+    return (
+        square and isinstance(mask, type(masks.causal())) and isinstance(offset, int) and not offset
+    )

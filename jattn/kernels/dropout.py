@@ -7,53 +7,66 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from jattn.functional.blocks import Block
+from jattn.functional.block import Block
 
 Array = jax.Array
 
 
-def drop(weights: Array, block: Block, rate: float, key: Any) -> Array:
+def drop(weights: Array, block: Block, rate: float, words: Array) -> Array:
     """Zero each weight with probability `rate` and scale the others by 1 / (1 − rate).
 
-    Whether a weight is dropped depends on the key and on its example, head, query slot and key slot alone.
+    Whether a weight is dropped depends on the key and on its example, head, query slot and key
+    slot alone.
 
     Args:
       weights: `[..., N, rows, columns]` of the block.
       block: where the weights stand.
       rate: from 0 to 1; at 1 everything is dropped.
-      key: a JAX random key.
+      words: the data of a JAX random key, `jax.random.key_data`: `[words]`, uint32.
 
     Returns:
       The shape and dtype of `weights`.
 
     Example:
       >>> block = Block((), 1, (0, 2), (0, 3))
-      >>> drop(jnp.ones((1, 2, 3)), block, 0.5, jax.random.key(0)).shape
+      >>> drop(jnp.ones((1, 2, 3)), block, 0.5, jax.random.key_data(jax.random.key(0))).shape
       (1, 2, 3)
     """
     if rate == 1:
         return jnp.zeros_like(weights)
-    keep = random_bits(key, block) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    keep = random_bits(words, block) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(keep, weights / (1 - rate), 0)
 
 
-def random_bits(key: Array, block: Block) -> Array:
-    """Independent 32-bit words for the entries of a block, `[..., N, rows, columns]`, as a function of their slots.
+def random_bits(words: Array, block: Block) -> Array:
+    """Independent 32-bit words for the entries of a block, as a function of their slots.
 
-    JAX's generator makes two words per example and head; a mixing hash, whose every output bit depends on every input
-    bit, extends them over rows and columns. Only the hash runs once per weight.
+    JAX's threefry generator makes two words per example and head, whatever generator the key is
+    for: others give other numbers under `vmap`. A mixing hash, whose every output bit depends on
+    every input bit, extends them over rows and columns. Only the hash runs once per weight.
+
+    Returns:
+      `[..., N, rows, columns]`, uint32.
 
     Example:
-      >>> whole = random_bits(jax.random.key(0), Block((), 1, (0, 5), (0, 7)))
-      >>> part = random_bits(jax.random.key(0), Block((), 1, (2, 3), (4, 3)))
+      >>> words = jax.random.key_data(jax.random.key(0))
+      >>> whole = random_bits(words, Block((), 1, (0, 5), (0, 7)))
+      >>> part = random_bits(words, Block((), 1, (2, 3), (4, 3)))
       >>> bool((whole[:, 2:, 4:] == part).all())
       True
     """
+    key = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    for word in words[2:]:
+        key = jax.random.fold_in(key, word)
     stream = block.b * block.num_heads + block.h  # [..., N, 1, 1]
-    words = jax.vmap(lambda index: jax.random.bits(jax.random.fold_in(key, index), (2,), jnp.uint32))(stream.ravel())
-    row_word, column_word = (word.reshape(stream.shape) for word in rearrange(words, "streams two -> two streams"))
+    numbers = jax.vmap(
+        lambda index: jax.random.bits(jax.random.fold_in(key, index), (2,), "uint32")
+    )
+    drawn = rearrange(numbers(stream.ravel()), "streams two -> two streams")
+    row_word, column_word = (word.reshape(stream.shape) for word in drawn)
     rows = _mix(row_word + block.q_slot.astype(jnp.uint32) * np.uint32(0x9E3779B9))
-    return _mix(_mix(rows ^ column_word) + block.k_slot.astype(jnp.uint32) * np.uint32(0x85EBCA6B))
+    columns = block.k_slot.astype(jnp.uint32) * np.uint32(0x85EBCA6B)
+    return _mix(_mix(rows ^ column_word) + columns)
 
 
 def _mix(word: Any) -> Array:

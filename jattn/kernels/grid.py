@@ -1,71 +1,115 @@
-"""Choose the grid of a blockwise kernel: how large its blocks are, and how many examples one holds."""
+"""The grid of blocks into which a kernel cuts the scores `[..., N, T, S]`."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jattn.functional import checks
-from jattn.kernels.arrays import head_scores
-from jattn.kernels.tiles import Tiles, block_size, largest_intermediate, nearest_divisor
+from jattn.functional.block import EMPTY, FULL, PARTIAL, Block
+from jattn.functional.masks import Mask
 
 Array = jax.Array
-
-# On CPU a block's scores should fit into the cache, but XLA gives a matrix product both cores only from 512 rows on:
-# so many rows, and as many columns and examples as make about so many scores (measured on two cores)
-ROWS, SCORES = 512, 2**20
-COLUMNS = 128, 1024  # at least and at most
-BLOCK_BYTES = 2**24  # additive scores have an intermediate of rows × columns × width: their blocks are smaller
-LEAST = 32, 128  # rows and columns, where a block holds part of the batch and where it holds all of it
+Positions = tuple[Array, Array] | None
 
 
-def choose_tiles(
-    score: Callable[[Array, Array], Array], query: Array, key: Array, positions: tuple[Array, Array] | None
-) -> Tiles:
-    """Choose the grid: blocks as large as the cache and their largest intermediate allow."""
-    (*lead, T, N, _), S = query.shape, key.shape[-3]
-    rows = block_size(T, ROWS)
-    columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
-    tiles = Tiles(tuple(lead), N, T, S, rows, columns, positions, 1 if lead and one_cpu_device() else None)
-    least = LEAST[tiles.examples is None]
-    while (bytes := _bytes_of_block(score, tiles, query, key)) > BLOCK_BYTES and max(tiles.rows, tiles.columns) > least:
-        if tiles.rows >= tiles.columns:
-            tiles = dataclasses.replace(tiles, rows=block_size(T, tiles.rows // 2))
-        else:
-            tiles = dataclasses.replace(tiles, columns=block_size(S, tiles.columns // 2))
-    if tiles.examples is None:
-        return tiles
-    room = min(SCORES // (N * tiles.rows * tiles.columns), BLOCK_BYTES // bytes)
-    tiles = dataclasses.replace(tiles, examples=nearest_divisor(math.prod(lead), max(room, 1)))
-    return tiles if _takes_parts(score, tiles, query, key) else dataclasses.replace(tiles, examples=None)
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Block (i, j) holds `rows` queries from `i · rows` and `columns` keys from `j · columns` on.
 
+    The last block of an axis ends where the axis ends, so that nothing is padded: it starts early,
+    and entries that the block before it holds too are not fresh. With `examples` a block belongs
+    to part b of the batch, so many examples.
 
-def _bytes_of_block(score, tiles, query, key):
-    """Of the largest array that is made on the way to a block's scores; unknown to a score that needs all examples."""
-    whole = dataclasses.replace(tiles, examples=None)
-    shapes = block_shapes(tiles if _takes_parts(score, tiles, query, key) else whole, query, key)
-    return largest_intermediate(functools.partial(head_scores, score), *shapes)
+    Where queries are sharded over devices, each has a grid of its own, T of its own, and `first`,
+    the slot of its first query, in every function here.
 
+    Attributes:
+      lead, num_heads, T, S: the shape of the scores.
+      rows, columns: the shape of a block.
+      examples: how many examples a block holds, a divisor of the batch; None: the whole batch,
+        with all its axes.
+    """
 
-def _takes_parts(score, tiles, query, key):
-    """Whether the score can do with a part of the batch; it cannot if it captures an array that has batch axes."""
-    try:
-        jax.eval_shape(functools.partial(head_scores, score), *block_shapes(tiles, query, key))
-    except Exception:  # whatever a user's score does about an axis that it misses; a real mistake comes again
-        return False
-    return True
+    lead: tuple[int, ...]
+    num_heads: int
+    T: int
+    S: int
+    rows: int
+    columns: int
+    examples: int | None
 
+    @property
+    def num_rows(self) -> int:
+        """Blocks along the queries."""
+        return 1 if self.rows == self.T else math.ceil(self.T / self.rows)
 
-def block_shapes(tiles: Tiles, query: Array, key: Array) -> list[Any]:
-    """What a score sees of a query and a key in one block, heads first."""
-    dtype = checks.accumulator(query.dtype)
-    lengths = zip((query, key), (tiles.rows, tiles.columns), strict=True)
-    return [jax.ShapeDtypeStruct((*tiles.batch, x.shape[-2], length, x.shape[-1]), dtype) for x, length in lengths]
+    @property
+    def num_columns(self) -> int:
+        """Blocks along the keys."""
+        return 1 if self.columns == self.S else math.ceil(self.S / self.columns)
 
+    @property
+    def num_parts(self) -> int:
+        """Parts of the batch."""
+        return 1 if self.examples is None else math.prod(self.lead) // self.examples
 
-def one_cpu_device() -> bool:
-    """Where parts of a batch run one after another, each pays for its own length; elsewhere all share a block."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch axes of a block: one for several examples, none for one; or all of them."""
+        return self.lead if self.examples is None else (self.examples,) * (self.examples > 1)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the last block of queries or of keys overlaps the one before."""
+        return self.num_rows * self.rows > self.T or self.num_columns * self.columns > self.S
+
+    def row_start(self, i: Any) -> Any:
+        """First query slot of row i of blocks."""
+        return jnp.minimum(i * self.rows, self.T - self.rows)
+
+    def column_start(self, j: Any) -> Any:
+        """First key slot of column j of blocks."""
+        return jnp.minimum(j * self.columns, self.S - self.columns)
+
+    def block(self, positions: Positions, b: Any, i: Any, j: Any, first: Any) -> Block:
+        """Block (i, j), of part b of the batch."""
+        rows = first + self.row_start(i), self.rows
+        columns = self.column_start(j), self.columns
+        part = None if self.examples is None else (b * self.examples, self.examples)
+        return Block(self.lead, self.num_heads, rows, columns, positions, part)
+
+    def own_axes(self, array: Array) -> Array:
+        """What a rule returned for a block, with the batch axes that the block has here."""
+        if self.examples is None:
+            return array
+        return array.reshape(*(-1,) * len(self.batch), *array.shape[-3:])
+
+    def allowed(
+        self, mask: Mask | None, positions: Positions, b: Any, i: Any, j: Any, first: Any
+    ) -> Array:
+        """Which entries of block (i, j) count: allowed by the mask, and fresh."""
+        block = self.block(positions, b, i, j, first)
+        fresh = (block.q_slot >= first + i * self.rows) & (block.k_slot >= j * self.columns)
+        return self.own_axes(fresh if mask is None else fresh & mask.rule(block))
+
+    def classes(self, mask: Mask | None, positions: Positions, b: Any, i: Any, first: Any) -> Array:
+        """EMPTY, PARTIAL or FULL for the blocks of row i, over heads and examples: `[columns]`."""
+
+        def one(j):
+            moved = (self.row_start(i) != i * self.rows) | (
+                self.column_start(j) != j * self.columns
+            )
+            whole = jnp.where(moved, PARTIAL, FULL)
+            if mask is None:
+                return whole
+            classes = mask.classify(self.block(positions, b, i, j, first))
+            uniform = jnp.where((classes == FULL).all(), whole, PARTIAL)
+            return jnp.where((classes == EMPTY).all(), EMPTY, uniform)
+
+        return jax.vmap(one)(jnp.arange(self.num_columns, dtype=jnp.int32)).astype(jnp.int8)
+
+    def parts(self, array: Array) -> Array:
+        """`[..., a, b, c]` as `[parts, *batch, a, b, c]`."""
+        return array.reshape(self.num_parts, *self.batch, *array.shape[len(self.lead) :])

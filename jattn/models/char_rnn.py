@@ -1,4 +1,4 @@
-"""Character networks that learn to spell "ohlol" where they read "hello", in three ways of writing one network.
+"""Character networks that learn to write "ohlol" where they read "hello": one network, three ways.
 
 Paper: Elman 1990, https://doi.org/10.1207/s15516709cog1402_1
 """
@@ -26,7 +26,8 @@ class Config:
     Attributes:
       vocabulary: C, number of characters.
       embedding_features: D, width of the embedding, where there is one.
-      hidden_features: F, width of the states behind an embedding; on one-hot input they have width C.
+      hidden_features: F, width of the states behind an embedding; on one-hot input they have width
+        C.
       num_layers: L, layers behind an embedding; on one-hot input there is one.
 
     Raises:
@@ -51,7 +52,8 @@ class CharCell(nnx.Module):
 
         logits_t = h_t = tanh(W onehot(x_t) + b + U h_{t−1} + d)
 
-    Logits between −1 and 1 give no character more than e² / (e² + C − 1): the loss has a floor, the best guess has not.
+    Logits between −1 and 1 give no character more than e² / (e² + C − 1): the loss has a floor, the
+    best guess has not.
 
     Args:
       config: sizes.
@@ -149,4 +151,8 @@ def _sizes(tokens: Array) -> tuple[int, int]:
 def _one_hot(tokens: Array, kernel: Any) -> Array:
     """`[B, T, C]`, where C and the dtype are those of a kernel `[C, …]`."""
     C = kernel.shape[0]
-    return jnp.eye(C, dtype=kernel.dtype).at[known("tokens", tokens, C)].get(mode="fill", fill_value=jnp.nan)
+    return (
+        jnp.eye(C, dtype=kernel.dtype)
+        .at[known("tokens", tokens, C)]
+        .get(mode="fill", fill_value=jnp.nan)
+    )

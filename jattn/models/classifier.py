@@ -1,4 +1,4 @@
-"""Classify a sequence by what a recurrent network reads: by where it ends, or by attention to all of its steps.
+"""Classify a sequence by where a recurrent network ends, or by attention to all of its steps.
 
 Papers: Dai and Le 2015, https://arxiv.org/abs/1511.01432; with attention,
 Zhou et al. 2016, https://aclanthology.org/P16-2034
@@ -23,10 +23,11 @@ Array = jax.Array
 
 
 class LastStep(nnx.Module):
-    """The last real step of a sequence, and nothing of the others: `outputs[:, -1]` of widely copied PyTorch code.
+    """The last real step of a sequence: `outputs[:, -1]` of widely copied PyTorch code.
 
-    Of a network of both directions it has read one token backwards: the last. Where a `Config` has no pooling, a
-    `Classifier` takes the end of both directions instead. In one direction the two are the same.
+    Of a network of both directions it has read one token backwards: the last. Where a `Config` has
+    no pooling, a `Classifier` takes the end of both directions instead. In one direction the two
+    are the same.
 
     Args:
       features: D.
@@ -42,16 +43,20 @@ class LastStep(nnx.Module):
         checks.positive(features=features)
         self.features = features
 
-    def __call__(self, x: Array, *, lengths: Array | None = None, return_weights: bool = False) -> Any:
+    def __call__(
+        self, x: Array, *, lengths: Array | None = None, return_weights: bool = False
+    ) -> Any:
         """Take the last step of x `[..., S, D]`.
 
         Args:
           x: `[..., S, D]`, floating point.
-          lengths: integers `[...]` from 1 to S; None: the last step is the one at S, padding or not.
+          lengths: integers `[...]` from 1 to S; None: the last step is the one at S, padding or
+            not.
           return_weights: also return the weights: 1 for that step, 0 for the others.
 
         Returns:
-          `[..., D]`, or a tuple of it and the weights `[..., S]`. Zeros for traced lengths outside 1 … S.
+          `[..., D]`, or a tuple of it and the weights `[..., S]`. Zeros for traced lengths outside
+          1 … S.
 
         Raises:
           ValueError: a shape does not fit, or a length lies outside 1 … S.
@@ -79,12 +84,13 @@ class Config:
       hidden_features: F, width of every recurrent layer in each direction.
       num_layers: L, recurrent layers.
       bidirectional: whether each layer also runs from the end.
-      dropout_rate: of the embedded tokens, of the outputs of every recurrent layer but the top one, and of the vector
-        that is classified.
+      dropout_rate: of the embedded tokens, of the outputs of every recurrent layer but the top one,
+        and of the vector that is classified.
       network: the recurrent network: `jattn.nn.RNN`, `jattn.nn.LSTM` or `jattn.nn.GRU`.
-      pooling: makes of the top layer's steps one vector: `jattn.nn.FeaturePooling`, `jattn.nn.LearnedQueryPooling`,
-        `LastStep`, or any `(features, *, param_dtype, rngs)` → module that is called as they are. None: the state in
-        which each direction ends, after its last real step; of both directions the two side by side.
+      pooling: makes of the top layer's steps one vector: `jattn.nn.FeaturePooling`,
+        `jattn.nn.LearnedQueryPooling`, `LastStep`, or any `(features, *, param_dtype, rngs)` →
+        module that is called as they are. None: the state in which each direction ends, after its
+        last real step; of both directions the two side by side.
       padding_idx: an id whose embedding begins as zeros and learns nothing; None: there is none.
 
     Raises:
@@ -112,7 +118,13 @@ class Config:
         checks.probability(dropout_rate=self.dropout_rate)
         if self.padding_idx is not None:
             checks.integers(padding_idx=self.padding_idx)
-            checks.in_range("padding_idx", self.padding_idx, 0, self.vocabulary - 1, "the last id of the vocabulary")
+            checks.in_range(
+                "padding_idx",
+                self.padding_idx,
+                0,
+                self.vocabulary - 1,
+                "the last id of the vocabulary",
+            )
 
     @classmethod
     def plain(cls, vocabulary: int, classes: int) -> "Config":
@@ -122,7 +134,14 @@ class Config:
     @classmethod
     def attention(cls, vocabulary: int, classes: int) -> "Config":
         """Two layers of long short-term memory in both directions, pooled by a learned query."""
-        return cls(vocabulary, classes, num_layers=2, bidirectional=True, dropout_rate=0.2, pooling=LearnedQueryPooling)
+        return cls(
+            vocabulary,
+            classes,
+            num_layers=2,
+            bidirectional=True,
+            dropout_rate=0.2,
+            pooling=LearnedQueryPooling,
+        )
 
 
 class Classifier(nnx.Module):
@@ -155,11 +174,14 @@ class Classifier(nnx.Module):
         self.embedding = Embedding(config.vocabulary, D, padding_idx=config.padding_idx, **options)
         self.network = config.network(
             D, F,
-            num_layers=config.num_layers, bidirectional=config.bidirectional, dropout_rate=config.dropout_rate,
+            num_layers=config.num_layers, bidirectional=config.bidirectional,
+            dropout_rate=config.dropout_rate,
             **options,
         )  # fmt: skip
         width = (1 + config.bidirectional) * F
-        self.pooling = nnx.data(None) if config.pooling is None else config.pooling(width, **options)
+        self.pooling = (
+            nnx.data(None) if config.pooling is None else config.pooling(width, **options)
+        )
         self.out = nnx.Linear(width, config.classes, **options)
         self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
 
@@ -175,29 +197,33 @@ class Classifier(nnx.Module):
 
         Args:
           tokens: ids `[..., T]`, T ≥ 1.
-          lengths: integers `[...]` from 1 to T: only so many tokens of each sequence are real, and the rest reach
-            nothing. None: all are, padding included.
+          lengths: integers `[...]` from 1 to T: only so many tokens of each sequence are real, and
+            the rest reach nothing. None: all are, padding included.
           return_weights: also return the weights of the pooling.
           deterministic: True switches dropout off; None follows `train()` and `eval()`.
 
         Returns:
-          Logits `[..., C]`, or a tuple of them and the weights: `[..., T]`, or of a `FeaturePooling` `[..., T, F]`
-          (with both directions 2F).
+          Logits `[..., C]`, or a tuple of them and the weights: `[..., T]`, or of a
+          `FeaturePooling` `[..., T, F]` (with both directions 2F).
 
         Raises:
-          ValueError: a shape does not fit, an id is unknown, a length lies outside 1 … T (under jit: NaN), or the
-            weights are asked of a model that has no pooling.
+          ValueError: a shape does not fit, an id is unknown, a length lies outside 1 … T (under
+            jit: NaN), or the weights are asked of a model that has no pooling.
           TypeError: ids or lengths are not integers.
         """
         if return_weights and self.pooling is None:
-            raise ValueError("return_weights needs a config with a pooling; without one there are no weights")
+            raise ValueError(
+                "return_weights needs a config with a pooling; without one there are no weights"
+            )
         T = checks.shapes(tokens=(tokens, "... T"))["T"]
         embedded = self.dropout(self.embedding(tokens), deterministic=deterministic)
         outputs, state = self.network(embedded, lengths=lengths, deterministic=deterministic)
         context, weights = self._final(state), None
         if self.pooling is not None:
             context, weights = self.pooling(outputs, lengths=lengths, return_weights=True)
-        checks.shapes(tokens=(tokens, "... T"), out=(self.out.kernel, "F C"), context=(context, "... F"))
+        checks.shapes(
+            tokens=(tokens, "... T"), out=(self.out.kernel, "F C"), context=(context, "... F")
+        )
         logits = self.out(self.dropout(context, deterministic=deterministic))
         if lengths is not None:
             lengths = jnp.asarray(lengths, jnp.int32)[..., None]
@@ -207,4 +233,6 @@ class Classifier(nnx.Module):
     def _final(self, state: Any) -> Array:
         """The top layer's last state h in each direction, side by side."""
         h = state[0] if isinstance(state, tuple) else state
-        return rearrange(h[..., -1 - self.config.bidirectional :, :], "... directions f -> ... (directions f)")
+        return rearrange(
+            h[..., -1 - self.config.bidirectional :, :], "... directions f -> ... (directions f)"
+        )

@@ -1,8 +1,9 @@
 """Decoding: find a likely sequence, one token at a time, for any model that can take one step.
 
-A step is a pure function `step(carry, tokens [B]) -> (carry, logits [B, C])`. The carry is a pytree of arrays
-`[B, ...]`: what the model remembers of the tokens so far. What does not change from step to step (an encoder's outputs)
-belongs in the step's closure, where it is neither copied nor reordered. Both searches run under jit.
+A step is a pure function `step(carry, tokens [B]) -> (carry, logits [B, C])`. The carry is a pytree
+of arrays `[B, ...]`: what the model remembers of the tokens so far. What does not change from step
+to step (an encoder's outputs) belongs in the step's closure, where it is neither copied nor
+reordered. Both searches run under jit.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jattn.functional import checks
+from jattn.functional import checks, dtypes
 
 Array = jax.Array
 Carry = Any
@@ -20,11 +21,14 @@ Step = Callable[[Carry, Array], tuple[Carry, Array]]
 
 
 class Decoded(NamedTuple):
-    """What a search found; L is `max_length`, and a beam adds an axis W of hypotheses, best first, after B.
+    """What a search found, where L is `max_length`.
+
+    A beam adds an axis W of hypotheses after B, best first.
 
     Attributes:
       tokens: int32 `[B, L]` or `[B, W, L]`, the end token included, padded beyond it.
-      scores: `[B]` or `[B, W]`: natural log-probabilities, divided by the length penalty if there is one.
+      scores: `[B]` or `[B, W]`: natural log-probabilities, divided by the length penalty if there
+        is one.
       lengths: int32 `[B]` or `[B, W]`: tokens up to and including the end token; L if none came.
     """
 
@@ -33,7 +37,9 @@ class Decoded(NamedTuple):
     lengths: Array
 
 
-def greedy(step: Step, carry: Carry, *, start: Array, end: int, max_length: int, pad: int | None = None) -> Decoded:
+def greedy(
+    step: Step, carry: Carry, *, start: Array, end: int, max_length: int, pad: int | None = None
+) -> Decoded:
     """Take the most probable token at every step.
 
         y_t = argmax_c log p(c | y_1 … y_{t−1})
@@ -69,7 +75,9 @@ def greedy(step: Step, carry: Carry, *, start: Array, end: int, max_length: int,
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         gain = jnp.take_along_axis(_log_probabilities(logits), best[:, None], axis=-1)[:, 0]
         tokens = tokens.at[:, time].set(jnp.where(ended, pad, best))
-        decoded = Decoded(tokens, scores + jnp.where(ended, 0, gain), jnp.where(ended, lengths, time + 1))
+        decoded = Decoded(
+            tokens, scores + jnp.where(ended, 0, gain), jnp.where(ended, lengths, time + 1)
+        )
         return time + 1, carry, best, decoded, ended | (best == end)
 
     def unfinished(loop):
@@ -96,16 +104,18 @@ def beam_search(
 
         score(y) = log p(y) / ((5 + |y|) / 6)^α
 
-    At each step the W · C extensions are ranked by log p. Those by `end` among the best W are complete, the best W
-    others live on; after L steps the best W of all are complete. The W complete ones with the best scores are returned.
-    Ties go to the one completed first, then to the better parent, then to the lower id. With α = 0 a beam of width 1 is
-    `greedy`, and one as wide as the vocabulary finds the best of all sequences of at most two tokens.
+    At each step the W · C extensions are ranked by log p. Those by `end` among the best W are
+    complete, the best W others live on; after L steps the best W of all are complete. The W
+    complete ones with the best scores are returned. Ties go to the one completed first, then to the
+    better parent, then to the lower id. With α = 0 a beam of width 1 is `greedy`, and one as wide
+    as the vocabulary finds the best of all sequences of at most two tokens.
 
-    The search stops early, and exactly, as soon as in no example a living hypothesis can displace a complete one: log p
-    never grows, so none can end above log p / ((5 + L) / 6)^α.
+    The search stops early, and exactly, as soon as in no example a living hypothesis can displace a
+    complete one: log p never grows, so none can end above log p / ((5 + L) / 6)^α.
 
     Args:
-      step: `(carry, tokens [B]) -> (carry, logits [B, C])`; it is mapped over hypotheses by `jax.vmap`.
+      step: `(carry, tokens [B]) -> (carry, logits [B, C])`; it is mapped over hypotheses by
+        `jax.vmap`.
       carry: pytree of arrays `[B, ...]`.
       start: integers `[B]`: the token that each sequence's first step reads.
       end: id of the token that ends a sequence.
@@ -118,13 +128,14 @@ def beam_search(
       A `Decoded` with tokens `[B, W, L]`, best first.
 
     Raises:
-      ValueError: a shape does not fit; `end` is not in the vocabulary; `max_length` < 1; `width` lies outside 1 … C; or
-        α < 0.
+      ValueError: a shape does not fit; `end` is not in the vocabulary; `max_length` < 1; `width`
+        lies outside 1 … C; or α < 0.
 
     Paper: Wu et al. 2016, https://arxiv.org/abs/1609.08144, section 7
 
     Example:
-      >>> coin = lambda carry, tokens: (carry, jnp.log(jnp.full((*tokens.shape, 2), jnp.array([0.4, 0.6]))))
+      >>> logits = jnp.log(jnp.array([0.4, 0.6]))
+      >>> coin = lambda carry, tokens: (carry, jnp.broadcast_to(logits, (*tokens.shape, 2)))
       >>> found = beam_search(coin, (), start=jnp.array([0]), end=0, max_length=3, width=2)
       >>> print(found.tokens[0], found.lengths[0])  # probabilities 0.4 and 0.24
       [[0 0 0]
@@ -150,14 +161,15 @@ def beam_search(
         time=jnp.int32(0),
         carry=jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], W, axis=1), carry),
         last=jnp.repeat(start[:, None], W, axis=1),
-        living=nothing._replace(scores=nothing.scores.at[:, 0].set(0)),  # one empty beginning, and no other
+        # One empty beginning, and no other
+        living=nothing._replace(scores=nothing.scores.at[:, 0].set(0)),
         complete=nothing,
     )
     return jax.lax.while_loop(unfinished, advance, beam).complete
 
 
 class _Beam(NamedTuple):
-    """Living beginnings, scored by log p, and complete sequences, scored by what the search returns; W of each."""
+    """Living beginnings, scored by log p, and complete sequences, scored as returned; W of each."""
 
     time: Array
     carry: Carry  # of the living, [B, W, ...]
@@ -166,21 +178,26 @@ class _Beam(NamedTuple):
     complete: Decoded
 
 
-def _advance(step: Step, beam: _Beam, end: int, normalised: Callable[[Array, Array], Array]) -> _Beam:
+def _advance(
+    step: Step, beam: _Beam, end: int, normalised: Callable[[Array, Array], Array]
+) -> _Beam:
     W, L = beam.living.tokens.shape[1:]
     length = beam.time + 1
     carry, logits = jax.vmap(step, in_axes=1, out_axes=1)(beam.carry, beam.last)
     C = logits.shape[-1]
 
     extended = beam.living.scores[..., None] + _log_probabilities(logits)
-    scores, choice = jax.lax.top_k(rearrange(extended, "b w c -> b (w c)"), 2 * W)  # at most W of these end
+    # At most W of these end
+    scores, choice = jax.lax.top_k(rearrange(extended, "b w c -> b (w c)"), 2 * W)
     parent, token = choice // C, choice % C
     tokens = _take(beam.living.tokens, parent).at[:, :, beam.time].set(token)
     candidates = Decoded(tokens, scores, jnp.full_like(token, length))
 
     stops = (token == end) | (length == L)
     stopped = candidates._replace(scores=jnp.where(stops, normalised(scores, length), -jnp.inf))
-    rivals = jax.tree.map(lambda old, new: jnp.concatenate([old, new[:, :W]], axis=1), beam.complete, stopped)
+    rivals = jax.tree.map(
+        lambda old, new: jnp.concatenate([old, new[:, :W]], axis=1), beam.complete, stopped
+    )
     complete = _take(rivals, jax.lax.top_k(rivals.scores, W)[1])
 
     living = candidates._replace(scores=jnp.where(token == end, -jnp.inf, scores))
@@ -197,21 +214,25 @@ def _take(tree: Any, choice: Array) -> Any:
 
 def _nothing(shape: tuple[int, ...], max_length: int, pad: int, dtype: Any) -> Decoded:
     tokens = jnp.full((*shape, max_length), pad, jnp.int32)
-    return Decoded(tokens, jnp.zeros(shape, checks.accumulator(dtype)), jnp.zeros(shape, jnp.int32))
+    return Decoded(tokens, jnp.zeros(shape, dtypes.accumulator(dtype)), jnp.zeros(shape, jnp.int32))
 
 
 def _log_probabilities(logits: Array) -> Array:
-    return jax.nn.log_softmax(logits.astype(checks.accumulator(logits.dtype)), axis=-1)
+    return jax.nn.log_softmax(logits.astype(dtypes.accumulator(logits.dtype)), axis=-1)
 
 
-def _check(step: Step, carry: Carry, start: Array, end: int, max_length: int) -> tuple[Array, jax.ShapeDtypeStruct]:
+def _check(
+    step: Step, carry: Carry, start: Array, end: int, max_length: int
+) -> tuple[Array, jax.ShapeDtypeStruct]:
     start = jnp.asarray(start)
     checks.shapes(start=(start, "B"))
     checks.integers(start=start)
     for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
         if jnp.shape(leaf)[:1] != start.shape:
             name = f"carry{jax.tree_util.keystr(path)}"
-            raise ValueError(f"{name} must be [B, ...] with B = {start.shape[0]}, got shape {jnp.shape(leaf)}")
+            raise ValueError(
+                f"{name} must be [B, ...] with B = {start.shape[0]}, got shape {jnp.shape(leaf)}"
+            )
     after, logits = jax.eval_shape(step, carry, start)
     described = jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), carry)
     if described != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after):
@@ -225,8 +246,12 @@ def _check(step: Step, carry: Carry, start: Array, end: int, max_length: int) ->
 
 def _check_beam(vocabulary: int, width: int, length_penalty: float) -> None:
     if vocabulary < 2:
-        raise ValueError(f"a beam needs at least two tokens to choose from, got logits for {vocabulary}")
+        raise ValueError(
+            f"a beam needs at least two tokens to choose from, got logits for {vocabulary}"
+        )
     if not 1 <= width <= vocabulary:
-        raise ValueError(f"width must lie in 1 … {vocabulary} (C, the size of the vocabulary), got {width}")
+        raise ValueError(
+            f"width must lie in 1 … {vocabulary} (C, the size of the vocabulary), got {width}"
+        )
     if length_penalty < 0:
         raise ValueError(f"length_penalty must not be negative, got {length_penalty}")

@@ -1,4 +1,4 @@
-"""What translators share: an encoder reads the source, a decoder writes the target, one token at a time."""
+"""What translators share: an encoder reads the source, a decoder writes one token at a time."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ _BEAM = ("width", "length_penalty")
 
 
 class Memory(NamedTuple):
-    """What a decoder reads of one batch of sources at every step; made by a decoder's `remember`."""
+    """What a decoder reads of a batch of sources at every step; its `remember` makes it."""
 
     key: Array  # the encoder's outputs as the attention compares them, [B, S, F]
     value: Array  # the encoder's outputs, [B, S, F]
@@ -24,11 +24,11 @@ class Memory(NamedTuple):
 
 
 class EncoderDecoder(nnx.Module):
-    """A translator of two parts; each model has a `config`, an `encoder` and a `decoder` of its own.
+    """A translator of two parts; each model has its own `config`, `encoder` and `decoder`.
 
-    The encoder turns `(source, lengths=…, deterministic=…)` into outputs and states. The decoder has
-    `remember(outputs, lengths)`, `step(tokens, state, memory)`, and in a call `(target_in, state, memory)` → logits and
-    weights.
+    The encoder turns `(source, lengths=…, deterministic=…)` into outputs and states. The decoder
+    has `remember(outputs, lengths)`, `step(tokens, state, memory)`, and in a call
+    `(target_in, state, memory)` → logits and weights.
     """
 
     config: Any
@@ -49,8 +49,8 @@ class EncoderDecoder(nnx.Module):
         Args:
           source: token ids `[B, S]`.
           target_in: token ids `[B, T]`: the start token, then the target without its last token.
-          lengths: of the sources, integers `[B]` from 1 to S. None: the encoder reads the padding, and the decoder
-            attends to it, as widely copied code does.
+          lengths: of the sources, integers `[B]` from 1 to S. None: the encoder reads the padding,
+            and the decoder attends to it, as widely copied code does.
           return_weights: also return the attention weights of every step.
           deterministic: True switches dropout off; None follows `train()` and `eval()`.
 
@@ -58,8 +58,8 @@ class EncoderDecoder(nnx.Module):
           Logits `[B, T, C]`, or a tuple of them and weights `[B, T, S]`.
 
         Raises:
-          ValueError: a shape does not fit; an id is unknown, or a length lies outside 1 … S (under jit: NaN); or the
-            weights are asked of a model without attention.
+          ValueError: a shape does not fit; an id is unknown, or a length lies outside 1 … S (under
+            jit: NaN); or the weights are asked of a model without attention.
           TypeError: ids or lengths are not integers.
         """
         checks.shapes(source=(source, "B S"), target_in=(target_in, "B T"))
@@ -70,9 +70,16 @@ class EncoderDecoder(nnx.Module):
         return (logits, weights) if return_weights else logits
 
     def greedy(
-        self, source: Array, *, lengths: Array | None = None, max_length: int, return_weights: bool = False
+        self,
+        source: Array,
+        *,
+        lengths: Array | None = None,
+        max_length: int,
+        return_weights: bool = False,
     ) -> Any:
-        """Translate by the most probable token at every step (`decoding.greedy`), compiled, without dropout.
+        """Translate by the most probable token at every step (`decoding.greedy`), without dropout.
+
+        The search is compiled.
 
         Args:
           source: token ids `[B, S]`.
@@ -81,7 +88,8 @@ class EncoderDecoder(nnx.Module):
           return_weights: also return the attention weights of every step.
 
         Returns:
-          A `Decoded` with tokens `[B, L]`, or a tuple of it and weights `[B, L, S]`, zero after the end.
+          A `Decoded` with tokens `[B, L]`, or a tuple of it and weights `[B, L, S]`, zero after the
+          end.
 
         Raises:
           ValueError, TypeError: as in a call.
@@ -106,15 +114,20 @@ class EncoderDecoder(nnx.Module):
           length_penalty: α ≥ 0; larger values favour longer translations.
 
         Returns:
-          A `Decoded` with tokens `[B, W, L]`, best first, or a tuple of it and weights `[B, W, L, S]`.
+          A `Decoded` with tokens `[B, W, L]`, best first, or a tuple of it and weights
+          `[B, W, L, S]`.
 
         Raises:
           ValueError, TypeError: as in a call, and as `decoding.beam_search`.
         """
         search = {"width": width, "length_penalty": length_penalty}
-        return self._decode(source, lengths, max_length=max_length, return_weights=return_weights, **search)
+        return self._decode(
+            source, lengths, max_length=max_length, return_weights=return_weights, **search
+        )
 
-    def _read(self, source: Array, lengths: Array | None, deterministic: bool | None) -> tuple[Memory, Any]:
+    def _read(
+        self, source: Array, lengths: Array | None, deterministic: bool | None
+    ) -> tuple[Memory, Any]:
         """What the decoder attends to, and its state before the first step: the encoder's."""
         outputs, state = self.encoder(source, lengths=lengths, deterministic=deterministic)
         return self.decoder.remember(outputs, lengths), state
@@ -127,12 +140,16 @@ class EncoderDecoder(nnx.Module):
             checks.integers(lengths=lengths)
             checks.in_range("lengths", lengths, 1, S, "S, the number of source positions")
 
-    def _decode(self, source: Array, lengths: Array | None, *, return_weights: bool, **options: Any) -> Any:
+    def _decode(
+        self, source: Array, lengths: Array | None, *, return_weights: bool, **options: Any
+    ) -> Any:
         self._check(source, lengths, return_weights)
         return _decode(*nnx.split(self), source, lengths, return_weights=return_weights, **options)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "return_weights", *_BEAM))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("max_length", "return_weights", *_BEAM)
+)
 def _decode(graphdef, parameters, source, lengths, *, return_weights, max_length, **beam) -> Any:
     model = nnx.merge(graphdef, parameters)
     decoder, config = model.decoder, model.config
@@ -145,7 +162,8 @@ def _decode(graphdef, parameters, source, lengths, *, return_weights, max_length
     if not return_weights:
         return found
 
-    def weights_of(tokens: Array) -> Array:  # reads them once more: simpler than a search that carries weights
+    # Reads the tokens once more: simpler than a search that carries weights
+    def weights_of(tokens: Array) -> Array:
         target_in = jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1)
         return decoder(target_in, state, memory, deterministic=True)[1]
 
@@ -168,16 +186,20 @@ def loss(logits: Array, targets: Array, *, lengths: Array | None = None) -> Arra
       A scalar in nats; NaN if no token is real.
 
     Raises:
-      ValueError: a shape does not fit, an id is not in the vocabulary (under jit: NaN), or a length lies outside 0 … T.
+      ValueError: a shape does not fit, an id is not in the vocabulary (under jit: NaN), or a length
+        lies outside 0 … T.
       TypeError: logits are not floating point, or targets or lengths are not integers.
 
     Example:
-      >>> loss(jnp.zeros((1, 3, 4)), jnp.array([[2, 1, 0]]), lengths=jnp.array([2])).round(3)  # log 4
+      >>> logits, targets = jnp.zeros((1, 3, 4)), jnp.array([[2, 1, 0]])
+      >>> loss(logits, targets, lengths=jnp.array([2])).round(3)  # log 4
       Array(1.386, dtype=float32)
     """
     sizes = checks.shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
     checks.floating(logits=logits)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, known("targets", targets, sizes["C"]))
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, known("targets", targets, sizes["C"])
+    )
     if lengths is None:
         return jnp.mean(losses)
     checks.shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
@@ -191,13 +213,16 @@ def check_config(config: Any, *sizes: str) -> None:
     """Check the sizes of a model's config, its dropout rate and its special ids.
 
     Raises:
-      ValueError: a size is not positive, the rate is none, or a special id is not in the target vocabulary.
+      ValueError: a size is not positive, the rate is none, or a special id is not in the target
+        vocabulary.
     """
     checks.positive(**{name: getattr(config, name) for name in sizes})
     checks.probability(dropout_rate=config.dropout_rate)
     for name in ("pad", "start", "end"):
         checks.integers(**{name: getattr(config, name)})
-        checks.in_range(name, getattr(config, name), 0, config.target_vocabulary - 1, "the last target id")
+        checks.in_range(
+            name, getattr(config, name), 0, config.target_vocabulary - 1, "the last target id"
+        )
 
 
 def embed(name: str, tokens: Array, embedding: nnx.Embed) -> Array:
@@ -206,7 +231,10 @@ def embed(name: str, tokens: Array, embedding: nnx.Embed) -> Array:
 
 
 def known(name: str, tokens: Array, vocabulary: int) -> Array:
-    """Check token ids; where they cannot be seen, a negative one becomes too large, which yields NaN and not a row."""
+    """Check token ids; where they cannot be seen, a negative one becomes too large.
+
+    So it yields NaN and not a row.
+    """
     checks.integers(**{name: tokens})
     checks.in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
     tokens = jnp.asarray(tokens).astype(jnp.int32)
@@ -214,7 +242,7 @@ def known(name: str, tokens: Array, vocabulary: int) -> Array:
 
 
 def per_step(module: nnx.Module, steps: int, *, random: bool) -> tuple[Any, Any]:
-    """The random streams of every step, to scan over, and a function from those of one step to the module.
+    """The random streams of all steps, to scan over, and a function from one step's to the module.
 
     A scan traces its body once: with one stream every step would drop the same weights.
     """
@@ -222,5 +250,6 @@ def per_step(module: nnx.Module, steps: int, *, random: bool) -> tuple[Any, Any]
         return None, lambda streams: module
     with nnx.split_rngs(module, splits=steps):
         graphdef, streams, rest = nnx.split(module, nnx.RngState, ...)  # type: ignore[misc]
-        streams = jax.tree.map(jnp.asarray, streams)  # a copy: leaving the block restores the streams in place
+        # A copy: leaving the block restores the streams in place
+        streams = jax.tree.map(jnp.asarray, streams)
     return streams, lambda streams: nnx.merge(graphdef, streams, rest)

@@ -1,4 +1,4 @@
-"""Translation with multiplicative attention and input feeding: Luong's model on long short-term memories.
+"""Luong's translator: multiplicative attention and input feeding on long short-term memories.
 
 Paper: Luong et al. 2015, https://arxiv.org/abs/1508.04025; without attention Sutskever et al. 2014,
 https://arxiv.org/abs/1409.3215
@@ -31,16 +31,18 @@ class Config:
       embedding_features: D, width of both embeddings.
       hidden_features: F, width of the decoder and of each direction of the encoder.
       dropout_rate: of the decoder's outputs.
-      attention: False: the plain LSTM encoder-decoder, in which the encoder's last states are all that the decoder
-        knows of the source.
-      feed: what a decoder step reads beside a token. `"output"`: the output of the step before (input feeding; nothing
-        without attention, where that output is the state already). `"prediction"`: the embedding of the token that the
-        step before held most probable.
+      attention: False: the plain LSTM encoder-decoder, in which the encoder's last states are all
+        that the decoder knows of the source.
+      feed: what a decoder step reads beside a token. `"output"`: the output of the step before
+        (input feeding; nothing without attention, where that output is the state already).
+        `"prediction"`: the embedding of the token that the step before held most probable.
       reverse_source: read each source from its end.
-      pad, start, end: target ids: what fills a sequence after its end, what the decoder reads first, what ends it.
+      pad, start, end: target ids: what fills a sequence after its end, what the decoder reads
+        first, what ends it.
 
     Raises:
-      ValueError: a size is not positive, a special id is not in the target vocabulary, or `feed` is neither.
+      ValueError: a size is not positive, a special id is not in the target vocabulary, or `feed` is
+        neither.
 
     Example:
       >>> Config.plain(100, 120).attention
@@ -60,7 +62,9 @@ class Config:
     end: int = 2
 
     def __post_init__(self):
-        check_config(self, "source_vocabulary", "target_vocabulary", "embedding_features", "hidden_features")
+        check_config(
+            self, "source_vocabulary", "target_vocabulary", "embedding_features", "hidden_features"
+        )
         if self.feed not in ("output", "prediction"):
             raise ValueError(f'feed must be "output" or "prediction", got {self.feed!r}')
 
@@ -111,11 +115,13 @@ class Encoder(nnx.Module):
           deterministic: changes nothing: an encoder of one layer drops nothing.
 
         Returns:
-          Outputs `[B, S, 2F]`, of both directions side by side, zero past the end of a sentence and in the source's
-          own order whichever way it was read; and the last h and c of both directions, `[B, 2, F]` each.
+          Outputs `[B, S, 2F]`, of both directions side by side, zero past the end of a sentence and
+          in the source's own order whichever way it was read; and the last h and c of both
+          directions, `[B, 2, F]` each.
 
         Raises:
-          ValueError: a shape does not fit, or an id is unknown. (Under jit, where values cannot be seen: NaN.)
+          ValueError: a shape does not fit, or an id is unknown. (Under jit, where values cannot be
+            seen: NaN.)
           TypeError: source or lengths are not integers.
         """
         embedded = embed("source", source, self.embedding)
@@ -124,7 +130,10 @@ class Encoder(nnx.Module):
         return self._turned(outputs, lengths), state
 
     def _turned(self, sequences: Array, lengths: Array | None) -> Array:
-        """If sources are reversed, each sequence within its own length; to do so twice changes nothing."""
+        """Reverse each sequence within its own length, if sources are reversed.
+
+        To do so twice changes nothing.
+        """
         if not self.reverse_source:
             return sequences
         if lengths is None:
@@ -143,8 +152,9 @@ class Decoder(nnx.Module):
         a_t = attention(query = h_t, key = value = encoder outputs), with scores hᵀ W k
         o_t = dropout(tanh(W_u [a_t; h_t])),   logits_t = W_v o_t
 
-    With `feed="prediction"` the cell reads `[embedding(argmax logits_{t−1}); embedding(y_{t−1})]`; the first prediction
-    is the start token. Without attention it reads `embedding(y_{t−1})`, and o_t = dropout(h_t).
+    With `feed="prediction"` the cell reads `[embedding(argmax logits_{t−1}); embedding(y_{t−1})]`;
+    the first prediction is the start token. Without attention it reads `embedding(y_{t−1})`, and
+    o_t = dropout(h_t).
 
     Args:
       config: sizes and form.
@@ -153,7 +163,8 @@ class Decoder(nnx.Module):
 
     Example:
       >>> decoder = Decoder(Config(11, 13, 3, 5), rngs=nnx.Rngs(0))
-      >>> memory, state = decoder.remember(jnp.ones((2, 7, 10))), decoder.begin(*jnp.ones((2, 2, 2, 5)))
+      >>> memory = decoder.remember(jnp.ones((2, 7, 10)))
+      >>> state = decoder.begin(*jnp.ones((2, 2, 2, 5)))
       >>> logits, weights = decoder(jnp.ones((2, 4), int), state, memory)
       >>> logits.shape, weights.shape
       ((2, 4, 13), (2, 4, 7))
@@ -176,7 +187,7 @@ class Decoder(nnx.Module):
         self.out = nnx.Linear(F, C, **bare)
 
     def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
-        """The encoder's outputs `[B, S, 2F]`, as key and value of all steps; lengths `[B]` hide the padding."""
+        """The encoder's outputs `[B, S, 2F]` as key and value; lengths `[B]` hide the padding."""
         return Memory(outputs, outputs, None if lengths is None else masks.padding(lengths))
 
     def begin(self, h: Array, c: Array) -> State:
@@ -197,7 +208,8 @@ class Decoder(nnx.Module):
           target_in: token ids `[B, T]`: the start token, then the target without its last token.
           state: before the first step, from `begin`.
           memory: from `remember`.
-          deterministic: True switches dropout off; None follows the decoder's `train()` and `eval()`.
+          deterministic: True switches dropout off; None follows the decoder's `train()` and
+            `eval()`.
 
         Returns:
           Logits `[B, T, C]`, and attention weights `[B, T, S]`, or None without attention.
@@ -205,26 +217,34 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
         """
-        checks.shapes(target_in=(target_in, "B T"), state=(state.h, "B F"), memory=(memory.value, "B S width"))
+        checks.shapes(
+            target_in=(target_in, "B T"), state=(state.h, "B F"), memory=(memory.value, "B S width")
+        )
         off = self.dropout.deterministic if deterministic is None else deterministic
         embedded = embed("target_in", target_in, self.embedding)
-        streams, decoder_of = per_step(self, embedded.shape[1], random=self.dropout.rate > 0 and not off)
+        streams, decoder_of = per_step(
+            self, embedded.shape[1], random=self.dropout.rate > 0 and not off
+        )
 
         def advance(state, step):
             streams, embedded = step
             state, weights = decoder_of(streams)._advance(state, embedded, memory, off)
             return state, (state.output, weights)
 
-        _, (outputs, weights) = jax.lax.scan(advance, state, (streams, rearrange(embedded, "b t d -> t b d")))
+        _, (outputs, weights) = jax.lax.scan(
+            advance, state, (streams, rearrange(embedded, "b t d -> t b d"))
+        )
         logits = self.out(rearrange(outputs, "t b f -> b t f"))
         return logits, None if weights is None else rearrange(weights, "t b s -> b t s")
 
     def step(self, tokens: Array, state: State, memory: Memory) -> tuple[State, Array]:
-        """One step without dropout: token ids `[B]` and a state to the next state and logits `[B, C]`."""
+        """One step without dropout: ids `[B]` and a state to the next state and logits `[B, C]`."""
         state, _ = self._advance(state, embed("tokens", tokens, self.embedding), memory, True)
         return state, self.out(state.output)
 
-    def _advance(self, state: State, embedded: Array, memory: Memory, off: bool) -> tuple[State, Array | None]:
+    def _advance(
+        self, state: State, embedded: Array, memory: Memory, off: bool
+    ) -> tuple[State, Array | None]:
         parts = (state.fed, embedded) if self.config.feed == "prediction" else (embedded, state.fed)
         h, c = self.cell(jnp.concatenate(parts, axis=-1), (state.h, state.c))
         output, weights = self._attend(h, memory) if self.config.attention else (h, None)
@@ -237,12 +257,14 @@ class Decoder(nnx.Module):
 
     def _attend(self, h: Array, memory: Memory) -> tuple[Array, Array]:
         """tanh(W_u [a; h]), and the weights."""
-        context, weights = self.attention(h[:, None], memory.key, memory.value, mask=memory.mask, return_weights=True)
+        context, weights = self.attention(
+            h[:, None], memory.key, memory.value, mask=memory.mask, return_weights=True
+        )
         return jnp.tanh(self.combine(jnp.concatenate([context[:, 0], h], axis=-1))), weights[:, 0]
 
 
 class Luong(EncoderDecoder):
-    """Luong's translator: `Encoder`, and a `Decoder` whose state begins as a projection of the encoder's end.
+    """Luong's translator; its `Decoder` begins in a projection of the last state of its `Encoder`.
 
     Without attention there are no weights to return.
 
@@ -268,11 +290,16 @@ class Luong(EncoderDecoder):
         self.encoder = Encoder(config, param_dtype=param_dtype, rngs=rngs)
         self.decoder = Decoder(config, param_dtype=param_dtype, rngs=rngs)
 
-    def _read(self, source: Array, lengths: Array | None, deterministic: bool | None) -> tuple[Memory, Any]:
+    def _read(
+        self, source: Array, lengths: Array | None, deterministic: bool | None
+    ) -> tuple[Memory, Any]:
         memory, last = super()._read(source, lengths, deterministic)
         return memory, self.decoder.begin(*last)
 
     def _check(self, source: Array, lengths: Array | None, return_weights: bool) -> None:
         if return_weights and not self.config.attention:
-            raise ValueError("return_weights=True needs attention=True in the config: without it there are no weights")
+            raise ValueError(
+                "return_weights=True needs attention=True in the config:"
+                " without it there are no weights"
+            )
         super()._check(source, lengths, return_weights)

@@ -1,4 +1,4 @@
-"""Translation by an encoder and a decoder that attends to it: Bahdanau's model with gated recurrent units.
+"""Bahdanau's translator: gated recurrent units, and a decoder that attends to the encoder.
 
 Paper: Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473
 """
@@ -31,7 +31,8 @@ class Config:
       hidden_features: F, width of every recurrent layer and of the attention.
       num_layers: L, recurrent layers in encoder and decoder each.
       dropout_rate: between recurrent layers and of the attention weights.
-      pad, start, end: target ids: what fills a sequence after its end, what the decoder reads first, what ends it.
+      pad, start, end: target ids: what fills a sequence after its end, what the decoder reads
+        first, what ends it.
 
     Raises:
       ValueError: a size is not positive, or a special id is not in the target vocabulary.
@@ -53,7 +54,12 @@ class Config:
 
     def __post_init__(self):
         check_config(
-            self, "source_vocabulary", "target_vocabulary", "embedding_features", "hidden_features", "num_layers"
+            self,
+            "source_vocabulary",
+            "target_vocabulary",
+            "embedding_features",
+            "hidden_features",
+            "num_layers",
         )
 
     @classmethod
@@ -81,7 +87,9 @@ class Encoder(nnx.Module):
         D, F = config.embedding_features, config.hidden_features
         options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.embedding = nnx.Embed(config.source_vocabulary, D, **options)
-        self.gru = GRU(D, F, num_layers=config.num_layers, dropout_rate=config.dropout_rate, **options)
+        self.gru = GRU(
+            D, F, num_layers=config.num_layers, dropout_rate=config.dropout_rate, **options
+        )
 
     def __call__(
         self, source: Array, *, lengths: Array | None = None, deterministic: bool | None = None
@@ -97,10 +105,13 @@ class Encoder(nnx.Module):
           Outputs `[B, S, F]`, zero past the end of a sentence, and the final states `[B, L, F]`.
 
         Raises:
-          ValueError: a shape does not fit, or an id is unknown. (Under jit, where values cannot be seen: NaN.)
+          ValueError: a shape does not fit, or an id is unknown. (Under jit, where values cannot be
+            seen: NaN.)
           TypeError: source or lengths are not integers.
         """
-        return self.gru(embed("source", source, self.embedding), lengths=lengths, deterministic=deterministic)
+        return self.gru(
+            embed("source", source, self.embedding), lengths=lengths, deterministic=deterministic
+        )
 
 
 class Decoder(nnx.Module):
@@ -135,7 +146,10 @@ class Decoder(nnx.Module):
         self.deterministic = False
 
     def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
-        """Project the keys of the encoder's outputs `[B, S, F]` once for all steps; lengths `[B]` hide the padding."""
+        """Project the keys of the encoder's outputs `[B, S, F]` once for all steps.
+
+        Lengths `[B]` hide the padding.
+        """
         mask = None if lengths is None else masks.padding(lengths)
         return Memory(self.attention.project_key(outputs), outputs, mask)
 
@@ -148,7 +162,8 @@ class Decoder(nnx.Module):
           target_in: token ids `[B, T]`: the start token, then the target without its last token.
           state: of every layer before the first step, `[B, L, F]`: the encoder's.
           memory: from `remember`.
-          deterministic: True switches dropout off; None follows the decoder's `train()` and `eval()`.
+          deterministic: True switches dropout off; None follows the decoder's `train()` and
+            `eval()`.
 
         Returns:
           Logits `[B, T, C]`, and attention weights `[B, T, S]` before dropout.
@@ -156,10 +171,14 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
         """
-        checks.shapes(target_in=(target_in, "B T"), state=(state, "B L F"), memory=(memory.value, "B S F"))
+        checks.shapes(
+            target_in=(target_in, "B T"), state=(state, "B L F"), memory=(memory.value, "B S F")
+        )
         off = self.deterministic if deterministic is None else deterministic
         embedded = self._project_embedding("target_in", target_in)
-        streams, decoder_of = per_step(self, embedded.shape[1], random=self.dropout_rate > 0 and not off)
+        streams, decoder_of = per_step(
+            self, embedded.shape[1], random=self.dropout_rate > 0 and not off
+        )
 
         def advance(state, step):
             streams, embedded = step
@@ -171,19 +190,29 @@ class Decoder(nnx.Module):
         return self.out(rearrange(hidden, "t b f -> b t f")), rearrange(weights, "t b s -> b t s")
 
     def step(self, tokens: Array, state: Array, memory: Memory) -> tuple[Array, Array]:
-        """One step without dropout: token ids `[B]` and state `[B, L, F]` to the next state and logits `[B, C]`."""
+        """One step without dropout.
+
+        Token ids `[B]` and state `[B, L, F]` give the next state and logits `[B, C]`.
+        """
         state, _ = self._advance(state, self._project_embedding("tokens", tokens), memory, True)
         return state, self.out(state[:, -1])
 
     def _project_embedding(self, name: str, tokens: Array) -> Array:
-        """The embedding's share of the first layer's input product; the context's share follows in `_advance`."""
+        """The embedding's part of the first layer's input product; `_advance` adds the rest."""
         first: Any = self.gru.layers[0]
         kernel = first.input_kernel[self.attention.key.in_features :]
         return embed(name, tokens, self.embedding) @ kernel + first.input_bias[...]
 
-    def _advance(self, state: Array, embedded: Array, memory: Memory, off: bool) -> tuple[Array, Array]:
+    def _advance(
+        self, state: Array, embedded: Array, memory: Memory, off: bool
+    ) -> tuple[Array, Array]:
         context, weights = self.attention.attend_projected(
-            state[:, -1:], memory.key, memory.value, mask=memory.mask, return_weights=True, deterministic=off
+            state[:, -1:],
+            memory.key,
+            memory.value,
+            mask=memory.mask,
+            return_weights=True,
+            deterministic=off,
         )
         kernel = self.gru.layers[0].input_kernel[...]
         projected = context[:, 0] @ kernel[: context.shape[-1]] + embedded

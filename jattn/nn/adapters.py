@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jattn.attention import MaskLike, ModifierLike, as_mask, attend
+from jattn.attention import attend
 from jattn.functional import masks, modifiers, scores
+from jattn.request import MaskLike, ModifierLike, as_mask
 
 Array = jax.Array
 
@@ -20,7 +21,7 @@ def attention_fn(
     modifier: ModifierLike = None,
     implementation: str | None = None,
 ) -> Any:
-    """An `attention_fn` for `flax.nnx.MultiHeadAttention` and its Linen twin that computes with `attend`.
+    """An `attention_fn` for `flax.nnx.MultiHeadAttention`, or Linen's, that calls `attend`.
 
     Args:
       score: as in `attend`.
@@ -29,14 +30,15 @@ def attention_fn(
       implementation: as in `attend`.
 
     Returns:
-      A function with the signature of `flax.nnx.dot_product_attention`. Flax broadcasts dropout over batch axes by
-      default; here every weight is dropped on its own, so `broadcast_dropout=True` with dropout on is an error.
+      A function with the signature of `flax.nnx.dot_product_attention`. Flax broadcasts dropout
+      over batch axes by default; here every weight is dropped on its own, so
+      `broadcast_dropout=True` with dropout on is an error.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> flax_module = nnx.MultiHeadAttention(
-      ...     4, 8, attention_fn=attention_fn(modifier=modifiers.soft_cap(30.0)), decode=False, rngs=nnx.Rngs(0)
-      ... )
+      >>> capped = attention_fn(modifier=modifiers.soft_cap(30.0))
+      >>> rngs = nnx.Rngs(0)
+      >>> flax_module = nnx.MultiHeadAttention(4, 8, attention_fn=capped, decode=False, rngs=rngs)
       >>> flax_module(jnp.ones((2, 5, 8))).shape
       (2, 5, 8)
     """
@@ -60,7 +62,8 @@ def _attend_for_flax(
     module: Any = None,
     is_causal: bool = False,
     force_fp32_for_softmax: bool = False,  # it always is at least float32
-    # Linen passes only what this signature names: what attend cannot do has to be named to be refused
+    # Linen passes only what this signature names: what attend cannot do has to be named to be
+    # refused
     precision: Any = None,
     promote_dtype: Any = None,
     qk_attn_weights_einsum: Any = None,
@@ -72,13 +75,16 @@ def _attend_for_flax(
         {
             "precision (see jax.default_matmul_precision)": precision,
             "promote_dtype": promote_dtype,
-            "an einsum of one's own (write a score)": qk_attn_weights_einsum or qk_attn_weights_einsum_cls,
+            "an einsum of one's own (write a score)": qk_attn_weights_einsum
+            or qk_attn_weights_einsum_cls,
             "an einsum of the values": attn_weights_value_einsum or attn_weights_value_einsum_cls,
         }
     )
     drops = dropout_rate > 0 and not deterministic
     if drops and broadcast_dropout:
-        raise NotImplementedError("attend drops each weight on its own: pass broadcast_dropout=False")
+        raise NotImplementedError(
+            "attend drops each weight on its own: pass broadcast_dropout=False"
+        )
     if dtype is not None:
         query, key, value = (array.astype(dtype) for array in (query, key, value))
     result = attend(
@@ -93,7 +99,11 @@ def _attend_for_flax(
     )  # fmt: skip
     if module is None:
         return result
-    module.sow(nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates", "attention_weights", result[1])
+    module.sow(
+        nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates",
+        "attention_weights",
+        result[1],
+    )
     return result[0]
 
 
@@ -110,4 +120,6 @@ def _both(own: MaskLike, given: Array | None, is_causal: bool) -> masks.Mask | N
 
 
 def _listed(modifier: ModifierLike) -> tuple:
-    return () if modifier is None else tuple(modifier) if isinstance(modifier, (tuple, list)) else (modifier,)
+    if modifier is None:
+        return ()
+    return tuple(modifier) if isinstance(modifier, (tuple, list)) else (modifier,)

@@ -1,6 +1,7 @@
-"""Attention pooling with one head, as modules: they own the score's parameters, project, and call `attend`.
+"""Attention pooling with one head: modules own the parameters, project, and call `attend`.
 
-Query `[..., T, Dq]`, key `[..., S, Dk]`, value `[..., S, V]` have no head axis; masks are as in `attend` with N = 1.
+Query `[..., T, Dq]`, key `[..., S, Dk]`, value `[..., S, V]` have no head axis; masks are as in
+`attend` with N = 1.
 """
 
 import functools
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
 
-from jattn.attention import MaskLike, Score, attend
+from jattn.attention import attend
 from jattn.functional import checks, scores
+from jattn.request import MaskLike, Score
 
 Array = jax.Array
 
 
 class _Dropout(nnx.Module):
-    """The dropout of attention weights: its rate, its random stream, and whether it is switched off."""
+    """The dropout of attention weights: its rate, its random stream, and its switch."""
 
     def __init__(self, rate: float, rngs: nnx.Rngs | None):
         checks.probability(dropout_rate=rate)
@@ -63,7 +65,8 @@ class _Pooling(nnx.Module):
           value: `[..., S, V]`.
           mask: as `jattn.attend` takes it.
           return_weights: also return the weights `[..., T, S]`, before dropout.
-          deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have set it.
+          deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have
+            set it.
 
         Returns:
           `[..., T, V]`, or a tuple of it and the weights.
@@ -71,7 +74,8 @@ class _Pooling(nnx.Module):
         checks.shapes(query=(query, "... T Dq"), key=(key, "... S Dk"), value=(value, "... S V"))
         result = attend(
             *(jnp.asarray(array)[..., None, :] for array in (query, key, value)),
-            score=self._score(), mask=mask, return_weights=return_weights, **self.dropout.options(deterministic),
+            score=self._score(), mask=mask, return_weights=return_weights,
+            **self.dropout.options(deterministic),
         )  # fmt: skip
         if not return_weights:
             return result.squeeze(-2)
@@ -100,7 +104,9 @@ class DotProductAttention(_Pooling):
       (2, 5, 3)
     """
 
-    def __init__(self, *, scaled: bool = True, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self, *, scaled: bool = True, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None
+    ):
         self.scaled = scaled
         self.dropout = _Dropout(dropout_rate, rngs)
 
@@ -129,7 +135,9 @@ class CosineAttention(_Pooling):
       (2, 5, 3)
     """
 
-    def __init__(self, *, scale: float = 1.0, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self, *, scale: float = 1.0, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None
+    ):
         self.scale = scale
         self.dropout = _Dropout(dropout_rate, rngs)
 
@@ -172,7 +180,9 @@ class BilinearAttention(_Pooling):
     ):
         checks.positive(query_features=query_features, key_features=key_features)
         initializer = initializers.lecun_normal()
-        self.weight = nnx.Param(initializer(rngs.params(), (query_features, key_features), param_dtype))
+        self.weight = nnx.Param(
+            initializer(rngs.params(), (query_features, key_features), param_dtype)
+        )
         self.dropout = _Dropout(dropout_rate, rngs)
 
     def _score(self) -> Score:
@@ -180,7 +190,7 @@ class BilinearAttention(_Pooling):
 
 
 class AdditiveAttention(_Pooling):
-    """Bahdanau's pooling: query and key are projected to one width, added, and scored by a small network.
+    """Bahdanau's pooling: a small network scores the sum of projected query and projected key.
 
         a(q, k) = wᵀ tanh(W_q q + W_k k)
 
@@ -218,7 +228,11 @@ class AdditiveAttention(_Pooling):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(query_features=query_features, key_features=key_features, hidden_features=hidden_features)
+        checks.positive(
+            query_features=query_features,
+            key_features=key_features,
+            hidden_features=hidden_features,
+        )
         linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
         self.query = linear(query_features, hidden_features)
         self.key = linear(key_features, hidden_features)
@@ -236,7 +250,10 @@ class AdditiveAttention(_Pooling):
         return_weights: bool = False,
         deterministic: bool | None = None,
     ) -> Any:
-        """Pool value `[..., S, V]` into `[..., T, V]`; on request also return the weights `[..., T, S]`."""
+        """Pool value `[..., S, V]` into `[..., T, V]`.
+
+        On request also return the weights `[..., T, S]`.
+        """
         return self.attend_projected(
             query,
             self.project_key(key),
@@ -247,7 +264,7 @@ class AdditiveAttention(_Pooling):
         )
 
     def project_key(self, key: Array) -> Array:
-        """W_k k, `[..., S, Dk] -> [..., S, hidden_features]`: once for all the queries of a decoder."""
+        """W_k k, `[..., S, Dk] -> [..., S, hidden_features]`: once for all queries of a decoder."""
         return project("key", self.key, key)
 
     def attend_projected(
@@ -271,7 +288,7 @@ class AdditiveAttention(_Pooling):
 
 
 class NadarayaWatson(_Pooling):
-    """Kernel regression with a learned Gaussian kernel: a prediction is a weighted mean of the values seen.
+    """Kernel regression with a learned Gaussian kernel: the weighted mean of the values seen.
 
         f(x) = Σ_i softmax_i(−‖(x − x_i) w‖² / 2) y_i
 
@@ -287,7 +304,8 @@ class NadarayaWatson(_Pooling):
     Raises:
       ValueError: in a call, shapes that do not fit.
 
-    Papers: Nadaraya 1964, https://doi.org/10.1137/1109020; Watson 1964, https://www.jstor.org/stable/25049340
+    Papers: Nadaraya 1964, https://doi.org/10.1137/1109020;
+    Watson 1964, https://www.jstor.org/stable/25049340
 
     Example:
       >>> x = jnp.linspace(0, 1, 5)[:, None]

@@ -1,4 +1,4 @@
-"""A table of vectors, one for each id, with PyTorch's meaning of padding, norms and counted gradients."""
+"""A table of vectors, one for each id, with PyTorch's padding, norms and counted gradients."""
 
 from typing import Any
 
@@ -17,20 +17,22 @@ class Embedding(nnx.Module):
 
         output = E[tokens]
 
-    With `max_norm`, rows that are longer than it are rescaled in the output: r · max_norm / (‖r‖ + 1e-7). PyTorch
-    rewrites its weights in place instead; outputs and gradients are the same: the gradient is that of the rescaled
-    row, as if it were the parameter. Where the stored table is to follow PyTorch's through training, see
-    `renormalized`. PyTorch's `sparse` chooses a form of storage for gradients that JAX does not have; there is no
-    such option.
+    With `max_norm`, rows that are longer than it are rescaled in the output:
+    r · max_norm / (‖r‖ + 1e-7). PyTorch rewrites its weights in place instead; outputs and
+    gradients are the same: the gradient is that of the rescaled row, as if it were the parameter.
+    Where the stored table is to follow PyTorch's through training, see `renormalized`. PyTorch's
+    `sparse` chooses a form of storage for gradients that JAX does not have; there is no such
+    option.
 
     Args:
       num_embeddings: C, the number of ids.
       features: D.
-      padding_idx: an id whose row begins as zeros and never gets a gradient; −C … C − 1, negative from the end.
+      padding_idx: an id whose row begins as zeros and never gets a gradient; −C … C − 1, negative
+        from the end.
       max_norm: the length above which a row is rescaled; None: no limit.
       norm_type: p of the norm (Σ |r|ᵖ)^(1/p) that measures it.
-      scale_grad_by_freq: divide a row's gradient by the number of times that its id stands in the tokens of the call
-        (under `jax.vmap`: of one example).
+      scale_grad_by_freq: divide a row's gradient by the number of times that its id stands in the
+        tokens of the call (under `jax.vmap`: of one example).
       param_dtype: dtype of the table.
       rngs: random streams; uses `params`: the rows begin as standard normal numbers.
 
@@ -38,7 +40,8 @@ class Embedding(nnx.Module):
       embedding: E, `[C, D]`.
 
     Raises:
-      ValueError: a size is not positive, `padding_idx` is no id, or `max_norm` or `norm_type` is not positive.
+      ValueError: a size is not positive, `padding_idx` is no id, or `max_norm` or `norm_type` is
+        not positive.
 
     Example:
       >>> embedding = Embedding(11, 3, padding_idx=0, rngs=nnx.Rngs(0))
@@ -65,7 +68,13 @@ class Embedding(nnx.Module):
         table = jax.random.normal(rngs.params(), (num_embeddings, features), param_dtype)
         if padding_idx is not None:
             checks.integers(padding_idx=padding_idx)
-            checks.in_range("padding_idx", padding_idx, -num_embeddings, num_embeddings - 1, "the ids, from either end")
+            checks.in_range(
+                "padding_idx",
+                padding_idx,
+                -num_embeddings,
+                num_embeddings - 1,
+                "the ids, from either end",
+            )
             padding_idx = int(padding_idx) % num_embeddings
             table = table.at[padding_idx].set(0)
         self.embedding = nnx.Param(table)
@@ -90,10 +99,14 @@ class Embedding(nnx.Module):
         rows = self._rows(tokens)
         if self.padding_idx is None and self.max_norm is None and not self.scale_grad_by_freq:
             return rows
-        change = rows - jax.lax.stop_gradient(rows)  # zero: it carries the gradient, as it should be, to the table
+        # Zero: it carries the gradient, as it should be, to the table
+        change = rows - jax.lax.stop_gradient(rows)
         if self.scale_grad_by_freq:
             count = jnp.zeros(len(self.embedding), jnp.int32).at[tokens].add(1, mode="drop")
-            change = change / count.at[tokens].get(mode="fill", fill_value=1).astype(change.dtype)[..., None]
+            change = (
+                change
+                / count.at[tokens].get(mode="fill", fill_value=1).astype(change.dtype)[..., None]
+            )
         if self.padding_idx is not None:
             change = jnp.where((tokens == self.padding_idx)[..., None], 0, change)
         return jax.lax.stop_gradient(self._rescaled(rows)) + change
@@ -123,7 +136,10 @@ class Embedding(nnx.Module):
         return self.embedding[...].at[tokens].set(self._rescaled(self._rows(tokens)), mode="drop")
 
     def _known(self, tokens: Array) -> Array:
-        """Where ids cannot be seen, a negative one becomes too large: it has no row, rather than one from the end."""
+        """Check ids; where they cannot be seen, a negative one becomes too large.
+
+        So it has no row, rather than one from the end.
+        """
         checks.integers(tokens=tokens)
         checks.in_range("tokens", tokens, 0, len(self.embedding) - 1, "the last id")
         tokens = jnp.asarray(tokens).astype(jnp.int32)

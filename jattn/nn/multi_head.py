@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jattn.attention import MaskLike, ModifierLike, attend
+from jattn.attention import attend
 from jattn.functional import checks
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn.attention import _Dropout, project
+from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array
 
@@ -20,9 +21,9 @@ class MultiHeadAttention(nnx.Module):
 
         head_n = softmax(Q_n K_nᵀ / √H) V_n,   output = Concat(head_1 … head_N) W_o
 
-    With `num_kv_heads` = K < N, groups of N / K query heads share one key/value head (grouped-query attention); with
-    K = 1 all share one (multi-query attention). Keys and values are never repeated in memory. With `out_features` = H
-    every head is as wide as the output (wide heads).
+    With `num_kv_heads` = K < N, groups of N / K query heads share one key/value head (grouped-query
+    attention); with K = 1 all share one (multi-query attention). Keys and values are never repeated
+    in memory. With `out_features` = H every head is as wide as the output (wide heads).
 
     Args:
       num_heads: N.
@@ -43,7 +44,8 @@ class MultiHeadAttention(nnx.Module):
     Raises:
       ValueError: D is not divisible by N, or N by K; in a call, shapes that do not fit.
 
-    Papers: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Shazeer 2019, https://arxiv.org/abs/1911.02150;
+    Papers: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762;
+    Shazeer 2019, https://arxiv.org/abs/1911.02150;
     Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
 
     Example:
@@ -80,10 +82,14 @@ class MultiHeadAttention(nnx.Module):
         key_features = query_features if key_features is None else key_features
         value_features = key_features if value_features is None else value_features
         out_features = features if out_features is None else out_features
-        checks.positive(query_features=query_features, key_features=key_features, value_features=value_features)
+        checks.positive(
+            query_features=query_features, key_features=key_features, value_features=value_features
+        )
         checks.positive(out_features=out_features)
         kv_width = features // num_heads * self.num_kv_heads
-        linear = functools.partial(nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(
+            nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+        )
         self.query = linear(query_features, features)
         self.key = linear(key_features, kv_width)
         self.value = linear(value_features, kv_width)
@@ -110,13 +116,16 @@ class MultiHeadAttention(nnx.Module):
           value: `[..., S, Dv]`; None: the key.
           mask, modifier, positions: as `jattn.attend` takes them.
           return_weights: also return the weights `[..., N, T, S]`, before dropout.
-          deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have set it.
+          deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have
+            set it.
 
         Returns:
           `[..., T, out_features]`, or a tuple of it and the weights.
         """
         if key is None and value is not None:
-            raise ValueError("value without key: pass the key too, or leave out both for self-attention")
+            raise ValueError(
+                "value without key: pass the key too, or leave out both for self-attention"
+            )
         key = query if key is None else key
         value = key if value is None else value
         result = attend(

@@ -32,7 +32,8 @@ class SinusoidalPositions(nnx.Module):
     """
 
     def __init__(self, features: int, *, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
-        sinusoidal_encoding(0, features)  # an odd width is an error here rather than in the first call
+        # An odd width is an error here rather than in the first call
+        sinusoidal_encoding(0, features)
         checks.probability(dropout_rate=dropout_rate)
         if dropout_rate > 0 and rngs is None:
             raise ValueError(f"dropout_rate = {dropout_rate} needs rngs, got None")
@@ -42,7 +43,9 @@ class SinusoidalPositions(nnx.Module):
     def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:
         """Encode x `[..., T, D]`; keeps its shape and dtype."""
         T, x = _length(x, self.features), jnp.asarray(x)
-        return self.dropout(x + sinusoidal_encoding(T, self.features).astype(x.dtype), deterministic=deterministic)
+        return self.dropout(
+            x + sinusoidal_encoding(T, self.features).astype(x.dtype), deterministic=deterministic
+        )
 
 
 class LearnedPositions(nnx.Module):
@@ -67,7 +70,9 @@ class LearnedPositions(nnx.Module):
       (2, 5, 4)
     """
 
-    def __init__(self, max_length: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, max_length: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
         checks.positive(max_length=max_length, features=features)
         initializer = initializers.normal(0.02)
         self.embedding = nnx.Param(initializer(rngs.params(), (max_length, features), param_dtype))

@@ -1,4 +1,4 @@
-"""Recurrent networks with PyTorch's equations, so that their weights carry over in both directions."""
+"""Recurrent networks with PyTorch's equations; weights carry over to PyTorch and back."""
 
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class _Network(nnx.Module):
-    """Layers of cells over a sequence; what the three networks share. Each has a cell of its own."""
+    """Layers of cells over a sequence, which the three networks share; each has its own cell."""
 
     cell: ClassVar[type[Cell]]
 
@@ -30,7 +30,9 @@ class _Network(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        checks.positive(in_features=in_features, hidden_features=hidden_features, num_layers=num_layers)
+        checks.positive(
+            in_features=in_features, hidden_features=hidden_features, num_layers=num_layers
+        )
         checks.probability(dropout_rate=dropout_rate)
         self.layers: nnx.List[Cell] = nnx.List()
         self.backward_layers: nnx.List[Cell] = nnx.List()
@@ -53,27 +55,28 @@ class _Network(nnx.Module):
 
         Args:
           inputs: `[..., T, D]`, floating point, T ≥ 1.
-          state: of every cell before its first step, `[..., R, F]`, where R counts the layers, and with both
-            directions twice the layers: layer by layer, in each the forward cell first. Of an LSTM the pair of
-            h `[..., R, P]` and c `[..., R, F]`. None: zeros.
-          lengths: integers `[...]` from 1 to T: only so many steps of each sequence are real; the backward direction
-            begins at the last of them. None: all are.
+          state: of every cell before its first step, `[..., R, F]`, where R counts the layers, and
+            with both directions twice the layers: layer by layer, in each the forward cell first.
+            Of an LSTM the pair of h `[..., R, P]` and c `[..., R, F]`. None: zeros.
+          lengths: integers `[...]` from 1 to T: only so many steps of each sequence are real; the
+            backward direction begins at the last of them. None: all are.
           deterministic: True switches dropout off; None follows `train()` and `eval()`.
 
         Returns:
-          The top layer's h after every step, `[..., T, P]`, or with both directions the two side by side,
-          `[..., T, 2P]`, zero past the end of a sequence; and every cell's state after its last real step, like
-          `state`.
+          The top layer's h after every step, `[..., T, P]`, or with both directions the two side by
+          side, `[..., T, 2P]`, zero past the end of a sequence; and every cell's state after its
+          last real step, like `state`.
 
         Raises:
-          ValueError: a shape does not fit, or a length lies outside 1 … T. Under jit, where lengths cannot be seen,
-            the state of such a sequence is NaN.
+          ValueError: a shape does not fit, or a length lies outside 1 … T. Under jit, where lengths
+            cannot be seen, the state of such a sequence is NaN.
           TypeError: inputs or state are not floating point, or lengths are not integers.
         """
         inputs, parts, inside, known = self._check(inputs, state, lengths)
         outputs = rearrange(inputs, "... t d -> t ... d")
         if inside is not None:
-            outputs = jnp.where(inside, outputs, 0)  # what lies past the end may be anything, NaN included
+            # What lies past the end may be anything, NaN included
+            outputs = jnp.where(inside, outputs, 0)
         last: list[State] = []
         for layer in range(len(self.layers)):
             below = self.dropout(outputs, deterministic=deterministic) if layer else outputs
@@ -101,7 +104,8 @@ class _Network(nnx.Module):
           The next state of every layer, like `state`.
 
         Raises:
-          ValueError: a shape does not fit, or the network has both directions: the backward one begins at the end.
+          ValueError: a shape does not fit, or the network has both directions: the backward one
+            begins at the end.
         """
         if self.backward_layers:
             raise ValueError("a network with bidirectional=True has no single step")
@@ -123,12 +127,17 @@ class _Network(nnx.Module):
         return [cells[layer] for cells in (self.layers, self.backward_layers) if cells]
 
     def _stack(self, states: list[State]) -> Any:
-        return self.layers[0].pack(tuple(jnp.stack(part, axis=-2) for part in zip(*states, strict=True)))
+        return self.layers[0].pack(
+            tuple(jnp.stack(part, axis=-2) for part in zip(*states, strict=True))
+        )
 
     def _check(
         self, inputs: Array, state: Any, lengths: Array | None
     ) -> tuple[Array, State, Array | None, Array | None]:
-        """Inputs and state in one dtype; which steps are real `[T, ..., 1]`, and of which sequences one knows."""
+        """Inputs and state in one dtype; which steps are real, and of which sequences one knows.
+
+        The real steps are `[T, ..., 1]`.
+        """
         first = self.layers[0]
         own = (first.sizes(len(self.layers) + len(self.backward_layers)), "R D P F")
         sizes = checks.shapes(network=own, inputs=(inputs, "... T D"))
@@ -156,8 +165,8 @@ class _Network(nnx.Module):
 class RNN(_Network):
     """Plain recurrent layers over a sequence: h_t = f(W x_t + b + U h_{t−1} + d); `torch.nn.RNN`.
 
-    Each layer reads the outputs of the one below. Parameters: those of `layers`, a list of L `RNNCell`s, and of
-    `backward_layers`, as many or none.
+    Each layer reads the outputs of the one below. Parameters: those of `layers`, a list of L
+    `RNNCell`s, and of `backward_layers`, as many or none.
 
     Args:
       in_features: D.
@@ -188,8 +197,9 @@ class RNN(_Network):
 class LSTM(_Network):
     """Long short-term memory over a sequence (`lstm_step`); `torch.nn.LSTM`.
 
-    Each layer reads the outputs of the one below. Parameters: those of `layers`, a list of L `LSTMCell`s, and of
-    `backward_layers`, as many or none. The state is a pair: h `[..., R, P]` and c `[..., R, F]`.
+    Each layer reads the outputs of the one below. Parameters: those of `layers`, a list of L
+    `LSTMCell`s, and of `backward_layers`, as many or none. The state is a pair: h `[..., R, P]` and
+    c `[..., R, F]`.
 
     Args:
       in_features: D.
@@ -205,8 +215,8 @@ class LSTM(_Network):
     Raises:
       ValueError: a size is not positive or `dropout_rate` lies outside 0 … 1.
 
-    Papers: Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; with a projection,
-    Sak et al. 2014, https://arxiv.org/abs/1402.1128
+    Papers: Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735;
+    with a projection, Sak et al. 2014, https://arxiv.org/abs/1402.1128
 
     Example:
       >>> lstm = LSTM(3, 5, bidirectional=True, rngs=nnx.Rngs(0))
@@ -221,8 +231,8 @@ class LSTM(_Network):
 class GRU(_Network):
     """Gated recurrent units over a sequence (`gru_step`); `torch.nn.GRU`.
 
-    Each layer reads the outputs of the one below. Parameters: those of `layers`, a list of L `GRUCell`s, and of
-    `backward_layers`, as many or none.
+    Each layer reads the outputs of the one below. Parameters: those of `layers`, a list of L
+    `GRUCell`s, and of `backward_layers`, as many or none.
 
     Args:
       in_features: D.

@@ -26,7 +26,8 @@ class Cell(nnx.Module):
     """
 
     gates: ClassVar[int]
-    apart: ClassVar[bool] = False  # whether a step takes the products of input and state apart, not as their sum
+    # Whether a step takes the products of input and state apart, not as their sum
+    apart: ClassVar[bool] = False
     letters: ClassVar[tuple[str, ...]] = ("F",)  # the width of each part of the state
 
     def __init__(
@@ -40,7 +41,9 @@ class Cell(nnx.Module):
         rngs: nnx.Rngs,
     ):
         state_features = hidden_features if proj_features is None else proj_features
-        checks.positive(in_features=in_features, hidden_features=hidden_features, proj_features=state_features)
+        checks.positive(
+            in_features=in_features, hidden_features=hidden_features, proj_features=state_features
+        )
         bound = hidden_features**-0.5
 
         def uniform(*shape: int) -> nnx.Param:
@@ -51,7 +54,9 @@ class Cell(nnx.Module):
         self.hidden_kernel = uniform(state_features, gates)
         self.input_bias = uniform(gates) if use_bias else nnx.data(None)
         self.hidden_bias = uniform(gates) if use_bias else nnx.data(None)
-        self.proj_kernel = nnx.data(None) if proj_features is None else uniform(hidden_features, proj_features)
+        self.proj_kernel = (
+            nnx.data(None) if proj_features is None else uniform(hidden_features, proj_features)
+        )
 
     def __call__(self, inputs: Array, state: Any) -> Any:
         """The next state.
@@ -68,28 +73,38 @@ class Cell(nnx.Module):
           TypeError: inputs or state are not floating point.
         """
         parts = self.unpack(state)
-        checks.shapes(cell=(self.sizes(), "D P F"), inputs=(inputs, "... D"), **self.patterns(parts, "..."))
+        checks.shapes(
+            cell=(self.sizes(), "D P F"), inputs=(inputs, "... D"), **self.patterns(parts, "...")
+        )
         checks.floating(inputs=inputs, **self.names(parts))
         inputs, *same = _promoted(inputs, *parts, self.hidden_kernel[...])
         return self.pack(self.advance(self.project(inputs), tuple(same)))
 
     def project(self, inputs: Array) -> Array:
-        """The part of a step that does not depend on the state: `inputs [..., D]` to `W x + b`, `[..., G · F]`."""
+        """The part of a step without the state: `inputs [..., D]` to `W x + b`, `[..., G · F]`."""
         checks.shapes(input_kernel=(self.input_kernel, "D gates"), inputs=(inputs, "... D"))
         weights = self.weights(inputs.dtype)
         projected = inputs @ weights.input_kernel
         return projected if weights.input_bias is None else projected + weights.input_bias
 
     def advance(self, projected: Array, state: State) -> State:
-        """The rest of a step: `projected [..., G · F]` and the parts of the state, of one dtype, to the next parts."""
+        """The rest of a step: `projected [..., G · F]` and the state's parts to the next parts.
+
+        All are of one dtype.
+        """
         return advance(self.step, projected, state, self.weights(projected.dtype), apart=self.apart)
 
     def run(
         self, inputs: Array, state: State, *, inside: Array | None = None, reverse: bool = False
     ) -> tuple[Array, State]:
-        """All steps, time first: `inputs [T, ..., D]` to h `[T, ..., P]` and the last state; see `recur`."""
+        """All steps, time first: `inputs [T, ..., D]` to h `[T, ..., P]` and the last state.
+
+        See `recur`.
+        """
         weights = self.weights(inputs.dtype)
-        return recur(self.step, inputs, state, weights, apart=self.apart, inside=inside, reverse=reverse)
+        return recur(
+            self.step, inputs, state, weights, apart=self.apart, inside=inside, reverse=reverse
+        )
 
     def step(self, gates: Gates, state: State) -> State:
         """The gates: what is left of a step once the products are made."""
@@ -98,7 +113,9 @@ class Cell(nnx.Module):
     def weights(self, dtype: Any) -> Weights:
         """The parameters in a dtype."""
         own: list[Any] = [getattr(self, name) for name in Weights._fields]
-        cast: list[Any] = [None if parameter is None else parameter.astype(dtype) for parameter in own]
+        cast: list[Any] = [
+            None if parameter is None else parameter.astype(dtype) for parameter in own
+        ]
         return Weights(*cast)
 
     def unpack(self, state: Any) -> State:
@@ -117,12 +134,19 @@ class Cell(nnx.Module):
 
     def names(self, parts: State) -> dict[str, Array]:
         """The parts under the names that errors give them."""
-        return {"state": parts[0]} if len(parts) == 1 else {f"state[{n}]": part for n, part in enumerate(parts)}
+        return (
+            {"state": parts[0]}
+            if len(parts) == 1
+            else {f"state[{n}]": part for n, part in enumerate(parts)}
+        )
 
     def patterns(self, parts: State, lead: str) -> dict[str, Any]:
         """The parts with the patterns of their shapes, for `checks.shapes`."""
         named = self.names(parts).items()
-        return {name: (part, f"{lead} {letter}") for (name, part), letter in zip(named, self.letters, strict=True)}
+        return {
+            name: (part, f"{lead} {letter}")
+            for (name, part), letter in zip(named, self.letters, strict=True)
+        }
 
     def sizes(self, *lead: int) -> jax.ShapeDtypeStruct:
         """An array of shape `[*lead, D, P, F]`, for `checks.shapes`."""
@@ -136,8 +160,8 @@ class RNNCell(Cell):
 
         h' = f(W x + b + U h + d)
 
-    Parameters: `input_kernel [D, F]`, `hidden_kernel [F, F]`, and unless `use_bias=False` `input_bias [F]` and
-    `hidden_bias [F]`. All begin uniform in ±1/√F.
+    Parameters: `input_kernel [D, F]`, `hidden_kernel [F, F]`, and unless `use_bias=False`
+    `input_bias [F]` and `hidden_bias [F]`. All begin uniform in ±1/√F.
 
     Args:
       in_features: D.
@@ -170,7 +194,9 @@ class RNNCell(Cell):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(
+            in_features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+        )
         self.activation = activation
 
     def step(self, gates: Gates, state: State) -> State:
@@ -185,9 +211,10 @@ class LSTMCell(Cell):
         c' = σ(f) ⊙ c + σ(i) ⊙ tanh(g)
         h' = σ(o) ⊙ tanh(c'),   and with `proj_features` the product of it and `proj_kernel`
 
-    Parameters: `input_kernel [D, 4F]`, `hidden_kernel [P, 4F]`, unless `use_bias=False` `input_bias [4F]` and
-    `hidden_bias [4F]`, and with `proj_features` `proj_kernel [F, P]`; gate order i, f, g, o. All begin uniform in
-    ±1/√F. The state is the pair of h `[..., P]` and c `[..., F]`.
+    Parameters: `input_kernel [D, 4F]`, `hidden_kernel [P, 4F]`, unless `use_bias=False`
+    `input_bias [4F]` and `hidden_bias [4F]`, and with `proj_features` `proj_kernel [F, P]`; gate
+    order i, f, g, o. All begin uniform in ±1/√F. The state is the pair of h `[..., P]` and c
+    `[..., F]`.
 
     Args:
       in_features: D.
@@ -200,8 +227,8 @@ class LSTMCell(Cell):
     Raises:
       ValueError: a size is not positive.
 
-    Papers: Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735; with a projection,
-    Sak et al. 2014, https://arxiv.org/abs/1402.1128
+    Papers: Hochreiter and Schmidhuber 1997, https://doi.org/10.1162/neco.1997.9.8.1735;
+    with a projection, Sak et al. 2014, https://arxiv.org/abs/1402.1128
 
     Example:
       >>> cell = LSTMCell(3, 5, rngs=nnx.Rngs(0))
@@ -225,8 +252,8 @@ class GRUCell(Cell):
         n = tanh(W_n x + b_n + r ⊙ (U_n h + d_n))
         h' = (1 − z) ⊙ n + z ⊙ h
 
-    Parameters: `input_kernel [D, 3F]`, `hidden_kernel [F, 3F]`, and unless `use_bias=False` `input_bias [3F]` and
-    `hidden_bias [3F]`; gate order r, z, n. All begin uniform in ±1/√F.
+    Parameters: `input_kernel [D, 3F]`, `hidden_kernel [F, 3F]`, and unless `use_bias=False`
+    `input_bias [3F]` and `hidden_bias [3F]`; gate order r, z, n. All begin uniform in ±1/√F.
 
     Args:
       in_features: D.
@@ -258,7 +285,9 @@ class GRUCell(Cell):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(in_features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+        super().__init__(
+            in_features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+        )
 
     def step(self, gates: Gates, state: State) -> State:
         """`gru_step`."""

@@ -1,4 +1,4 @@
-"""Small self-attentions: one head, heads that share their projections, and the residual around any of them."""
+"""Small self-attentions: one head, heads that share projections, and the residual around any."""
 
 import functools
 from typing import Any
@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jattn.attention import MaskLike, attend
+from jattn.attention import attend
 from jattn.functional import checks, scores
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn.attention import DotProductAttention, project
+from jattn.request import MaskLike
 
 Array = jax.Array
 
@@ -50,7 +51,9 @@ class SelfAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         checks.positive(in_features=in_features, features=features)
-        linear = functools.partial(nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(
+            nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+        )
         self.query = linear(in_features, features)
         self.key = linear(in_features, features)
         self.value = linear(in_features, features)
@@ -72,13 +75,14 @@ class SelfAttention(nnx.Module):
 
 
 class SharedProjectionAttention(nnx.Module):
-    """Multi-head self-attention in which one small projection serves all heads, once for each of query, key and value.
+    """Multi-head self-attention whose heads share one small projection each of query, key, value.
 
         head_n = softmax(Q_n K_nᵀ / √H) V_n,   Q_n = x_n W_q,   K_n = x_n W_k,   V_n = x_n W_v
         output = Concat(head_1 … head_N) W_o + b_o
 
-    Here x_n is the n-th slice of x, of width H = D / N. So the kernels are those of `MultiHeadAttention` with N equal
-    blocks on the diagonal. Code that builds these projections but never calls them is the same with identity kernels.
+    Here x_n is the n-th slice of x, of width H = D / N. So the kernels are those of
+    `MultiHeadAttention` with N equal blocks on the diagonal. Code that builds these projections but
+    never calls them is the same with identity kernels.
 
     Args:
       num_heads: N.
@@ -94,7 +98,8 @@ class SharedProjectionAttention(nnx.Module):
     Raises:
       ValueError: D is not divisible by N; in a call, shapes that do not fit.
 
-    Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, whose heads have projections of their own
+    Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, whose heads have projections of
+    their own
 
     Example:
       >>> attention = SharedProjectionAttention(3, 12, rngs=nnx.Rngs(0))
@@ -113,7 +118,9 @@ class SharedProjectionAttention(nnx.Module):
     ):
         checks.positive(num_heads=num_heads, features=features)
         if features % num_heads:
-            raise ValueError(f"features ({features}) must be a positive multiple of num_heads ({num_heads})")
+            raise ValueError(
+                f"features ({features}) must be a positive multiple of num_heads ({num_heads})"
+            )
         self.num_heads = num_heads
         self.scale = scale
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
@@ -154,7 +161,8 @@ class ResidualAttention(nnx.Module):
     The skip path is a Linear where the widths differ, else x itself.
 
     Args:
-      attention: any module that maps `[..., T, D]` to `[..., T, F]`: `SelfAttention`, `MultiHeadAttention`, ….
+      attention: any module that maps `[..., T, D]` to `[..., T, F]`: `SelfAttention`,
+        `MultiHeadAttention`, ….
       in_features: D.
       out_features: F, default D.
       use_layer_norm: whether a LayerNorm (ε = 1e-5) follows the sum.
@@ -169,11 +177,13 @@ class ResidualAttention(nnx.Module):
     Raises:
       ValueError: a width is not positive; in a call, shapes that do not fit.
 
-    Papers: He et al. 2016, https://arxiv.org/abs/1512.03385; Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+    Papers: He et al. 2016, https://arxiv.org/abs/1512.03385;
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
 
     Example:
       >>> rngs = nnx.Rngs(0)
-      >>> residual = ResidualAttention(SelfAttention(3, 4, rngs=rngs), 3, 4, use_layer_norm=True, rngs=rngs)
+      >>> attention = SelfAttention(3, 4, rngs=rngs)
+      >>> residual = ResidualAttention(attention, 3, 4, use_layer_norm=True, rngs=rngs)
       >>> residual(jnp.ones((2, 5, 3))).shape
       (2, 5, 4)
     """
@@ -215,10 +225,14 @@ class ResidualAttention(nnx.Module):
         pooled, weights = result if return_weights else (result, None)
         expected = (*x.shape[:-1], self.out_features)
         if pooled.shape != expected:
-            raise ValueError(f"attention must return [..., length, out_features] = {expected}, got {pooled.shape}")
+            raise ValueError(
+                f"attention must return [..., length, out_features] = {expected},"
+                f" got {pooled.shape}"
+            )
         z = (x if self.skip is None else self.skip(x)) + pooled
         if self.norm is not None:
-            with jax.numpy_dtype_promotion("standard"):  # inside, Flax promotes float64 with float32
+            # Inside, Flax promotes float64 with float32
+            with jax.numpy_dtype_promotion("standard"):
                 z = self.norm(z)
         return (z, weights) if return_weights else z
 

@@ -1,6 +1,7 @@
 """A sequence pooled into a few vectors by attention whose queries are learned, or constant.
 
-Each module says what query, key and value are, one line each; `attend` with the dot-product score does the rest.
+Each module says what query, key and value are, one line each; `attend` with the dot-product score
+does the rest.
 """
 
 from typing import Any
@@ -32,13 +33,16 @@ class _SequencePooling(nnx.Module):
     def _modifier(self) -> modifiers.Modifier | None:
         return None
 
-    def __call__(self, x: Array, *, lengths: Array | None = None, return_weights: bool = False) -> Any:
+    def __call__(
+        self, x: Array, *, lengths: Array | None = None, return_weights: bool = False
+    ) -> Any:
         """Pool x `[..., S, D]` over S.
 
         Args:
           x: `[..., S, D]`, floating point.
-          lengths: integers `[...]` from 0 to S: only so many steps of each sequence are real, and what lies past
-            them reaches nothing. A sequence of none gives zeros. Traced lengths beyond S allow all. None: all are.
+          lengths: integers `[...]` from 0 to S: only so many steps of each sequence are real, and
+            what lies past them reaches nothing. A sequence of none gives zeros. Traced lengths
+            beyond S allow all. None: all are.
           return_weights: also return the weights.
 
         Returns:
@@ -54,12 +58,14 @@ class _SequencePooling(nnx.Module):
             mask = masks.padding(lengths)
             end = jnp.asarray(lengths, jnp.int32)[..., None, None]
             inside = jnp.arange(x.shape[-2], dtype=jnp.int32)[:, None] < end
-            x = jnp.where(inside, x, 0)  # else a NaN past the end would reach the gradient of the kernel
+            # Else a NaN past the end would reach the gradient of the kernel
+            x = jnp.where(inside, x, 0)
         query, key, value = self._operands(x)
         query = jnp.broadcast_to(query, (*x.shape[:-2], *query.shape))
         result = attend(
             query, key, value,
-            score=scores.dot_product, mask=mask, modifier=self._modifier(), return_weights=return_weights,
+            score=scores.dot_product, mask=mask, modifier=self._modifier(),
+            return_weights=return_weights,
         )  # fmt: skip
         if not return_weights:
             return rearrange(result, self.context_pattern)
@@ -68,7 +74,7 @@ class _SequencePooling(nnx.Module):
 
 
 class FeaturePooling(_SequencePooling):
-    """Every feature is pooled with weights of its own: a head of width 1, whose score the whole step gives.
+    """Every feature is pooled with its own weights: a head of width 1, scored by the whole step.
 
         α = softmax over time of tanh(W x + b),   context = Σ_t α_t ⊙ x_t
 
@@ -89,7 +95,8 @@ class FeaturePooling(_SequencePooling):
     Paper: Shen et al. 2018, https://arxiv.org/abs/1709.04696, whose score has one more layer
 
     Example:
-      >>> context, weights = FeaturePooling(3, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 3)), return_weights=True)
+      >>> pooling = FeaturePooling(3, rngs=nnx.Rngs(0))
+      >>> context, weights = pooling(jnp.ones((2, 5, 3)), return_weights=True)
       >>> context.shape, weights.shape
       ((2, 3), (2, 5, 3))
     """
@@ -97,10 +104,19 @@ class FeaturePooling(_SequencePooling):
     context_pattern = "... 1 D 1 -> ... D"
     weights_pattern = "... D 1 S -> ... S D"
 
-    def __init__(self, features: int, *, use_bias: bool = True, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        *,
+        use_bias: bool = True,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         checks.positive(features=features)
         self.features = features
-        self.key = nnx.Linear(features, features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+        self.key = nnx.Linear(
+            features, features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+        )
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array]:
         key = jnp.tanh(self.key(x))
@@ -112,8 +128,8 @@ class MultiHopPooling(_SequencePooling):
 
         A = softmax over time of W x + b,   context = Aᵀ x
 
-    Row r of W is the query of hop r. The softmax cancels b, which is here for the weights of others.
-    The context is `[..., R, D]`, the weights Aᵀ are `[..., R, S]`.
+    Row r of W is the query of hop r. The softmax cancels b, which is here for the weights of
+    others. The context is `[..., R, D]`, the weights Aᵀ are `[..., R, S]`.
 
     Args:
       features: D.
@@ -132,7 +148,8 @@ class MultiHopPooling(_SequencePooling):
     Paper: Lin et al. 2017, https://arxiv.org/abs/1703.03130, whose score has one more layer
 
     Example:
-      >>> context, weights = MultiHopPooling(3, 2, rngs=nnx.Rngs(0))(jnp.ones((5, 3)), return_weights=True)
+      >>> pooling = MultiHopPooling(3, 2, rngs=nnx.Rngs(0))
+      >>> context, weights = pooling(jnp.ones((5, 3)), return_weights=True)
       >>> context.shape, weights.shape
       ((2, 3), (2, 5))
     """
@@ -186,7 +203,8 @@ class LearnedQueryPooling(_SequencePooling):
     Paper: Yang et al. 2016, https://aclanthology.org/N16-1174
 
     Example:
-      >>> context, weights = LearnedQueryPooling(3, rngs=nnx.Rngs(0))(jnp.ones((5, 3)), return_weights=True)
+      >>> pooling = LearnedQueryPooling(3, rngs=nnx.Rngs(0))
+      >>> context, weights = pooling(jnp.ones((5, 3)), return_weights=True)
       >>> context.shape, weights.shape
       ((3,), (5,))
     """
@@ -206,7 +224,9 @@ class LearnedQueryPooling(_SequencePooling):
         hidden_features = features if hidden_features is None else hidden_features
         checks.positive(features=features, hidden_features=hidden_features)
         self.features = features
-        self.key = nnx.Linear(features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs)
+        self.key = nnx.Linear(
+            features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+        )
         weight = initializers.lecun_normal()(rngs.params(), (hidden_features, 1), param_dtype)
         self.query = nnx.Param(weight[:, 0])
 

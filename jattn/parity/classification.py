@@ -1,4 +1,4 @@
-"""Rows 26 to 30: sequences pooled and classified; how each is built from a fixture and called with its inputs."""
+"""Rows 26 to 30: sequences pooled and classified; how to build each from a fixture and call it."""
 
 from typing import Any
 
@@ -20,8 +20,15 @@ def pool(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]
 
 
 def classifier_module(arguments: Arguments, dtype: Any) -> nnx.Module:
-    """Rows 26 and 30: the parts of the config by the names that PyTorch's reference and jattn share."""
-    parts = (nn.RNN, nn.LSTM, nn.GRU, nn.FeaturePooling, nn.LearnedQueryPooling, classifier.LastStep)
+    """Rows 26 and 30: the parts of the config by the names that PyTorch's reference shares."""
+    parts = (
+        nn.RNN,
+        nn.LSTM,
+        nn.GRU,
+        nn.FeaturePooling,
+        nn.LearnedQueryPooling,
+        classifier.LastStep,
+    )
     named: dict[Any, Any] = {part.__name__: part for part in parts}
     options: dict[str, Any] = {name: named.get(value, value) for name, value in arguments.items()}
     return classifier.Classifier(classifier.Config(**options), param_dtype=dtype, rngs=nnx.Rngs(0))

@@ -34,13 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one_by_one = words[:2] == ["parity", "run"]
     options = _run_parser().parse_args(words[2:]) if one_by_one else _parser().parse_args(words)
     try:
-        paths = [_named(path) for path in options.fixture] if one_by_one else _fixtures(options.folder)
+        paths = (
+            [_named(path) for path in options.fixture] if one_by_one else _fixtures(options.folder)
+        )
         comparisons = []
         for path in paths:
             comparisons.append(run(load(path), options.dtype))
             print(_rows(comparisons[-1]) if one_by_one else _line(comparisons[-1]), flush=True)
         if options.json:
-            options.json.write_text(json.dumps([_report(each) for each in comparisons], indent=2) + "\n")
+            options.json.write_text(
+                json.dumps([_report(each) for each in comparisons], indent=2) + "\n"
+            )
     except (OSError, ValueError) as error:
         print(f"jattn: {error}", file=sys.stderr)
         return 2
@@ -57,20 +61,28 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=["parity"])
-    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=_FOLDER, help=f"default: {_FOLDER}")
+    parser.add_argument(
+        "folder", nargs="?", type=pathlib.Path, default=_FOLDER, help=f"default: {_FOLDER}"
+    )
     return _with_options(parser)
 
 
 def _run_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jattn parity run", description="Compares fixtures tensor by tensor.")
+    parser = argparse.ArgumentParser(
+        prog="jattn parity run", description="Compares fixtures tensor by tensor."
+    )
     help = "a file, or a name that `jattn parity` printed, such as 10/widths"
     parser.add_argument("fixture", nargs="+", type=pathlib.Path, help=help)
     return _with_options(parser)
 
 
 def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="type of the port")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write every row to FILE")
+    parser.add_argument(
+        "--dtype", choices=["float64", "float32"], default="float64", help="type of the port"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="also write every row to FILE"
+    )
     return parser
 
 
@@ -78,7 +90,8 @@ def _fixtures(folder: pathlib.Path) -> list[pathlib.Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise FileNotFoundError(
-            f"no fixtures (*.safetensors) in the folder {folder}: they are in a clone of the project"
+            f"no fixtures (*.safetensors) in the folder {folder}:"
+            " they are in a clone of the project"
         )
     return paths
 
@@ -93,7 +106,10 @@ def _named(path: pathlib.Path) -> pathlib.Path:
 def _report(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON, which knows no infinity: null stands for it."""
     rows = [
-        {name: None if value == math.inf else value for name, value in dataclasses.asdict(row).items()}
+        {
+            name: None if value == math.inf else value
+            for name, value in dataclasses.asdict(row).items()
+        }
         | {"passed": row.passed}
         for row in comparison.rows
     ]
@@ -117,7 +133,11 @@ def _rows(comparison: Comparison) -> str:
     ]
     for row in comparison.rows:
         numbers = (row.max_error, row.relative_error, row.ulps, row.float32_ratio, row.share)
-        lines.append("  ".join([_word(row.passed), f"{row.name:42}", *(f"{number:9.1e}" for number in numbers)]))
+        lines.append(
+            "  ".join(
+                [_word(row.passed), f"{row.name:42}", *(f"{number:9.1e}" for number in numbers)]
+            )
+        )
     return "\n".join(lines) + "\n"
 
 

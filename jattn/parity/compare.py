@@ -21,7 +21,8 @@ class Row:
 
     Args:
       name: `output/NAME`, `grad/param/NAME` or `grad/input/NAME`, in PyTorch's names.
-      max_error: largest |Δ|; infinite where the tensor is missing, misshapen, not finite, or integers that differ.
+      max_error: largest |Δ|; infinite where the tensor is missing, misshapen, not finite, or
+        integers that differ.
       relative_error: the same over the largest magnitude of PyTorch's tensor.
       ulps: the same in units in the last place of that magnitude, in the type of the comparison.
       float32_ratio: root mean square error over PyTorch's own in float32.
@@ -72,17 +73,21 @@ class Comparison:
 
     def worst(self, quantity: str, prefix: str = "") -> float:
         """Largest `max_error`, `share` … of the tensors whose name begins with the prefix."""
-        return max((getattr(row, quantity) for row in self.rows if row.name.startswith(prefix)), default=0.0)
+        return max(
+            (getattr(row, quantity) for row in self.rows if row.name.startswith(prefix)),
+            default=0.0,
+        )
 
 
 def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = None) -> Comparison:
-    """Build the port of a fixture, load PyTorch's weights into it, and compare outputs and gradients.
+    """Build the port of a fixture, load PyTorch's weights, and compare outputs and gradients.
 
         float64:  |Δ| ≤ 1e-9 · (max|tensor| + 1e-3 · g),   g the largest gradient of the fixture
-        float32:  rms(Δ) ≤ max(2 · PyTorch's own rms error in float32, 4 ulp of max|tensor|, for gradients 4 ulp of g)
+        float32:  rms(Δ) ≤ max(2 · PyTorch's own rms error in float32, 4 ulp of max|tensor|,
+                               for gradients 4 ulp of g)
 
-    Gradients are of Σ ⟨cotangent, output⟩; those of parameters go back to PyTorch's names by the same rules as
-    the weights. Integer and boolean outputs must be the same.
+    Gradients are of Σ ⟨cotangent, output⟩; those of parameters go back to PyTorch's names by the
+    same rules as the weights. Integer and boolean outputs must be the same.
 
     Args:
       fixture: what PyTorch did.
@@ -99,19 +104,34 @@ def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = No
     if dtype not in (np.float64, np.float32):
         raise ValueError(f"dtype: expected float64 or float32, got {dtype}")
     if system is None and fixture.system not in SYSTEMS:
-        raise FixtureError(f"{fixture.title}: expected a row in {sorted(SYSTEMS)}, got {fixture.system}")
+        raise FixtureError(
+            f"{fixture.title}: expected a row in {sorted(SYSTEMS)}, got {fixture.system}"
+        )
     system = system or SYSTEMS[fixture.system]
     with jax.enable_x64(dtype == np.float64), jax.default_matmul_precision("highest"):
         try:
             found = _outputs_and_gradients(fixture, dtype, system)
         except (KeyError, TypeError) as error:
-            message = f"{fixture.title}: {system.title} cannot be built or called with what the fixture gives"
+            message = (
+                f"{fixture.title}: {system.title} cannot be built or called"
+                " with what the fixture gives"
+            )
             raise FixtureError(f"{message}: {error!r}") from error
     expected = _expected(fixture)
-    largest = max((_largest(array) for name, array in expected.items() if name.startswith("grad/")), default=0.0)
+    largest = max(
+        (_largest(array) for name, array in expected.items() if name.startswith("grad/")),
+        default=0.0,
+    )
     extra = found.keys() - expected.keys()
     rows = [
-        _compare(name, found.get(name), expected[name], largest, dtype, fixture.float32_errors.get(name, 0.0))
+        _compare(
+            name,
+            found.get(name),
+            expected[name],
+            largest,
+            dtype,
+            fixture.float32_errors.get(name, 0.0),
+        )
         for name in expected
     ]
     rows += [_wrong(name) for name in sorted(extra)]
@@ -119,7 +139,8 @@ def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = No
 
 
 def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) -> Tensors:
-    module = nnx.eval_shape(lambda: system.build(fixture.arguments, dtype))  # the weights come from the fixture
+    # The weights come from the fixture
+    module = nnx.eval_shape(lambda: system.build(fixture.arguments, dtype))
     module.eval()
     structure, shapes, *rest = nnx.split(module, nnx.Param, ...)
     weights = {name: array.astype(dtype) for name, array in fixture.parameters.items()}
@@ -130,7 +151,10 @@ def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) ->
     def outputs(parameters: nnx.State, floating: Any) -> tuple[Any, Any]:
         bound = nnx.merge(structure, parameters, *rest)
         found = system.call(bound, inputs | floating, fixture.arguments)
-        return {name: array for name, array in found.items() if _fits(array, cotangents.get(name))}, found
+        fitting = {
+            name: array for name, array in found.items() if _fits(array, cotangents.get(name))
+        }
+        return fitting, found
 
     @jax.jit
     def outputs_and_gradients(parameters: nnx.State, floating: Any) -> tuple[Any, Any, Any]:
@@ -143,18 +167,26 @@ def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) ->
     found, gradients, input_gradients = outputs_and_gradients(parameters, floating)
     tensors = {f"output/{name}": array for name, array in found.items()}
     if cotangents:
-        tensors |= {f"grad/param/{name}": array for name, array in to_torch(gradients, system.rules).items()}
+        tensors |= {
+            f"grad/param/{name}": array for name, array in to_torch(gradients, system.rules).items()
+        }
         tensors |= {f"grad/input/{name}": array for name, array in input_gradients.items()}
     return {name: np.asarray(array) for name, array in tensors.items()}
 
 
 def _fits(array: Any, cotangent: np.ndarray | None) -> bool:
-    return cotangent is not None and (array.shape, array.dtype) == (cotangent.shape, cotangent.dtype)
+    return cotangent is not None and (array.shape, array.dtype) == (
+        cotangent.shape,
+        cotangent.dtype,
+    )
 
 
 def _cast(arrays: Tensors, dtype: np.dtype) -> Tensors:
     """Floating arrays in the type of the comparison, all others as they are."""
-    return {name: array.astype(dtype) if array.dtype.kind == "f" else array for name, array in arrays.items()}
+    return {
+        name: array.astype(dtype) if array.dtype.kind == "f" else array
+        for name, array in arrays.items()
+    }
 
 
 def _expected(fixture: Fixture) -> Tensors:
@@ -177,7 +209,9 @@ def _compare(
     if found is None or found.shape != expected.shape or found.dtype.kind != expected.dtype.kind:
         return _wrong(name)
     if expected.dtype.kind != "f":
-        return Row(name, 0.0, 0.0, 0.0, 0.0, 0.0) if np.array_equal(found, expected) else _wrong(name)
+        return (
+            Row(name, 0.0, 0.0, 0.0, 0.0, 0.0) if np.array_equal(found, expected) else _wrong(name)
+        )
     difference = np.abs(found.astype(np.float64) - expected)
     if not np.isfinite(difference).all():
         return _wrong(name)
@@ -189,7 +223,9 @@ def _compare(
         scale = max(magnitude, largest_gradient) if name.startswith("grad/") else magnitude
         share = _ratio(rms, max(2 * float32_error, 4 * float(np.finfo(np.float32).eps) * scale))
     ulp = float(np.spacing(dtype.type(magnitude)))
-    return Row(name, error, _ratio(error, magnitude), _ratio(error, ulp), _ratio(rms, float32_error), share)
+    return Row(
+        name, error, _ratio(error, magnitude), _ratio(error, ulp), _ratio(rms, float32_error), share
+    )
 
 
 def _wrong(name: str) -> Row:

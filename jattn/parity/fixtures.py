@@ -1,4 +1,4 @@
-"""Fixtures: what a PyTorch module was given and gave back, in one safetensors file that needs no torch."""
+"""Fixtures: a PyTorch module's inputs and outputs, in one safetensors file that needs no torch."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ class FixtureError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Fixture:
-    """One run of a PyTorch module in float64, with everything that is needed to repeat it elsewhere.
+    """One run of a PyTorch module in float64, with all that is needed to repeat it elsewhere.
 
     Args:
       system: row of the table of systems.
@@ -46,11 +46,13 @@ class Fixture:
       arguments: arguments that the module was built with.
       seed: seed of the parameters, inputs and cotangents.
       versions: package → version that recorded it.
-      float32_errors: PyTorch's own error in float32 against this float64 truth: tensor → root mean square.
+      float32_errors: PyTorch's own error in float32 against this float64 truth: tensor → root mean
+        square.
       parameters: every parameter, under its PyTorch name.
       inputs: every input; floating ones in float64, integers and booleans as they are.
       outputs: every output.
-      modules: every submodule's output, as `NAME[CALL]`, and `NAME[CALL][ITEM]` where it returns several.
+      modules: every submodule's output, as `NAME[CALL]`, and `NAME[CALL][ITEM]` where it returns
+        several.
       cotangents: for every output that has a gradient, the vector that is pulled back through it.
       parameter_gradients: gradients of Σ ⟨cotangent, output⟩ with respect to the parameters.
       input_gradients: the same with respect to the floating inputs.
@@ -156,10 +158,14 @@ def _read_facts(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise FixtureError(f"{path}: its metadata is no JSON: {error}") from error
     if not isinstance(facts, dict) or facts.keys() != _FACTS.keys():
-        raise FixtureError(f"{path}: expected metadata with {', '.join(_FACTS)}, got {metadata['fixture']:.200}")
+        raise FixtureError(
+            f"{path}: expected metadata with {', '.join(_FACTS)}, got {metadata['fixture']:.200}"
+        )
     for name, kind in _FACTS.items():
         if type(facts[name]) is not kind:
-            raise FixtureError(f"{path}: metadata {name!r}: expected {kind.__name__}, got {facts[name]!r:.200}")
+            raise FixtureError(
+                f"{path}: metadata {name!r}: expected {kind.__name__}, got {facts[name]!r:.200}"
+            )
     return facts
 
 
@@ -168,7 +174,9 @@ def _read_groups(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     for name in sorted(arrays):
         group = next((group for group, prefix in _GROUPS.items() if name.startswith(prefix)), None)
         if group is None:
-            raise FixtureError(f"{path}: tensor {name!r}: expected a name in {', '.join(_GROUPS.values())}")
+            raise FixtureError(
+                f"{path}: tensor {name!r}: expected a name in {', '.join(_GROUPS.values())}"
+            )
         groups[group][name.removeprefix(_GROUPS[group])] = arrays[name]
     return groups
 
@@ -177,7 +185,9 @@ def _check(path: str, fixture: Fixture) -> None:
     """Floats are float64; gradients and cotangents belong to tensors of the same shape."""
     for name, array in fixture.tensors.items():
         if array.dtype.kind not in "iub" and array.dtype != np.float64:
-            raise FixtureError(f"{path}: {name}: expected float64, integers or booleans, got {array.dtype}")
+            raise FixtureError(
+                f"{path}: {name}: expected float64, integers or booleans, got {array.dtype}"
+            )
     pairs = (
         ("parameter_gradients", "parameters"),
         ("input_gradients", "inputs"),
@@ -188,7 +198,9 @@ def _check(path: str, fixture: Fixture) -> None:
             partner = getattr(fixture, base).get(name)
             if partner is None or partner.shape != array.shape:
                 expected = f"one of {base}" if partner is None else f"shape {partner.shape}"
-                raise FixtureError(f"{path}: {_GROUPS[group]}{name} of shape {array.shape}: expected {expected}")
+                raise FixtureError(
+                    f"{path}: {_GROUPS[group]}{name} of shape {array.shape}: expected {expected}"
+                )
     if fixture.cotangents and fixture.parameters.keys() != fixture.parameter_gradients.keys():
         lacking = sorted(fixture.parameters.keys() - fixture.parameter_gradients.keys())
         raise FixtureError(f"{path}: no gradient for the parameters {lacking}")

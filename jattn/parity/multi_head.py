@@ -46,7 +46,9 @@ def residual(arguments: Arguments, dtype: Any) -> nnx.Module:
     widths, rngs = (arguments["in_features"], arguments["out_features"]), nnx.Rngs(0)
     attention = nn.SelfAttention(*widths, param_dtype=dtype, rngs=rngs)
     use_layer_norm = arguments.get("use_layer_norm", False)
-    return nn.ResidualAttention(attention, *widths, use_layer_norm=use_layer_norm, param_dtype=dtype, rngs=rngs)
+    return nn.ResidualAttention(
+        attention, *widths, use_layer_norm=use_layer_norm, param_dtype=dtype, rngs=rngs
+    )
 
 
 def multi_head(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""Rows 1 to 8: pooling, scores and masks; how each is built from a fixture and called with its inputs."""
+"""Rows 1 to 8: pooling, scores and masks; how to build each from a fixture and call it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,15 @@ from jattn.functional import masks, scores
 from jattn.functional.softmax import masked_softmax
 from jattn.interop import torch_layouts as layouts
 from jattn.interop.rules import Rule
-from jattn.parity.system import Arguments, Arrays, Call, System, constructor, padding, without_parameters
+from jattn.parity.system import (
+    Arguments,
+    Arrays,
+    Call,
+    System,
+    constructor,
+    padding,
+    without_parameters,
+)
 
 Array = jax.Array
 
@@ -35,9 +43,14 @@ def scored_module(arguments: Arguments, dtype: Any) -> nnx.Module:
 
 def attend_single_head(inputs: Arrays, mask: Any, score: Callable[..., Array]) -> dict[str, Array]:
     """`attend` for operands [B, T, H] without a head axis."""
-    query, key, value = (rearrange(inputs[name], "b t h -> b t 1 h") for name in ("query", "key", "value"))
+    query, key, value = (
+        rearrange(inputs[name], "b t h -> b t 1 h") for name in ("query", "key", "value")
+    )
     output, weights = attend(query, key, value, score=score, mask=mask, return_weights=True)
-    return {"output": rearrange(output, "b t 1 v -> b t v"), "weights": rearrange(weights, "b 1 t s -> b t s")}
+    return {
+        "output": rearrange(output, "b t 1 v -> b t v"),
+        "weights": rearrange(weights, "b 1 t s -> b t s"),
+    }
 
 
 def pool_with(score: Callable[..., Array]) -> Call:
@@ -59,7 +72,11 @@ def pool(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
 
 def softmax(_module: None, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
     """Row 4."""
-    return {"weights": masked_softmax(inputs["scores"], inputs.get("mask"), lengths=inputs.get("lengths"))}
+    return {
+        "weights": masked_softmax(
+            inputs["scores"], inputs.get("mask"), lengths=inputs.get("lengths")
+        )
+    }
 
 
 def mask_of(arguments: Arguments, inputs: Arrays) -> masks.Mask:
@@ -153,7 +170,11 @@ SYSTEMS = (
         7,
         "dot-product, bilinear and cosine scores",
         functions=("jattn.scores.dot_product", "jattn.scores.bilinear", "jattn.scores.cosine"),
-        modules=("jattn.nn.DotProductAttention", "jattn.nn.BilinearAttention", "jattn.nn.CosineAttention"),
+        modules=(
+            "jattn.nn.DotProductAttention",
+            "jattn.nn.BilinearAttention",
+            "jattn.nn.CosineAttention",
+        ),
         paper="Luong et al. 2015",
         link="https://arxiv.org/abs/1508.04025",
         reference="pooling.scored_attention",

@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def rotate(_module: None, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
-    """Row 20: the rotation by an offset, applied to any x, and the encodings that it takes to one another."""
+    """Row 20: the rotation by an offset, applied to x, and the encodings before and after it."""
     features, offset, where = arguments["features"], arguments["offset"], inputs["positions"]
     rotation = positions.sinusoidal_rotation(offset, features)
     return {

@@ -1,4 +1,4 @@
-"""Rows 24 to 32: recurrent networks; how each is built from a fixture and called with its inputs."""
+"""Rows 24 to 32: recurrent networks; how to build each from a fixture and call it."""
 
 from typing import Any
 
@@ -32,16 +32,23 @@ def seq2seq_module(arguments: Arguments, dtype: Any) -> nnx.Module:
 
 
 def recur(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
-    """Row 24: PyTorch's states are [L · directions, B, F], ours [B, L · directions, F]; an LSTM's is a pair."""
+    """Row 24: PyTorch's states are [L · directions, B, F], ours [B, L · directions, F].
+
+    An LSTM's is a pair.
+    """
     if arguments["kind"] == "Embedding":
         return {"output": module(inputs["tokens"]), "table": module.renormalized(inputs["tokens"])}
     names = [name for name in ("state", "cell") if name in inputs]
     if arguments["kind"].endswith("Cell"):
         after = module(inputs["x"], _state([inputs[name] for name in names]))
-        return dict(zip(("state", "cell"), after if isinstance(after, tuple) else (after,), strict=False))
+        return dict(
+            zip(("state", "cell"), after if isinstance(after, tuple) else (after,), strict=False)
+        )
     state = _state([rearrange(inputs[name], "l b f -> b l f") for name in names])
     output, last = module(inputs["x"], state, lengths=inputs.get("lengths"))
-    parts = [rearrange(part, "b l f -> l b f") for part in (last if isinstance(last, tuple) else (last,))]
+    parts = [
+        rearrange(part, "b l f -> l b f") for part in (last if isinstance(last, tuple) else (last,))
+    ]
     return {"output": output, **dict(zip(("state", "cell"), parts, strict=False))}
 
 
@@ -52,7 +59,9 @@ def _state(parts: list[Array]) -> Any:
 def translate(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
     """Row 31, teacher-forced."""
     lengths = inputs.get("lengths")
-    logits, weights = module(inputs["source"], inputs["target_in"], lengths=lengths, return_weights=True)
+    logits, weights = module(
+        inputs["source"], inputs["target_in"], lengths=lengths, return_weights=True
+    )
     return {"logits": logits, "weights": weights}
 
 
@@ -60,9 +69,12 @@ SYSTEMS = (
     System(
         24,
         "recurrent networks and embedding",
-        functions=tuple(f"jattn.functional.recurrence.{name}" for name in ("lstm_step", "gru_step")),
+        functions=tuple(
+            f"jattn.functional.recurrence.{name}" for name in ("lstm_step", "gru_step")
+        ),
         modules=tuple(
-            f"jattn.nn.{name}" for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "Embedding")
+            f"jattn.nn.{name}"
+            for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "Embedding")
         ),
         paper="Hochreiter and Schmidhuber 1997",
         link="https://doi.org/10.1162/neco.1997.9.8.1735",
@@ -72,7 +84,9 @@ SYSTEMS = (
         rules=layouts.within(layouts.RECURRENT, "rnn")
         + layouts.within(layouts.RECURRENT_CELL, "rnn")
         + layouts.within(layouts.EMBEDDING, "embedding", ""),
-        note="`lengths` has the meaning of packed sequences; the embedding of row 26 is proven here",
+        note=(
+            "`lengths` has the meaning of packed sequences; the embedding of row 26 is proven here"
+        ),
     ),
     System(
         31,

@@ -1,4 +1,4 @@
-"""Rows 25 and 32: networks that write a sequence; how each is built from a fixture and called with its inputs."""
+"""Rows 25 and 32: networks that write a sequence; how to build each from a fixture and call it."""
 
 from typing import Any
 
@@ -42,7 +42,9 @@ SYSTEMS = (
         25,
         "character network",
         functions=(),
-        modules=tuple(f"jattn.models.{name}" for name in ("CharCell", "CharRNN", "EmbeddedCharRNN")),
+        modules=tuple(
+            f"jattn.models.{name}" for name in ("CharCell", "CharRNN", "EmbeddedCharRNN")
+        ),
         paper="Elman 1990",
         link="https://doi.org/10.1207/s15516709cog1402_1",
         reference="char_rnn.char_rnn",

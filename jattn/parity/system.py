@@ -51,7 +51,8 @@ class System:
       modules: public names of the Flax modules that own its parameters; none for a pure function.
       paper: authors and year.
       link: where the paper is.
-      reference: name of the PyTorch reference in `experiments.torch_reference`; never imported here.
+      reference: name of the PyTorch reference in `experiments.torch_reference`; never imported
+        here.
       build: a fixture's arguments and a parameter type → the module.
       call: module, inputs and arguments → outputs by name.
       rules: how its weights travel.

@@ -3,7 +3,14 @@
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from jattn.parity import classification, multi_head, pooling, positions, recurrent, sequence_to_sequence
+from jattn.parity import (
+    classification,
+    multi_head,
+    pooling,
+    positions,
+    recurrent,
+    sequence_to_sequence,
+)
 from jattn.parity.system import System
 
 _FAMILIES = (pooling, multi_head, positions, recurrent, classification, sequence_to_sequence)
@@ -25,8 +32,9 @@ def markdown(titles: Iterable[str] = ()) -> str:
 
     Example:
       >>> print(markdown(["4/masked_softmax"]).splitlines()[5])
-      | 4 | masked softmax (a row with nothing to see is zeros; code that fills with −1e6 makes it uniform) \
-| `masked_softmax` |  | [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762) | `masked_softmax` |
+      | 4 | masked softmax (a row with nothing to see is zeros; code that fills with −1e6 makes it \
+uniform) | `masked_softmax` |  | [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762) \
+| `masked_softmax` |
     """
     cases: dict[int, list[str]] = {}
     for title in titles:
@@ -36,10 +44,20 @@ def markdown(titles: Iterable[str] = ()) -> str:
     def code(names: Iterable[str]) -> str:
         return ", ".join(f"`{name.removeprefix('jattn.')}`" for name in names)
 
-    lines = ["| row | system | function | module | paper | proven by |", "| ---: | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| row | system | function | module | paper | proven by |",
+        "| ---: | --- | --- | --- | --- | --- |",
+    ]
     for row, system in SYSTEMS.items():
         described = f"{system.title} ({system.note})" if system.note else system.title
         paper = f"[{system.paper}]({system.link})"
-        cells = (str(row), described, code(system.functions), code(system.modules), paper, code(cases.get(row, ())))
+        cells = (
+            str(row),
+            described,
+            code(system.functions),
+            code(system.modules),
+            paper,
+            code(cases.get(row, ())),
+        )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

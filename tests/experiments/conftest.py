@@ -12,7 +12,10 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(compiled):
-    options = {"jax_compilation_cache_dir": str(compiled), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options = {
+        "jax_compilation_cache_dir": str(compiled),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     before = {name: getattr(jax.config, name) for name in options}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():

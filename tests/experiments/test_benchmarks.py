@@ -16,7 +16,9 @@ SIZES = {"B": 2, "T": 41, "N": 6, "K": 6, "H": 5, "window": 7}
 
 
 def toy(kind, what="forward"):
-    return Case(**{**SIZES, **({"N": 1, "K": 1} if kind == "additive" else {})}, kind=kind, what=what)
+    return Case(
+        **{**SIZES, **({"N": 1, "K": 1} if kind == "additive" else {})}, kind=kind, what=what
+    )
 
 
 def result(name, case):
@@ -26,8 +28,13 @@ def result(name, case):
     except LeftOut:
         return None
     output, gradients = found if case.backward else (found, ())
-    arrays = [np.asarray(array.detach() if name == "PyTorch" else array) for array in (output, *gradients)]
-    return [rearrange(x, "b n t h -> b t n h") if name == "PyTorch" and x.ndim == 4 else x for x in arrays]
+    arrays = [
+        np.asarray(array.detach() if name == "PyTorch" else array) for array in (output, *gradients)
+    ]
+    return [
+        rearrange(x, "b n t h -> b t n h") if name == "PyTorch" and x.ndim == 4 else x
+        for x in arrays
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,13 +61,17 @@ def test_operations_are_those_of_the_scores_that_the_mask_leaves(kind):
         "padding": lambda b, i, j: j < real[b],
     }
     rule = rules.get(kind, lambda b, i, j: j <= i)
-    scores = sum(bool(rule(b, i, j)) for b in range(case.B) for i in range(case.T) for j in range(case.T))
+    scores = sum(
+        bool(rule(b, i, j)) for b in range(case.B) for i in range(case.T) for j in range(case.T)
+    )
     assert case.operations == 4 * scores * case.N * case.H
 
 
 def test_every_group_is_shown_and_written(tmp_path, monkeypatch, capsys):
     small = {
-        name: cases.Group(group.title, group.columns, (toy(group.cases[0].kind, group.cases[0].what),), group.ours)
+        name: cases.Group(
+            group.title, group.columns, (toy(group.cases[0].kind, group.cases[0].what),), group.ours
+        )
         for name, group in cases.GROUPS.items()
         if name != "memory"
     }
@@ -79,7 +90,9 @@ def test_every_group_is_shown_and_written(tmp_path, monkeypatch, capsys):
     for name, group in small.items():
         (row,) = written["groups"][name]
         assert row["work"] in shown
-        assert row["seconds"].keys() | row["left_out"].keys() == {group.ours, *group.columns} - without
+        assert (
+            row["seconds"].keys() | row["left_out"].keys() == {group.ours, *group.columns} - without
+        )
         assert all(len(seconds) == 1 for seconds in row["seconds"].values())
 
 
@@ -94,7 +107,9 @@ def test_a_table_is_markdown():
     assert table.markdown() == "title\n\n| work | ms |\n| --- | ---: |\n| a | 1 |\n"
 
 
-@pytest.mark.parametrize(("option", "value", "least"), [("rounds", 0, 1), ("longest", 0, 1), ("pause", -1, 0)])
+@pytest.mark.parametrize(
+    ("option", "value", "least"), [("rounds", 0, 1), ("longest", 0, 1), ("pause", -1, 0)]
+)
 def test_bad_options(option, value, least, capsys):
     with pytest.raises(SystemExit):
         attend.main([f"--{option}={value}"])

@@ -1,4 +1,7 @@
-"""A run end to end, on texts whose label no short run of characters tells; the reader, the split and the baseline."""
+"""A run end to end, on texts whose label no short run of characters tells.
+
+Then the reader, the split and the baseline.
+"""
 
 import csv
 import itertools
@@ -37,7 +40,7 @@ COLUMNS = ["--text-column", "word", "--label-column", "ends"]
 
 
 def ends(word):
-    """Whether the first character comes back at the end, to be seen from both ends at once alone."""
+    """Whether the first character comes back at the end; only both ends at once tell it."""
     return "alike" if word[0] == word[-1] else "different"
 
 
@@ -95,7 +98,8 @@ def test_scores_are_those_of_the_held_out_texts(finished_run, table):
     assert not {text.text for text in data.train} & {text.text for text in data.test}
     probabilities, weights = reader([text.text for text in data.test], batch_size=7)
     right = [
-        reader.labels.names[p.argmax()] == ends(text.text) for p, text in zip(probabilities, data.test, strict=True)
+        reader.labels.names[p.argmax()] == ends(text.text)
+        for p, text in zip(probabilities, data.test, strict=True)
     ]
     scores = json.loads((finished_run.folder / "scores.json").read_text())
     assert scores["accuracy"] == pytest.approx(np.mean(right))
@@ -129,7 +133,11 @@ def test_resumed_run_ends_in_the_same_bits(finished_run, copied_run):
 
 def test_other_settings_or_data_than_the_checkpoints(finished_run, table, tmp_path, capsys):
     resume = ("--resume", "--run-dir", finished_run.folder)
-    for option, value, own in (("features", 31, 16), ("seed", 4, 3), ("text-column", "number", "word")):
+    for option, value, own in (
+        ("features", 31, 16),
+        ("seed", 4, 3),
+        ("text-column", "number", "word"),
+    ):
         message = fails(capsys, *resume, f"--{option}", value)
         assert f"--{option} {value} differs from the checkpoint's, {own}" in message
     other = tmp_path / "other.csv"
@@ -151,7 +159,10 @@ def test_other_settings_or_data_than_the_checkpoints(finished_run, table, tmp_pa
         ('text,label\n"a,b\n', "unexpected end of data"),
         ("text,label\na,b\n", "expected at least 2 different texts (one to hold out), got 1"),
         ("text,label\na,b\nc,b\n", "expected texts of at least 2 labels to train on, got 1"),
-        ("text,label\na,b\na,c\nd,b\nd,c\n", "expected texts of at least 2 labels to train on, got 0"),
+        (
+            "text,label\na,b\na,c\nd,b\nd,c\n",
+            "expected texts of at least 2 labels to train on, got 0",
+        ),
     ],
 )
 def test_nothing_is_made_of_a_bad_file(tmp_path, capsys, content, message):
@@ -195,7 +206,9 @@ def test_a_tab_separated_file_has_no_quotes(tmp_path):
 
 
 def test_a_label_that_is_only_held_out():
-    texts = [Text(word, "x" if word < "g" else "y", word) for word in "abcdefgh"] + [Text("z", "once", "z")]
+    texts = [Text(word, "x" if word < "g" else "y", word) for word in "abcdefgh"] + [
+        Text("z", "once", "z")
+    ]
     with pytest.raises(BadInput, match="only held-out texts have the label 'once'"):
         for seed in range(100):
             labelled.split(texts, fraction=0.2, seed=seed)
@@ -212,21 +225,27 @@ def test_names_are_split_by_what_they_name():
         labels.setdefault(text.text, set()).add(text.label)
     both = {text.text for text in [*train, *test]}
     assert all(labels[text.text] == {text.label} for text in [*train, *test])
-    assert {name for name in labels if name not in both} == {name for name in labels if len(labels[name]) > 1}
+    assert {name for name in labels if name not in both} == {
+        name for name in labels if len(labels[name]) > 1
+    }
     assert len(labels) == len(both) + ambiguous
     assert (train, test, ambiguous) == labelled.split(texts[::-1], fraction=0.1, seed=0)
 
 
 def test_names_come_in_many_scripts_and_in_close_languages():
     texts = names.names()
-    scripts = {unicodedata.name(character).split()[0] for text in texts for character in text.text[:1]}
+    scripts = {
+        unicodedata.name(character).split()[0] for text in texts for character in text.text[:1]
+    }
     assert {"LATIN", "CYRILLIC", "GREEK", "ARABIC", "CJK", "HANGUL", "KATAKANA"} <= scripts
     assert min(Counter(text.label for text in texts).values()) > 900 and len(names.LANGUAGES) >= 20
 
 
 def test_names_command_writes_a_file_that_the_reader_takes(tmp_path):
     path = tmp_path / "names.tsv"
-    subprocess.run([sys.executable, "-m", "experiments.data.names", str(path)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "experiments.data.names", str(path)], check=True, capture_output=True
+    )
     rows = labelled.read_table(path, text_column="text", label_column="label")
     assert [row[:2] for row in rows] == [row[:2] for row in names.names()]
 
@@ -238,13 +257,20 @@ def test_naive_bayes_is_that_of_a_loop():
     def grams(text):
         return [*text, *(a + b for a, b in itertools.pairwise(text))]
 
-    counts = {label: Counter(g for t in train if t.label == label for g in grams(f"\n{t.text}\n")) for label in "xy"}
+    counts = {
+        label: Counter(g for t in train if t.label == label for g in grams(f"\n{t.text}\n"))
+        for label in "xy"
+    }
     known = set(counts["x"]) | set(counts["y"])
     for text in ("ab", "cb", "da", ""):
         scores = []
         for label, share in (("x", 2 / 3), ("y", 1 / 3)):
             total = sum(counts[label].values()) + 0.5 * len(known)
-            likelihoods = [(counts[label][gram] + 0.5) / total for gram in grams(f"\n{text}\n") if gram in known]
+            likelihoods = [
+                (counts[label][gram] + 0.5) / total
+                for gram in grams(f"\n{text}\n")
+                if gram in known
+            ]
             scores.append(np.log(share) + np.log(likelihoods).sum())
         np.testing.assert_allclose(baseline._scores(text), scores, rtol=1e-12)
         assert baseline([text]) == ["xy"[np.argmax(scores)]]
@@ -257,8 +283,13 @@ def test_examples_are_one_of_each_label():
 
 def test_pictures_of_many_labels_and_strange_texts(tmp_path):
     counts = np.diag(np.arange(50.0))
-    class_pictures.confusion(counts, [f"$label$ {i} क" for i in range(50)], tmp_path / "confusion.png")
-    rows = [class_pictures.Strip(f"$x${text[0]}", text, np.full(len(text), 1 / len(text))) for text in ("$a क", "ابج")]
+    class_pictures.confusion(
+        counts, [f"$label$ {i} क" for i in range(50)], tmp_path / "confusion.png"
+    )
+    rows = [
+        class_pictures.Strip(f"$x${text[0]}", text, np.full(len(text), 1 / len(text)))
+        for text in ("$a क", "ابج")
+    ]
     class_pictures.strips(rows, tmp_path / "strips.png")
     class_pictures.strips([], tmp_path / "none.png")
     assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "strips.png"}

@@ -11,7 +11,16 @@ import pytest
 
 from experiments import BadInput
 from experiments.data import dates, pairs, territories
-from experiments.data.batches import END, PAD, START, UNKNOWN, Batches, Vocabulary, fixed_batches, pad
+from experiments.data.batches import (
+    END,
+    PAD,
+    START,
+    UNKNOWN,
+    Batches,
+    Vocabulary,
+    fixed_batches,
+    pad,
+)
 from experiments.data.pairs import Pair
 
 
@@ -51,7 +60,11 @@ def test_other_names_in_other_languages(tmp_path, capsys):
     path = tmp_path / "names.tsv"
     territories.main([str(path), "--all", "--to", "zh"])
     rows = pairs.read_tsv(path)
-    assert {Pair("Germany", "德国"), Pair("Gothic", "哥特语"), Pair("Swiss Franc", "瑞士法郎")} <= set(rows)
+    assert {
+        Pair("Germany", "德国"),
+        Pair("Gothic", "哥特语"),
+        Pair("Swiss Franc", "瑞士法郎"),
+    } <= set(rows)
     assert len(rows) == len(set(rows)) > 1700
     for bad, message in (("xx", "must be a CLDR locale"), ("-", "must be a CLDR locale")):
         with pytest.raises(SystemExit):
@@ -150,7 +163,9 @@ def test_an_epoch_visits_every_pair_in_few_shapes():
     seen = {
         (int(length), tuple(row[:end]))
         for batch in epoch
-        for length, row, end in zip(batch.source_lengths, batch.target_out, batch.target_lengths, strict=True)
+        for length, row, end in zip(
+            batch.source_lengths, batch.target_out, batch.target_lengths, strict=True
+        )
     }
     target = Vocabulary.of("y0123456")
     assert seen == {(len(pair.source), (*target.encode(pair.target), END)) for pair in PAIRS}
@@ -174,7 +189,9 @@ def test_fixed_batches_have_one_shape_and_lose_nothing():
     rows = [list(range(4, 5 + i % 6)) for i in range(23)]
     parts = list(fixed_batches(rows, 7))
     assert {tokens.shape for tokens, _, _ in parts} == {(7, 6)}
-    assert [list(tokens[i, : lengths[i]]) for tokens, lengths, count in parts for i in range(count)] == rows
+    assert [
+        list(tokens[i, : lengths[i]]) for tokens, lengths, count in parts for i in range(count)
+    ] == rows
 
 
 def test_pad_to_a_width():

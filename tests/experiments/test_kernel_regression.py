@@ -43,11 +43,16 @@ def test_the_learned_kernel_errs_least(finished_run):
 def test_narrower_weights_fit_less_smoothly():
     pool, score = kernel_regression.pool_with, kernel_regression.scores.gaussian
     pools = {"wide": pool(score), "narrow": pool(lambda query, key: score(query, key, 4.0))}
-    _, (wide, narrow) = kernel_regression.compare(pools, kernel_regression.draw(kernel_regression.Settings()))
+    _, (wide, narrow) = kernel_regression.compare(
+        pools, kernel_regression.draw(kernel_regression.Settings())
+    )
     for panel in (wide, narrow):
         np.testing.assert_allclose(panel.weights.sum(axis=1), 1, rtol=1e-5)
     assert narrow.weights.max() > 2 * wide.weights.max()
-    assert np.square(np.diff(narrow.prediction, 2)).sum() > 2 * np.square(np.diff(wide.prediction, 2)).sum()
+    assert (
+        np.square(np.diff(narrow.prediction, 2)).sum()
+        > 2 * np.square(np.diff(wide.prediction, 2)).sum()
+    )
 
 
 def test_errors_are_those_of_a_loop():
@@ -85,9 +90,13 @@ def test_other_settings_than_the_checkpoints(finished_run, capsys):
 
 
 def test_a_run_of_another_experiment(copied_run, capsys):
-    arrays = kernel_regression.nnx.state(kernel_regression.nn.NadarayaWatson(rngs=kernel_regression.nnx.Rngs(0)))
+    arrays = kernel_regression.nnx.state(
+        kernel_regression.nn.NadarayaWatson(rngs=kernel_regression.nnx.Rngs(0))
+    )
     copied_run.checkpoints.save(300, arrays, {"experiment": "other"})
-    assert "is not a run of this experiment" in fails(capsys, "--resume", "--run-dir", copied_run.folder)
+    assert "is not a run of this experiment" in fails(
+        capsys, "--resume", "--run-dir", copied_run.folder
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ def test_all_three_learn_to_spell(finished_run):
 
 def test_the_loop_and_the_network_learn_alike(finished_run):
     """One network written twice; the floor of its loss is that of logits between −1 and 1."""
-    loop, network, embedded = zip(*(row["losses"].values() for row in finished_run.metrics.read()), strict=True)
+    loop, network, embedded = zip(
+        *(row["losses"].values() for row in finished_run.metrics.read()), strict=True
+    )
     np.testing.assert_allclose(loop, network, rtol=1e-4)
     assert np.log1p(3 * np.exp(-2)) < loop[-1] < 0.5
     assert embedded[-1] < 0.01
@@ -59,7 +61,10 @@ def test_every_step_is_recorded_as_the_model_was_after_it(finished_run):
 
 def test_one_optimizer_teaches_each_as_if_alone():
     """The gradient of the sum with respect to one network's weights is that of its own loss."""
-    model, batch = spell_hello.Spellers(0), (spell_hello.numbers("hello"), spell_hello.numbers("ohlol"))
+    model, batch = (
+        spell_hello.Spellers(0),
+        (spell_hello.numbers("hello"), spell_hello.numbers("ohlol")),
+    )
     gradient = lambda loss, model: spell_hello.nnx.jit(spell_hello.nnx.grad(loss))(model)  # noqa: E731
     together = gradient(lambda model: spell_hello.loss(model, batch), model)["embedding"]
     alone = gradient(lambda model: seq2seq.loss(model(batch[0]), batch[1]), model.embedding)

@@ -52,12 +52,24 @@ RECIPE = Recipe.adam(23, 3e-2, log_every=2, checkpoint_every=5)
 
 def run_to_the_end(folder, checkpoint=None, batches=batches, recipe=RECIPE):
     run, model = Run(folder), Network(nnx.Rngs(0))
-    finished = train(model, loss, batches, recipe, run, checkpoint=checkpoint, metadata={"name": "мая"}, console=QUIET)
+    finished = train(
+        model,
+        loss,
+        batches,
+        recipe,
+        run,
+        checkpoint=checkpoint,
+        metadata={"name": "мая"},
+        console=QUIET,
+    )
     return finished, jax.tree.leaves(nnx.state(model)), run
 
 
 def weights(leaves):
-    return [np.asarray(jax.random.key_data(x) if x.dtype == jax.random.key(0).dtype else x) for x in leaves]
+    return [
+        np.asarray(jax.random.key_data(x) if x.dtype == jax.random.key(0).dtype else x)
+        for x in leaves
+    ]
 
 
 def assert_same_bits(left, right):
@@ -117,7 +129,9 @@ def test_training_equals_a_loop_without_any_of_it(finished_run):
 
     for batch in itertools.islice(batches(0), RECIPE.steps):
         update(model, optimizer, batch)
-    for one, other in zip(weights(jax.tree.leaves(nnx.state(model))), weights(finished_run[1]), strict=True):
+    for one, other in zip(
+        weights(jax.tree.leaves(nnx.state(model))), weights(finished_run[1]), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -134,7 +148,9 @@ def test_resumed_run_ends_in_the_same_bits_and_the_same_metrics(finished_run, co
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_signal_leaves_a_checkpoint_that_continues_to_the_same_bits(finished_run, tmp_path, number):
+def test_stop_signal_leaves_a_checkpoint_that_continues_to_the_same_bits(
+    finished_run, tmp_path, number
+):
     def interrupted(step):
         for i, batch in enumerate(batches(step)):
             if i == 7:
@@ -168,7 +184,9 @@ def test_diverging_loss_stops_and_saves_nothing_broken(tmp_path):
         for number, (inputs, targets) in zip(itertools.count(step), batches(step), strict=False):
             yield inputs, targets * (np.float32(np.nan) if number == 11 else np.float32(1))
 
-    with pytest.raises(BadInput, match="the loss became nan before step 12: lower the learning rate"):
+    with pytest.raises(
+        BadInput, match="the loss became nan before step 12: lower the learning rate"
+    ):
         run_to_the_end(tmp_path, batches=broken)
     assert Run(tmp_path).checkpoints.steps() == [0, 5, 10]
 
@@ -233,7 +251,10 @@ def test_checkpoint_of_another_model_names_what_differs(finished_run):
 
 def test_a_run_never_overwrites(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [str(Run.create(None, "task").folder) for _ in range(2)] == ["runs/task/001", "runs/task/002"]
+    assert [str(Run.create(None, "task").folder) for _ in range(2)] == [
+        "runs/task/001",
+        "runs/task/002",
+    ]
     with pytest.raises(BadInput, match="no checkpoint in runs"):
         Run.open(None, "task")
     full = tmp_path / "full"
@@ -267,7 +288,9 @@ def test_every_character_of_the_dates_has_a_glyph():
 
 
 def test_no_picture_of_nothing(tmp_path):
-    pictures.alignments([pictures.Alignment("", "abc", "", np.zeros((0, 3)))], tmp_path / "alignment.png")
+    pictures.alignments(
+        [pictures.Alignment("", "abc", "", np.zeros((0, 3)))], tmp_path / "alignment.png"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -279,7 +302,10 @@ def test_pictures_are_drawn_without_a_missing_glyph(tmp_path):
     ]
     before = dict(matplotlib.rcParams)
     pictures.alignments(panels, tmp_path / "alignment.png")
-    pictures.curve([{"step": i, "loss": 1 / i, "learning_rate": 0.1} for i in (1, 2, 3)], tmp_path / "curve.png")
+    pictures.curve(
+        [{"step": i, "loss": 1 / i, "learning_rate": 0.1} for i in (1, 2, 3)],
+        tmp_path / "curve.png",
+    )
     assert dict(matplotlib.rcParams) == before
     for name in ("alignment.png", "curve.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

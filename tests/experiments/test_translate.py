@@ -16,7 +16,18 @@ from experiments import translate
 from experiments.data import pairs
 from experiments.training.runs import Run
 
-SETTINGS = ["--steps", "240", "--features", "32", "--batch-size", "61", "--learning-rate", "0.02", "--seed", "3"]
+SETTINGS = [
+    "--steps",
+    "240",
+    "--features",
+    "32",
+    "--batch-size",
+    "61",
+    "--learning-rate",
+    "0.02",
+    "--seed",
+    "3",
+]
 COMMAND = [sys.executable, "-m", "experiments.translate"]
 
 
@@ -27,7 +38,9 @@ def spell(digits):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.tsv"
-    sources = ["".join(digits) for count in (2, 3) for digits in itertools.product("0123456", repeat=count)]
+    sources = [
+        "".join(digits) for count in (2, 3) for digits in itertools.product("0123456", repeat=count)
+    ]
     path.write_text("".join(f"{source}\t{spell(source)}\n" for source in sources), encoding="utf-8")
     return path
 
@@ -126,9 +139,13 @@ def test_resumed_run_ends_in_the_same_bits(finished_run, copied_run):
 def test_ctrl_c_leaves_a_checkpoint_that_continues_to_the_same_bits(finished_run, table, tmp_path):
     run = Run(tmp_path / "run")
     command = [*COMMAND, "--data", str(table), "--run-dir", str(run.folder), *SETTINGS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         deadline = time.monotonic() + 60
-        while not run.metrics.path.exists() and process.poll() is None and time.monotonic() < deadline:
+        while (
+            not run.metrics.path.exists() and process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
@@ -142,7 +159,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues_to_the_same_bits(finished_run
 def test_other_settings_than_the_checkpoints(finished_run, capsys):
     before = sorted(finished_run.folder.rglob("*"))
     resume = ("--resume", "--run-dir", finished_run.folder)
-    settings = (("model", "luong", "bahdanau"), ("features", 31, 32), ("seed", 4, 3), ("learning-rate", 0.5, 0.02))
+    settings = (
+        ("model", "luong", "bahdanau"),
+        ("features", 31, 32),
+        ("seed", 4, 3),
+        ("learning-rate", 0.5, 0.02),
+    )
     for option, value, own in settings:
         message = fails(capsys, *resume, f"--{option}", value)
         assert f"--{option} {value} differs from the checkpoint's, {own}" in message
@@ -164,7 +186,9 @@ def test_a_run_is_not_overwritten(finished_run, table, capsys):
 def test_nothing_is_made_of_a_bad_file(tmp_path, capsys):
     bad, folder = tmp_path / "bad.tsv", tmp_path / "run"
     bad.write_text("a\tb\nc d\n", encoding="utf-8")
-    assert f"{bad}:2: expected source<TAB>target, got 0 tabs" in fails(capsys, "--data", bad, "--run-dir", folder)
+    assert f"{bad}:2: expected source<TAB>target, got 0 tabs" in fails(
+        capsys, "--data", bad, "--run-dir", folder
+    )
     assert not folder.exists()
 
 
@@ -181,15 +205,22 @@ def test_damaged_checkpoint(copied_run, capsys):
             path.write_bytes(b"")
     translate.main(["--translate", "12", "--run-dir", str(copied_run.folder)])
     message = capsys.readouterr().err
-    assert "240 is damaged" in message and "half trained: this is the checkpoint of step 200 of 240" in message
+    assert (
+        "240 is damaged" in message
+        and "half trained: this is the checkpoint of step 200 of 240" in message
+    )
     assert copied_run.checkpoints.steps() == [0, 200, 240]
 
 
 def test_checkpoint_of_another_experiment(copied_run, capsys):
     state = copied_run.checkpoints
-    model = translate.seq2seq.Seq2Seq(translate.seq2seq.Config(5, 5, 2, 3), rngs=translate.nnx.Rngs(0))
+    model = translate.seq2seq.Seq2Seq(
+        translate.seq2seq.Config(5, 5, 2, 3), rngs=translate.nnx.Rngs(0)
+    )
     state.save(300, translate.nnx.state(model), {"experiment": "other"})
-    assert "is not a run of this experiment" in fails(capsys, "--translate", "1", "--run-dir", copied_run.folder)
+    assert "is not a run of this experiment" in fails(
+        capsys, "--translate", "1", "--run-dir", copied_run.folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,13 +243,20 @@ def test_texts_that_look_like_markup_are_shown_as_they_are(tmp_path, capsys):
     rows = [pairs.Pair(f"[/b]{i}$", f"$x$[bold]{i}") for i in range(7)]
 
     def echo(texts):
-        return [f"$x$[bold]{text[4]}" for text in texts], [np.full((10, len(text)), 0.1) for text in texts]
+        return [f"$x$[bold]{text[4]}" for text in texts], [
+            np.full((10, len(text)), 0.1) for text in texts
+        ]
 
     run = Run.create(tmp_path / "[run]", "task")
     run.metrics.write(step=1, loss=0.5, learning_rate=0.1)
     translate.report(echo, pairs.Split(rows, rows), run, 0, Console(width=300))
     shown = capsys.readouterr().out
-    assert "[/b]3$" in shown and "$x$[bold]3" in shown and "[run]" in shown and "held-out pairs: 100.00%" in shown
+    assert (
+        "[/b]3$" in shown
+        and "$x$[bold]3" in shown
+        and "[run]" in shown
+        and "held-out pairs: 100.00%" in shown
+    )
 
 
 def test_beam_wider_than_the_alphabet(table, tmp_path, capsys):
@@ -240,5 +278,11 @@ def test_examples_of_unlabelled_pairs():
 
 def test_help_reads():
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-    for option in ("--data FILE", "--translate TEXT", "--resume", "--run-dir FOLDER", "--steps INT"):
+    for option in (
+        "--data FILE",
+        "--translate TEXT",
+        "--resume",
+        "--run-dir FOLDER",
+        "--steps INT",
+    ):
         assert option in done.stdout

@@ -40,7 +40,9 @@ def test_folding_is_batch_major(rng):
     np.testing.assert_array_equal(heads.unfold_heads(folded, N), x)
 
 
-@pytest.mark.parametrize("lengths", [np.array([3, 5]), np.array([[0, 1, 2, 3, 5], [5, 4, 3, 2, 1]])], ids=["B", "BT"])
+@pytest.mark.parametrize(
+    "lengths", [np.array([3, 5]), np.array([[0, 1, 2, 3, 5], [5, 4, 3, 2, 1]])], ids=["B", "BT"]
+)
 def test_folded_attention_is_unfolded_attention(lengths, rng, x64):
     x = rng.standard_normal((3, B, T, N, H))
     attend = jax.jit(lambda *x, lengths: jattn.attend(*x, mask=masks.padding(lengths)))
@@ -62,18 +64,33 @@ def test_any_leading_axes():
 @pytest.mark.parametrize(
     ("match", "call"),
     [
-        (r"\(7\) must be divisible by num_heads \(3\)", lambda: heads.split_heads(np.zeros((2, 7)), 3)),
-        (r"num_heads must be an integer of at least 1, got 0", lambda: heads.split_heads(np.zeros((2, 7)), 0)),
-        (r"num_heads must be an integer of at least 1, got -7", lambda: heads.split_heads(np.zeros((2, 7)), -7)),
+        (
+            r"\(7\) must be divisible by num_heads \(3\)",
+            lambda: heads.split_heads(np.zeros((2, 7)), 3),
+        ),
+        (
+            r"num_heads must be an integer of at least 1, got 0",
+            lambda: heads.split_heads(np.zeros((2, 7)), 0),
+        ),
+        (
+            r"num_heads must be an integer of at least 1, got -7",
+            lambda: heads.split_heads(np.zeros((2, 7)), -7),
+        ),
         (r"x must be .*got shape \(7,\)", lambda: heads.split_heads(np.zeros(7), 7)),
         (r"x must be .*got shape \(2, 7\)", lambda: heads.merge_heads(np.zeros((2, 7)))),
-        (r"\(5\) must be divisible by num_kv_heads \(2\)", lambda: heads.group_heads(np.zeros((3, 5, 7)), 2)),
+        (
+            r"\(5\) must be divisible by num_kv_heads \(2\)",
+            lambda: heads.group_heads(np.zeros((3, 5, 7)), 2),
+        ),
         (r"x must be .*got shape \(3, 5, 7\)", lambda: heads.ungroup_heads(np.zeros((3, 5, 7)))),
         (r"num_heads \(5\) must be divisible", lambda: heads.repeat_kv(np.zeros((3, 2, 7)), 5)),
         ("num_heads", lambda: heads.repeat_kv(np.zeros((3, 2, 7)), 0)),
         ("num_heads", lambda: heads.repeat_kv(np.zeros((3, 2, 7)), -2)),
         (r"x must be .*got shape \(2, 5, 7\)", lambda: heads.fold_heads(np.zeros((2, 5, 7)))),
-        (r"first axis of x \(5\) must be divisible", lambda: heads.unfold_heads(np.zeros((5, 2, 7)), 3)),
+        (
+            r"first axis of x \(5\) must be divisible",
+            lambda: heads.unfold_heads(np.zeros((5, 2, 7)), 3),
+        ),
         (r"lengths must be \[B\] or \[B, T\], got shape \(\)", lambda: heads.repeat_lengths(3, 2)),
         ("num_heads", lambda: heads.repeat_lengths(np.array([3, 5]), 0)),
     ],

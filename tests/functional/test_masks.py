@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 from jattn import masks
-from jattn.functional.blocks import EMPTY, FULL, PARTIAL, Block
+from jattn.functional.block import EMPTY, FULL, PARTIAL, Block
 
 B, N, T, S = 2, 3, 5, 7
 LENGTHS = np.array([0, 4])
@@ -32,7 +32,10 @@ CASES = {
     "causal, each": (masks.causal(OFFSETS), lambda b, h, t, s, i, j: j <= i + OFFSETS[b]),
     "window": (masks.sliding_window(2, 1), lambda b, h, t, s, i, j: i - 2 <= j <= i + 1),
     "window ahead": (masks.sliding_window(-1, 2), lambda b, h, t, s, i, j: i + 1 <= j <= i + 2),
-    "window, each": (masks.sliding_window(WIDTHS, 0), lambda b, h, t, s, i, j: i - WIDTHS[b] <= j <= i),
+    "window, each": (
+        masks.sliding_window(WIDTHS, 0),
+        lambda b, h, t, s, i, j: i - WIDTHS[b] <= j <= i,
+    ),
     "padding": (masks.padding(LENGTHS), lambda b, h, t, s, i, j: s < LENGTHS[b]),
     "padding per query": (masks.padding(PER_QUERY), lambda b, h, t, s, i, j: s < PER_QUERY[b, t]),
     "prefix": (masks.prefix_lm(LENGTHS), lambda b, h, t, s, i, j: j <= i or s < LENGTHS[b]),
@@ -52,17 +55,28 @@ CASES = {
     ),
     "algebra": (
         masks.causal(1) & ~masks.no_self() | masks.padding(LENGTHS) & ~masks.segments(Q_IDS, K_IDS),
-        lambda b, h, t, s, i, j: (j <= i + 1 and i == j) or (s < LENGTHS[b] and Q_IDS[b, t] != K_IDS[b, s]),
+        lambda b, h, t, s, i, j: (
+            (j <= i + 1 and i == j) or (s < LENGTHS[b] and Q_IDS[b, t] != K_IDS[b, s])
+        ),
     ),
 }
-BLOCKS = [((0, 5), (0, 7)), ((0, 2), (0, 3)), ((2, 3), (4, 3)), ((1, 1), (6, 1)), ((3, 2), (0, 7)), ((0, 1), (2, 2))]
+BLOCKS = [
+    ((0, 5), (0, 7)),
+    ((0, 2), (0, 3)),
+    ((2, 3), (4, 3)),
+    ((1, 1), (6, 1)),
+    ((3, 2), (0, 7)),
+    ((0, 1), (2, 2)),
+]
 
 
 def loop(single, q_pos=None, k_pos=None):
     """`[B, N, T, S]`, entry by entry."""
     q_pos = np.broadcast_to(np.arange(T), (B, T)) if q_pos is None else q_pos
     k_pos = np.broadcast_to(np.arange(S), (B, S)) if k_pos is None else k_pos
-    entries = [single(b, h, t, s, q_pos[b, t], k_pos[b, s]) for b, h, t, s in np.ndindex(B, N, T, S)]
+    entries = [
+        single(b, h, t, s, q_pos[b, t], k_pos[b, s]) for b, h, t, s in np.ndindex(B, N, T, S)
+    ]
     return np.array(entries, bool).reshape(B, N, T, S)
 
 
@@ -79,7 +93,9 @@ def test_a_mask_is_a_function_of_scalars(name):
     mask, single = CASES[name]
     entry = jax.jit(jax.vmap(lambda b, h, t, s: mask(b, h, t, s)))
     indices = np.indices((B, N, T, S)).reshape(4, -1)
-    if name == "dense, heads":  # an array that differs between heads but not between examples: T = 5 is no batch axis
+    if (
+        name == "dense, heads"
+    ):  # an array that differs between heads but not between examples: T = 5 is no batch axis
         assert bool(mask(0, 1, 2, 0)) == bool(ARRAY[0, 1, 2, 0])
     np.testing.assert_array_equal(entry(*indices).reshape(B, N, T, S), loop(single))
     assert mask(1, 0, 3, 2).shape == () and mask(1, 0, 3, 2).dtype == bool
@@ -90,9 +106,13 @@ def test_what_to_array_keeps_of_the_leading_axes():
     assert masks.padding(np.array(3)).to_array(T, S).shape == (T, S)
     assert masks.padding(LENGTHS).to_array(T, S).shape == (B, 1, T, S)
     assert masks.dense(ARRAY).to_array(T, S, num_heads=N).shape == (B, N, T, S)
-    assert masks.causal().to_array(0, 3).shape == (0, 3) and masks.causal().to_array(3, 0).shape == (3, 0)
+    assert masks.causal().to_array(0, 3).shape == (0, 3) and masks.causal().to_array(
+        3, 0
+    ).shape == (3, 0)
     two = masks.padding(np.array([[1, 2], [3, 4]])).to_array(T, S, batch=(2, 2))
-    assert two.shape == (2, 2, 1, T, S) and [int(row.sum()) for row in two[:, :, 0, 0].reshape(4, S)] == [1, 2, 3, 4]
+    assert two.shape == (2, 2, 1, T, S) and [
+        int(row.sum()) for row in two[:, :, 0, 0].reshape(4, S)
+    ] == [1, 2, 3, 4]
 
 
 # Algebra
@@ -100,7 +120,12 @@ def test_what_to_array_keeps_of_the_leading_axes():
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [("causal", "padding per query"), ("padding", "window"), ("dense", "callable"), ("segments", "no self")],
+    [
+        ("causal", "padding per query"),
+        ("padding", "window"),
+        ("dense", "callable"),
+        ("segments", "no self"),
+    ],
 )
 def test_laws_of_the_algebra(left, right):
     a, b = CASES[left][0], CASES[right][0]
@@ -108,10 +133,36 @@ def test_laws_of_the_algebra(left, right):
 
     @jax.jit
     def arrays(a, b):
-        combined = [a & b, a | b, ~a, ~(a & b), ~a | ~b, ~(a | b), ~a & ~b, ~~a, a & (a | b), a | a & b, a & ~a, a | ~a]
+        combined = [
+            a & b,
+            a | b,
+            ~a,
+            ~(a & b),
+            ~a | ~b,
+            ~(a | b),
+            ~a & ~b,
+            ~~a,
+            a & (a | b),
+            a | a & b,
+            a & ~a,
+            a | ~a,
+        ]
         return [mask.to_array(T, S, batch=(B,), num_heads=N) for mask in combined]
 
-    expected = [A & C, A | C, ~A, ~(A & C), ~(A & C), ~(A | C), ~(A | C), A, A, A, A & False, A | True]
+    expected = [
+        A & C,
+        A | C,
+        ~A,
+        ~(A & C),
+        ~(A & C),
+        ~(A | C),
+        ~(A | C),
+        A,
+        A,
+        A,
+        A & False,
+        A | True,
+    ]
     for came, truth in zip(arrays(a, b), expected, strict=True):
         np.testing.assert_array_equal(np.broadcast_to(came, truth.shape), truth)
 
@@ -124,7 +175,11 @@ def test_prefix_lm_is_causal_or_padding():
 # Classification: EMPTY means that nothing is allowed, FULL that everything is
 
 
-IN_DOUBT = {"segments", "callable", "algebra"}  # the others know every block exactly, with slots as positions
+IN_DOUBT = {
+    "segments",
+    "callable",
+    "algebra",
+}  # the others know every block exactly, with slots as positions
 
 
 def assert_sound(kinds, allowed):
@@ -140,7 +195,9 @@ def assert_sound(kinds, allowed):
 def test_classification_is_sound_on_every_block(name):
     mask, single = CASES[name]
     truth = loop(single)
-    whole = jax.jit(lambda mask: [mask.classify(Block((B,), N, rows, columns)) for rows, columns in BLOCKS])(mask)
+    whole = jax.jit(
+        lambda mask: [mask.classify(Block((B,), N, rows, columns)) for rows, columns in BLOCKS]
+    )(mask)
     for kinds, (rows, columns) in zip(whole, BLOCKS, strict=True):
         part = truth[:, :, rows[0] : sum(rows), columns[0] : sum(columns)]
         kinds = assert_sound(kinds, part)
@@ -150,7 +207,8 @@ def test_classification_is_sound_on_every_block(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "per_example"), [*((name, True) for name in CASES), ("window", False), ("algebra", False)]
+    ("name", "per_example"),
+    [*((name, True) for name in CASES), ("window", False), ("algebra", False)],
 )
 def test_classification_and_rule_follow_positions_and_traced_starts(name, per_example):
     mask, single = CASES[name]
@@ -161,7 +219,9 @@ def test_classification_and_rule_follow_positions_and_traced_starts(name, per_ex
 
     @functools.partial(jax.jit, static_argnums=(3, 4))
     def both(mask, row, column, rows, columns):
-        block = Block((B,), N, (row, rows), (column, columns), (jnp.asarray(q_pos), jnp.asarray(k_pos)))
+        block = Block(
+            (B,), N, (row, rows), (column, columns), (jnp.asarray(q_pos), jnp.asarray(k_pos))
+        )
         return jnp.broadcast_to(mask.rule(block), (B, N, rows, columns)), mask.classify(block)
 
     for row, column in [(0, 0), (3, 4), (1, 2), (2, 0)]:
@@ -221,13 +281,20 @@ def test_draw_picks_the_example_and_the_head():
 def test_every_mask_prints(name):
     mask = CASES[name][0]
     assert "█" in str(mask) or "·" in str(mask)
-    jax.eval_shape(lambda mask: str(mask) and jnp.zeros(()), mask)  # a traced mask prints without values
+    jax.eval_shape(
+        lambda mask: str(mask) and jnp.zeros(()), mask
+    )  # a traced mask prints without values
 
 
 def test_names_show_how_masks_are_combined():
-    mask = masks.causal(2) | masks.sliding_window(1) & ~(masks.no_self() & masks.padding(np.array([1])))
+    mask = masks.causal(2) | masks.sliding_window(1) & ~(
+        masks.no_self() & masks.padding(np.array([1]))
+    )
     assert repr(mask) == "causal(2) | sliding_window(1, 0) & ~(no_self() & padding([1]))"
-    assert repr((masks.causal() | masks.no_self()) & masks.causal()) == "(causal() | no_self()) & causal()"
+    assert (
+        repr((masks.causal() | masks.no_self()) & masks.causal())
+        == "(causal() | no_self()) & causal()"
+    )
     assert repr(~(masks.causal() | masks.no_self())) == "~(causal() | no_self())"
 
 
@@ -235,14 +302,24 @@ def test_names_show_how_masks_are_combined():
 
 
 def test_python_integers_are_static_and_arrays_are_leaves():
-    assert jax.tree.leaves((masks.causal(3), masks.sliding_window(2, np.int64(1)), masks.no_self())) == []
-    assert len(jax.tree.leaves(masks.padding(LENGTHS) & ~masks.dense(ARRAY) | masks.segments(Q_IDS))) == 4
+    assert (
+        jax.tree.leaves((masks.causal(3), masks.sliding_window(2, np.int64(1)), masks.no_self()))
+        == []
+    )
+    assert (
+        len(jax.tree.leaves(masks.padding(LENGTHS) & ~masks.dense(ARRAY) | masks.segments(Q_IDS)))
+        == 4
+    )
     mask = masks.padding(np.array([1, 2])) & masks.causal(1)
     longer = jax.tree.map(lambda lengths: lengths + 2, mask)
     np.testing.assert_array_equal(
         longer.to_array(T, S), (masks.padding(np.array([3, 4])) & masks.causal(1)).to_array(T, S)
     )
-    assert jax.tree.structure(mask) == jax.tree.structure(longer) != jax.tree.structure(masks.causal(1))
+    assert (
+        jax.tree.structure(mask)
+        == jax.tree.structure(longer)
+        != jax.tree.structure(masks.causal(1))
+    )
     assert jax.tree.structure(masks.causal(1)) != jax.tree.structure(masks.causal(2))
 
 
@@ -305,7 +382,9 @@ def test_published_mask_mods():
         (noop, lambda b, i, j: True),
     ]:
         array = masks.mask_mod(mod).to_array(S, S, batch=(B,))
-        np.testing.assert_array_equal(np.broadcast_to(array, (B, 1, S, S))[:, 0], truth(single), err_msg=mod.__name__)
+        np.testing.assert_array_equal(
+            np.broadcast_to(array, (B, 1, S, S))[:, 0], truth(single), err_msg=mod.__name__
+        )
 
 
 # Errors
@@ -323,11 +402,27 @@ def fits(mask, lead=(B,)):
         (TypeError, "offset must be an integer.*got True", lambda: masks.causal(True)),
         (TypeError, "left must be an integer.*got None", lambda: masks.sliding_window(None)),
         (TypeError, "right must be an integer.*got '1'", lambda: masks.sliding_window(1, "1")),
-        (ValueError, "left \\+ right must be ≥ 0, got -2 and 1", lambda: masks.sliding_window(-2, 1)),
-        (TypeError, "lengths must be integers, got float64", lambda: masks.padding(np.array([2.0]))),
-        (TypeError, "lengths must be integers, got bool", lambda: masks.prefix_lm(np.array([True]))),
+        (
+            ValueError,
+            "left \\+ right must be ≥ 0, got -2 and 1",
+            lambda: masks.sliding_window(-2, 1),
+        ),
+        (
+            TypeError,
+            "lengths must be integers, got float64",
+            lambda: masks.padding(np.array([2.0])),
+        ),
+        (
+            TypeError,
+            "lengths must be integers, got bool",
+            lambda: masks.prefix_lm(np.array([True])),
+        ),
         (TypeError, "q_ids must be integers, got float64", lambda: masks.segments(np.zeros(3))),
-        (TypeError, "k_ids must be integers, got float64", lambda: masks.segments(Q_IDS, np.zeros(3))),
+        (
+            TypeError,
+            "k_ids must be integers, got float64",
+            lambda: masks.segments(Q_IDS, np.zeros(3)),
+        ),
         (TypeError, "boolean.*got float64", lambda: masks.dense(np.zeros((T, S)))),
         (TypeError, "boolean.*got int", lambda: masks.dense(np.zeros((T, S), int))),
         (TypeError, "mask_mod lifts a callable.*got ndarray", lambda: masks.mask_mod(ARRAY)),
@@ -337,23 +432,71 @@ def fits(mask, lead=(B,)):
             lambda: masks.mask_mod(lambda b, h, i, j: i - j).to_array(T, S),
         ),
         (TypeError, "masks only, got ndarray", lambda: masks.causal() & ARRAY),
-        (TypeError, "masks only, got function", lambda: masks.causal() | (lambda b, h, i, j: i > j)),
-        (ValueError, r"offset must be .*\(2,\), got shape \(3,\)", lambda: fits(masks.causal(np.arange(3)))),
-        (ValueError, r"right must be .*got shape \(1,\)", lambda: fits(masks.sliding_window(2, np.arange(1)))),
-        (ValueError, r"lengths must be .*\(2,\).*\(2, 5\).*got shape \(\)", lambda: fits(masks.padding(3))),
-        (ValueError, r"lengths must be .*got shape \(5, 2\)", lambda: fits(masks.padding(PER_QUERY.T))),
-        (ValueError, "lengths must lie in 0 … 7 .*got 8", lambda: fits(masks.padding(np.array([3, 8])))),
+        (
+            TypeError,
+            "masks only, got function",
+            lambda: masks.causal() | (lambda b, h, i, j: i > j),
+        ),
+        (
+            ValueError,
+            r"offset must be .*\(2,\), got shape \(3,\)",
+            lambda: fits(masks.causal(np.arange(3))),
+        ),
+        (
+            ValueError,
+            r"right must be .*got shape \(1,\)",
+            lambda: fits(masks.sliding_window(2, np.arange(1))),
+        ),
+        (
+            ValueError,
+            r"lengths must be .*\(2,\).*\(2, 5\).*got shape \(\)",
+            lambda: fits(masks.padding(3)),
+        ),
+        (
+            ValueError,
+            r"lengths must be .*got shape \(5, 2\)",
+            lambda: fits(masks.padding(PER_QUERY.T)),
+        ),
+        (
+            ValueError,
+            "lengths must lie in 0 … 7 .*got 8",
+            lambda: fits(masks.padding(np.array([3, 8]))),
+        ),
         (
             ValueError,
             "lengths must lie in 0 … 7 .*got -1",
             lambda: fits(~masks.padding(jnp.array([-1, 8])) & masks.causal()),
         ),
-        (ValueError, r"q_ids must have shape \(2, 5\), got \(2, 7\)", lambda: fits(masks.segments(K_IDS))),
-        (ValueError, r"k_ids must have shape \(2, 7\), got \(2, 5\)", lambda: fits(masks.segments(Q_IDS))),
-        (ValueError, r"got shape \(2, 5, 7\); one mask per example", lambda: fits(masks.dense(ARRAY[:, 0]))),
-        (ValueError, r"\(2, 3, 5, 7\), got shape \(7, 5\)", lambda: fits(masks.no_self() | masks.dense(ARRAY[0, 0].T))),
-        (ValueError, r"got shape \(2, 2, 3, 5, 7\)", lambda: fits(masks.dense(ARRAY[None][[0, 0]]))),
-        (ValueError, "lengths must lie in 0 … 7", lambda: masks.padding(np.array([8])).to_array(T, S)),
+        (
+            ValueError,
+            r"q_ids must have shape \(2, 5\), got \(2, 7\)",
+            lambda: fits(masks.segments(K_IDS)),
+        ),
+        (
+            ValueError,
+            r"k_ids must have shape \(2, 7\), got \(2, 5\)",
+            lambda: fits(masks.segments(Q_IDS)),
+        ),
+        (
+            ValueError,
+            r"got shape \(2, 5, 7\); one mask per example",
+            lambda: fits(masks.dense(ARRAY[:, 0])),
+        ),
+        (
+            ValueError,
+            r"\(2, 3, 5, 7\), got shape \(7, 5\)",
+            lambda: fits(masks.no_self() | masks.dense(ARRAY[0, 0].T)),
+        ),
+        (
+            ValueError,
+            r"got shape \(2, 2, 3, 5, 7\)",
+            lambda: fits(masks.dense(ARRAY[None][[0, 0]])),
+        ),
+        (
+            ValueError,
+            "lengths must lie in 0 … 7",
+            lambda: masks.padding(np.array([8])).to_array(T, S),
+        ),
     ],
 )
 def test_bad_input_is_named(error, match, call):

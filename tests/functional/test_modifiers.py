@@ -17,7 +17,8 @@ B, N, T, S = 2, 6, 5, 7
 def bucket(offset, num_buckets, max_distance, bidirectional):
     """The bucket of key position − query position by the definition of T5, in Python integers without a logarithm.
 
-    near + ⌊log(d / near) / log(max / near) · far⌋ = near + k exactly while (d / near)^far ≥ (max / near)^k.
+    near + ⌊log(d / near) / log(max / near) · far⌋ = near + k exactly while (d / near)^far ≥ (max /
+    near)^k.
     """
     first = 0
     if bidirectional:
@@ -35,7 +36,8 @@ def bucket(offset, num_buckets, max_distance, bidirectional):
 
 
 @pytest.mark.parametrize(
-    ("num_buckets", "max_distance"), [(32, 128), (32, 20), (4, 7), (64, 1000), (8, 512), (6, 11), (10, 128)]
+    ("num_buckets", "max_distance"),
+    [(32, 128), (32, 20), (4, 7), (64, 1000), (8, 512), (6, 11), (10, 128)],
 )
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_t5_buckets_are_exact_for_every_distance(num_buckets, max_distance, bidirectional):
@@ -60,9 +62,13 @@ def test_t5_buckets_of_the_published_model():
 
 def test_t5_bias_picks_the_head(rng, x64):
     table, x = rng.standard_normal((32, N)), rng.standard_normal((3, B, T, N, 2))
-    came = jattn.attend(*x, modifier=modifiers.t5_bias(table, bidirectional=False), score=scores.dot_product)
+    came = jattn.attend(
+        *x, modifier=modifiers.t5_bias(table, bidirectional=False), score=scores.dot_product
+    )
     truth, _, _ = oracle.attend(
-        *x, score=lambda q, k, h: float(q @ k), modify=lambda z, b, h, t, s: z + table[bucket(s - t, 32, 128, False), h]
+        *x,
+        score=lambda q, k, h: float(q @ k),
+        modify=lambda z, b, h, t, s: z + table[bucket(s - t, 32, 128, False), h],
     )
     np.testing.assert_allclose(came, truth, rtol=1e-12, atol=1e-13)
 
@@ -122,15 +128,31 @@ def test_relative_bias_follows_positions_into_a_short_table():
     x = jnp.zeros((1, 3, 1, 2))
     table = np.array([9, 9, 9, 1, 2, 3, 4], np.float32)
     weights = jattn.attention_weights(
-        x[:, :1], x, modifier=modifiers.relative_bias(table), positions=(np.array([1000]), np.array([998, 999, 1000]))
+        x[:, :1],
+        x,
+        modifier=modifiers.relative_bias(table),
+        positions=(np.array([1000]), np.array([998, 999, 1000])),
     )
-    np.testing.assert_allclose(weights.ravel(), np.exp([3, 2, 1]) / np.exp([1, 2, 3]).sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        weights.ravel(), np.exp([3, 2, 1]) / np.exp([1, 2, 3]).sum(), rtol=1e-6
+    )
 
 
 def test_bias_broadcasts_and_differs_by_example_and_head(rng):
-    whole, x = rng.standard_normal((B, N, T, S)).astype(np.float32), np.zeros((B, T, N, 2), np.float32)
+    whole, x = (
+        rng.standard_normal((B, N, T, S)).astype(np.float32),
+        np.zeros((B, T, N, 2), np.float32),
+    )
     keys = np.zeros((B, S, N, 2), np.float32)
-    for array in (whole, whole[:, :1], whole[:, :, :1], whole[0], whole[0, 0], whole[..., :1, :], whole[0, 0, 0]):
+    for array in (
+        whole,
+        whole[:, :1],
+        whole[:, :, :1],
+        whole[0],
+        whole[0, 0],
+        whole[..., :1, :],
+        whole[0, 0, 0],
+    ):
         truth = np.exp(np.broadcast_to(array, whole.shape).astype(np.float64))
         weights = jattn.attention_weights(x, keys, modifier=modifiers.bias(array))
         np.testing.assert_allclose(weights, truth / truth.sum(-1, keepdims=True), rtol=1e-5)
@@ -139,7 +161,9 @@ def test_bias_broadcasts_and_differs_by_example_and_head(rng):
 
 def test_soft_cap_is_the_closed_form(rng, x64):
     for x in (-1e9, -30.0, 0.0, 1e-9, 2.5, 1e9):
-        assert float(modifiers.soft_cap(5.0)(x, 0, 0, 0, 0)) == pytest.approx(5 * math.tanh(x / 5), rel=1e-13)
+        assert float(modifiers.soft_cap(5.0)(x, 0, 0, 0, 0)) == pytest.approx(
+            5 * math.tanh(x / 5), rel=1e-13
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +184,11 @@ def test_a_tuple_applies_from_left_to_right():
     x = jnp.full((1, 1, 1), 2.0)
 
     def lse(*modifier):
-        return float(jattn.attend(x, x, x, score=scores.dot_product, modifier=modifier, return_lse=True)[1].squeeze())
+        return float(
+            jattn.attend(x, x, x, score=scores.dot_product, modifier=modifier, return_lse=True)[
+                1
+            ].squeeze()
+        )
 
     cap, add = modifiers.soft_cap(3.0), (lambda score, b, h, q_idx, k_idx: score + 1.0)
     assert lse(cap, add) == pytest.approx(3 * math.tanh(4 / 3) + 1, rel=1e-6)
@@ -188,14 +216,21 @@ def test_modifiers_are_pytrees_whose_arrays_are_differentiated(rng, x64):
         for side in (1e-6, -1e-6):
             moved = leaves[index].copy()
             moved[leaf] += side
-            ends.append(step(jax.tree.unflatten(treedef, [*leaves[:index], moved, *leaves[index + 1 :]])))
+            ends.append(
+                step(jax.tree.unflatten(treedef, [*leaves[:index], moved, *leaves[index + 1 :]]))
+            )
         slope = (ends[0] - ends[1]) / 2e-6
-        np.testing.assert_allclose(jax.tree.leaves(gradient)[index][leaf], slope, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            jax.tree.leaves(gradient)[index][leaf], slope, rtol=1e-6, atol=1e-9
+        )
 
 
 def test_published_score_mods(rng):
     """As FlexAttention's gallery writes them, `torch.` read as `jnp.`; users run under standard promotion."""
-    x, bias = rng.standard_normal((3, B, S, 4, 3)), jnp.asarray(rng.standard_normal(2 * S), jnp.float32)
+    x, bias = (
+        rng.standard_normal((3, B, S, 4, 3)),
+        jnp.asarray(rng.standard_normal(2 * S), jnp.float32),
+    )
     alibi_bias = jnp.asarray(2.0 ** -np.arange(1, 5), jnp.float32)
     documents, cap = jnp.array([0, 0, 1, 1, 1, 2, 2]), 2.0
     docs = np.asarray(documents)
@@ -228,8 +263,12 @@ def test_published_score_mods(rng):
         (document, lambda z, b, h, t, s: z, lambda b, h, t, s: docs[t] == docs[s]),
     ]:
         with jax.numpy_dtype_promotion("standard"):
-            came = jax.jit(lambda *x, mod=mod: jattn.attend(*x, modifier=mod))(*x.astype(np.float32))
-        truth, _, _ = oracle.attend(*x, score=oracle.scaled_dot_product, modify=modify, allowed=allowed)
+            came = jax.jit(lambda *x, mod=mod: jattn.attend(*x, modifier=mod))(
+                *x.astype(np.float32)
+            )
+        truth, _, _ = oracle.attend(
+            *x, score=oracle.scaled_dot_product, modify=modify, allowed=allowed
+        )
         np.testing.assert_allclose(came, truth, rtol=1e-5, atol=1e-6, err_msg=mod.__name__)
 
 
@@ -246,34 +285,74 @@ def fits(modifier):
         (ValueError, "cap must be .*got nan", lambda: modifiers.soft_cap(float("nan"))),
         (ValueError, "cap must be .*got inf", lambda: modifiers.soft_cap(float("inf"))),
         (ValueError, "cap must be", lambda: modifiers.soft_cap(np.ones(2))),
-        (TypeError, "slopes must be floating point, got int", lambda: modifiers.alibi(np.array([1, 2]))),
-        (ValueError, r"slopes must be \[N\], got shape \(2, 3\)", lambda: modifiers.alibi(np.ones((2, 3)))),
+        (
+            TypeError,
+            "slopes must be floating point, got int",
+            lambda: modifiers.alibi(np.array([1, 2])),
+        ),
+        (
+            ValueError,
+            r"slopes must be \[N\], got shape \(2, 3\)",
+            lambda: modifiers.alibi(np.ones((2, 3))),
+        ),
         (ValueError, "num_heads must be at least 1, got 0", lambda: modifiers.alibi_slopes(0)),
-        (TypeError, "table must be floating point", lambda: modifiers.relative_bias(np.array([1, 2, 3]))),
+        (
+            TypeError,
+            "table must be floating point",
+            lambda: modifiers.relative_bias(np.array([1, 2, 3])),
+        ),
         (ValueError, r"2 L − 1.*got shape \(4,\)", lambda: modifiers.relative_bias(np.zeros(4))),
-        (ValueError, r"2 L − 1.*got shape \(1, 2, 3\)", lambda: modifiers.relative_bias(np.zeros((1, 2, 3)))),
+        (
+            ValueError,
+            r"2 L − 1.*got shape \(1, 2, 3\)",
+            lambda: modifiers.relative_bias(np.zeros((1, 2, 3))),
+        ),
         (ValueError, "table must be .*got shape", lambda: modifiers.t5_bias(np.zeros(32))),
-        (TypeError, "table must be floating point", lambda: modifiers.t5_bias(np.zeros((32, 2), int))),
+        (
+            TypeError,
+            "table must be floating point",
+            lambda: modifiers.t5_bias(np.zeros((32, 2), int)),
+        ),
         (ValueError, "even number.*got 7 buckets", lambda: modifiers.t5_bias(np.zeros((7, 2)))),
         (ValueError, "got 2 buckets", lambda: modifiers.t5_bias(np.zeros((2, 2)))),
-        (ValueError, "max_distance 8", lambda: modifiers.t5_bias(np.zeros((32, 2)), max_distance=8)),
+        (
+            ValueError,
+            "max_distance 8",
+            lambda: modifiers.t5_bias(np.zeros((32, 2)), max_distance=8),
+        ),
         (TypeError, "floating point, got int", lambda: modifiers.bias(np.zeros((T, S), int))),
-        (ValueError, "alibi slopes .*N = 6, got 3", lambda: fits(modifiers.alibi(np.ones(3, np.float32)))),
+        (
+            ValueError,
+            "alibi slopes .*N = 6, got 3",
+            lambda: fits(modifiers.alibi(np.ones(3, np.float32))),
+        ),
         (
             ValueError,
             "relative_bias table .*N = 6, got 3",
             lambda: fits(modifiers.relative_bias(np.ones((3, 13), np.float32))),
         ),
-        (ValueError, "t5_bias table .*N = 6, got 3", lambda: fits(modifiers.t5_bias(np.ones((32, 3), np.float32)))),
+        (
+            ValueError,
+            "t5_bias table .*N = 6, got 3",
+            lambda: fits(modifiers.t5_bias(np.ones((32, 3), np.float32))),
+        ),
         (
             ValueError,
             r"bias must broadcast .*\(2, 6, 5, 7\), got shape \(7, 5\)",
             lambda: fits(modifiers.bias(np.ones((S, T), np.float32))),
         ),
-        (ValueError, r"bias\[:, None\]", lambda: fits(modifiers.bias(np.ones((B, T, S), np.float32)))),
+        (
+            ValueError,
+            r"bias\[:, None\]",
+            lambda: fits(modifiers.bias(np.ones((B, T, S), np.float32))),
+        ),
         (TypeError, "modifier must be callable.*got str", lambda: fits("alibi")),
         (TypeError, "use jattn.modifiers.bias", lambda: fits(np.ones((T, S), np.float32))),
-        (TypeError, "floating-point score, got bool", lambda: fits(lambda score, b, h, q_idx, k_idx: q_idx > k_idx)),
+        (
+            TypeError,
+            "floating-point score, got bool",
+            lambda: fits(lambda score, b, h, q_idx, k_idx: q_idx > k_idx),
+        ),
     ],
 )
 def test_bad_input_is_named(error, match, call):

@@ -29,7 +29,9 @@ def test_sinusoidal_encoding_is_the_closed_form_however_far(base):
         assert came.dtype == jnp.float32
         np.testing.assert_allclose(came, truth, rtol=0, atol=FLOAT32_ROUNDING)
     length = positions.sinusoidal_encoding(4, D, base=base)
-    np.testing.assert_array_equal(length[:3], positions.sinusoidal_encoding(POSITIONS[:3], D, base=base))
+    np.testing.assert_array_equal(
+        length[:3], positions.sinusoidal_encoding(POSITIONS[:3], D, base=base)
+    )
 
 
 def test_sinusoidal_encoding_takes_any_shape_and_precision(x64):
@@ -37,13 +39,17 @@ def test_sinusoidal_encoding_takes_any_shape_and_precision(x64):
     batch = positions.sinusoidal_encoding(POSITIONS.reshape(2, 3), D)
     assert batch.shape == (2, 3, D) and batch.dtype == jnp.float64
     truth = [encoding(int(i), j, D) for i in POSITIONS for j in range(D)]
-    np.testing.assert_allclose(batch.ravel(), truth, rtol=0, atol=1e-10)  # an angle of 1e6 has an ulp of 1e-10
+    np.testing.assert_allclose(
+        batch.ravel(), truth, rtol=0, atol=1e-10
+    )  # an angle of 1e6 has an ulp of 1e-10
 
 
 def test_traced_positions_agree_within_the_rounding_of_their_angle():
     near = np.arange(97)
     traced = jax.jit(lambda positions_: positions.sinusoidal_encoding(positions_, D))(near)
-    np.testing.assert_allclose(traced, positions.sinusoidal_encoding(97, D), rtol=0, atol=2 * 97 * FLOAT32_ROUNDING)
+    np.testing.assert_allclose(
+        traced, positions.sinusoidal_encoding(97, D), rtol=0, atol=2 * 97 * FLOAT32_ROUNDING
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 3, -2, 2.5, 1000])
@@ -83,10 +89,16 @@ def test_rotary_turns_pairs_as_complex_numbers(interleaved, per_example, rng):
     own = rng.integers(0, 100_000, (B, T) if per_example else T)
     came = positions.rotary(x, own, interleaved=interleaved)
     for b, t, n in np.ndindex(B, T, N):
-        truth = rotated(x[b, t, n].astype(np.float64), own[b, t] if per_example else own[t], interleaved)
-        np.testing.assert_allclose(came[b, t, n], truth, rtol=0, atol=6 * FLOAT32_ROUNDING * np.abs(x).max())
+        truth = rotated(
+            x[b, t, n].astype(np.float64), own[b, t] if per_example else own[t], interleaved
+        )
+        np.testing.assert_allclose(
+            came[b, t, n], truth, rtol=0, atol=6 * FLOAT32_ROUNDING * np.abs(x).max()
+        )
     default = positions.rotary(x, interleaved=interleaved)
-    np.testing.assert_array_equal(default, positions.rotary(x, np.arange(T), interleaved=interleaved))
+    np.testing.assert_array_equal(
+        default, positions.rotary(x, np.arange(T), interleaved=interleaved)
+    )
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -124,9 +136,13 @@ def test_rotary_of_half_precision_rounds_once(dtype, rng):
 def test_rotary_under_jit_vmap_and_grad(rng, x64):
     x, own = rng.standard_normal((2, 5, 3, 4)), np.array([[0, 1, 2, 3, 4], [4, 0, 11, 2, 3]])
     whole = positions.rotary(x, own)
-    np.testing.assert_allclose(jax.jit(jax.vmap(positions.rotary))(x, own), whole, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(positions.rotary))(x, own), whole, rtol=1e-12, atol=1e-14
+    )
     _, pull = jax.vjp(lambda x: positions.rotary(x, own), x)
-    np.testing.assert_allclose(pull(whole)[0], x, rtol=1e-12, atol=1e-14)  # a rotation's transpose undoes it
+    np.testing.assert_allclose(
+        pull(whole)[0], x, rtol=1e-12, atol=1e-14
+    )  # a rotation's transpose undoes it
 
 
 def test_relative_positions_are_differences(rng):
@@ -134,7 +150,9 @@ def test_relative_positions_are_differences(rng):
     came = positions.relative_positions(q_positions, k_positions)
     for b, c, t, s in np.ndindex(2, 3, 5, 7):
         assert came[b, c, t, s] == q_positions[b, c, t] - k_positions[b, c, s]
-    np.testing.assert_array_equal(positions.relative_positions(5, 7), np.arange(5)[:, None] - np.arange(7))
+    np.testing.assert_array_equal(
+        positions.relative_positions(5, 7), np.arange(5)[:, None] - np.arange(7)
+    )
     assert positions.relative_positions(0, 7).shape == (0, 7)
 
 
@@ -146,23 +164,47 @@ def test_relative_positions_are_differences(rng):
         (ValueError, "must not be negative, got -3", lambda: positions.sinusoidal_encoding(-3, 4)),
         (ValueError, "must be even, got 7", lambda: positions.sinusoidal_rotation(3, 7)),
         (ValueError, "offset", lambda: positions.sinusoidal_rotation(np.array([1.0, 2.0]), 4)),
-        (ValueError, "must be even, got 3", lambda: positions.rotary(np.zeros((5, 1, 3), np.float32))),
-        (ValueError, r"x must be \[..., T, N, H\]", lambda: positions.rotary(np.zeros((5, 4), np.float32))),
-        (TypeError, "x must be floating point", lambda: positions.rotary(np.zeros((5, 1, 4), np.int32))),
+        (
+            ValueError,
+            "must be even, got 3",
+            lambda: positions.rotary(np.zeros((5, 1, 3), np.float32)),
+        ),
+        (
+            ValueError,
+            r"x must be \[..., T, N, H\]",
+            lambda: positions.rotary(np.zeros((5, 4), np.float32)),
+        ),
+        (
+            TypeError,
+            "x must be floating point",
+            lambda: positions.rotary(np.zeros((5, 1, 4), np.int32)),
+        ),
         (
             ValueError,
             r"positions must be .*got \(7,\)",
             lambda: positions.rotary(np.zeros((5, 1, 4), np.float32), np.arange(7)),
         ),
-        (ValueError, r"positions must be .*got \(\)", lambda: positions.rotary(np.zeros((5, 1, 4), np.float32), 5)),
+        (
+            ValueError,
+            r"positions must be .*got \(\)",
+            lambda: positions.rotary(np.zeros((5, 1, 4), np.float32), 5),
+        ),
         (
             ValueError,
             r"positions must be .*got \(1, 5\)",
             lambda: positions.rotary(np.zeros((2, 5, 1, 4), np.float32), np.zeros((1, 5), int)),
         ),
         (ValueError, "must not be negative, got -1", lambda: positions.relative_positions(-1, 3)),
-        (TypeError, "integers, got float64", lambda: positions.relative_positions(np.array([0.5, 1.7]), 3)),
-        (TypeError, "integers, got float64", lambda: positions.relative_positions(3, np.array([0.5, 1.7]))),
+        (
+            TypeError,
+            "integers, got float64",
+            lambda: positions.relative_positions(np.array([0.5, 1.7]), 3),
+        ),
+        (
+            TypeError,
+            "integers, got float64",
+            lambda: positions.relative_positions(3, np.array([0.5, 1.7])),
+        ),
     ],
 )
 def test_bad_input_is_named(error, match, call):

@@ -30,7 +30,9 @@ def loop(scores, allowed):
 
 
 @pytest.mark.parametrize(
-    "lengths", [np.array([0, 3]), np.array([[0, 1, 5], [5, 2, 0]]), np.array([5, 5], np.uint8)], ids=["B", "BT", "all"]
+    "lengths",
+    [np.array([0, 3]), np.array([[0, 1, 5], [5, 2, 0]]), np.array([5, 5], np.uint8)],
+    ids=["B", "BT", "all"],
 )
 def test_lengths_are_the_loop(lengths, rng, x64):
     scores = 3 * rng.standard_normal((B, T, S))
@@ -41,11 +43,17 @@ def test_lengths_are_the_loop(lengths, rng, x64):
 
 @pytest.mark.parametrize("shape", [(B, T, S), (1, T, S), (B, 1, S), (T, 1), (S,), (1,), ()])
 def test_boolean_masks_broadcast_and_combine_with_lengths(shape, rng, x64):
-    scores, mask, lengths = rng.standard_normal((B, T, S)), rng.random(shape) < 0.6, np.array([4, 2])
+    scores, mask, lengths = (
+        rng.standard_normal((B, T, S)),
+        rng.random(shape) < 0.6,
+        np.array([4, 2]),
+    )
     within = np.arange(S) < lengths[:, None, None]
     for given, allowed in (({}, mask), ({"lengths": lengths}, mask & within)):
         weights, _ = loop(scores, allowed)
-        np.testing.assert_allclose(masked_softmax(scores, mask, **given), weights, rtol=1e-13, atol=0)
+        np.testing.assert_allclose(
+            masked_softmax(scores, mask, **given), weights, rtol=1e-13, atol=0
+        )
 
 
 def test_scores_of_any_rank(rng, x64):
@@ -108,7 +116,8 @@ def test_derivatives_are_those_of_the_closed_form(rng, x64):
     w, eye = w[0], np.eye(S)
     jacobian = w[:, None] * (eye - w)
     hessian = w[:, None, None] * (
-        (eye[:, :, None] - w[:, None]) * (eye[:, None, :] - w[None, None, :]) - (w[:, None] * (eye - w))[None]
+        (eye[:, :, None] - w[:, None]) * (eye[:, None, :] - w[None, None, :])
+        - (w[:, None] * (eye - w))[None]
     )
 
     def weights(scores):
@@ -125,14 +134,20 @@ def test_second_order_is_finite_at_empty_rows(x64):
         weights, lse = softmax_and_logsumexp(scores, jnp.zeros((2, 3), bool))
         return jnp.sin(weights).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum()
 
-    np.testing.assert_array_equal(jax.jit(jax.hessian(loss))(jnp.full((2, 3), jnp.nan)), np.zeros((2, 3, 2, 3)))
+    np.testing.assert_array_equal(
+        jax.jit(jax.hessian(loss))(jnp.full((2, 3), jnp.nan)), np.zeros((2, 3, 2, 3))
+    )
 
 
 def test_gradient_of_logsumexp_is_the_slope_of_the_loop(rng, x64):
     scores, mask = rng.standard_normal((T, S)), rng.random((T, S)) < 0.7
     slopes = oracle.numerical_gradient(lambda moved: np.sin(loop(moved, mask)[1]).sum(), scores)
-    gradient = jax.grad(lambda scores: jnp.sin(softmax_and_logsumexp(scores, jnp.asarray(mask))[1]).sum())(scores)
-    np.testing.assert_allclose(gradient, slopes, rtol=1e-7, atol=1e-9)  # central differences: ~1e-10
+    gradient = jax.grad(
+        lambda scores: jnp.sin(softmax_and_logsumexp(scores, jnp.asarray(mask))[1]).sum()
+    )(scores)
+    np.testing.assert_allclose(
+        gradient, slopes, rtol=1e-7, atol=1e-9
+    )  # central differences: ~1e-10
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -151,8 +166,13 @@ def test_half_precision_is_summed_in_float32(dtype, rng):
 def test_jit_vmap_and_a_loop_agree(rng, x64):
     scores, lengths = rng.standard_normal((B, T, S)), np.array([0, 3])
     whole = masked_softmax(scores, lengths=lengths)
-    mapped = jax.jit(jax.vmap(lambda scores, length: masked_softmax(scores, lengths=length)))(scores, lengths)
-    looped = [masked_softmax(one, lengths=np.array(length)) for one, length in zip(scores, lengths, strict=True)]
+    mapped = jax.jit(jax.vmap(lambda scores, length: masked_softmax(scores, lengths=length)))(
+        scores, lengths
+    )
+    looped = [
+        masked_softmax(one, lengths=np.array(length))
+        for one, length in zip(scores, lengths, strict=True)
+    ]
     np.testing.assert_allclose(mapped, whole, rtol=1e-14)
     np.testing.assert_allclose(jnp.stack(looped), whole, rtol=1e-14)
 
@@ -161,9 +181,24 @@ def test_jit_vmap_and_a_loop_agree(rng, x64):
     ("error", "match", "scores", "options"),
     [
         (TypeError, "scores must be floating point, got int32", np.zeros((2, 3), np.int32), {}),
-        (TypeError, "scores must be floating point, got complex64", np.zeros((2, 3), np.complex64), {}),
-        (TypeError, "mask must be boolean.*got float32", np.zeros((2, 3)), {"mask": np.ones((2, 3), np.float32)}),
-        (TypeError, "mask must be boolean.*got int32", np.zeros((2, 3)), {"mask": np.ones((2, 3), np.int32)}),
+        (
+            TypeError,
+            "scores must be floating point, got complex64",
+            np.zeros((2, 3), np.complex64),
+            {},
+        ),
+        (
+            TypeError,
+            "mask must be boolean.*got float32",
+            np.zeros((2, 3)),
+            {"mask": np.ones((2, 3), np.float32)},
+        ),
+        (
+            TypeError,
+            "mask must be boolean.*got int32",
+            np.zeros((2, 3)),
+            {"mask": np.ones((2, 3), np.int32)},
+        ),
         (
             ValueError,
             r"mask must broadcast.*\(2, 3\), got shape \(3, 2\)",
@@ -176,8 +211,18 @@ def test_jit_vmap_and_a_loop_agree(rng, x64):
             np.zeros((2, 3)),
             {"mask": np.ones((7, 2, 3), bool)},
         ),
-        (TypeError, "lengths must be integers, got float32", np.zeros((2, 3, 5)), {"lengths": np.ones(2, np.float32)}),
-        (TypeError, "lengths must be integers, got bool", np.zeros((2, 3, 5)), {"lengths": np.ones(2, bool)}),
+        (
+            TypeError,
+            "lengths must be integers, got float32",
+            np.zeros((2, 3, 5)),
+            {"lengths": np.ones(2, np.float32)},
+        ),
+        (
+            TypeError,
+            "lengths must be integers, got bool",
+            np.zeros((2, 3, 5)),
+            {"lengths": np.ones(2, bool)},
+        ),
         (
             ValueError,
             r"lengths must be .*\(2,\).*\(2, 3\), got \(1,\)",
@@ -185,9 +230,24 @@ def test_jit_vmap_and_a_loop_agree(rng, x64):
             {"lengths": np.array([1])},
         ),
         (ValueError, r"lengths must be .*got \(\)", np.zeros((2, 3, 5)), {"lengths": 1}),
-        (ValueError, r"lengths must be .*got \(3, 2\)", np.zeros((2, 3, 5)), {"lengths": np.ones((3, 2), int)}),
-        (ValueError, "lengths must lie in 0 … 5 .*got 6", np.zeros((2, 3, 5)), {"lengths": np.array([0, 6])}),
-        (ValueError, "lengths must lie in 0 … 5 .*got -1", np.zeros((2, 3, 5)), {"lengths": np.array([-1, 6])}),
+        (
+            ValueError,
+            r"lengths must be .*got \(3, 2\)",
+            np.zeros((2, 3, 5)),
+            {"lengths": np.ones((3, 2), int)},
+        ),
+        (
+            ValueError,
+            "lengths must lie in 0 … 5 .*got 6",
+            np.zeros((2, 3, 5)),
+            {"lengths": np.array([0, 6])},
+        ),
+        (
+            ValueError,
+            "lengths must lie in 0 … 5 .*got -1",
+            np.zeros((2, 3, 5)),
+            {"lengths": np.array([-1, 6])},
+        ),
         (ValueError, "scores", np.zeros(5), {"lengths": 2}),
         (ValueError, "scores", np.zeros(()), {}),
     ],

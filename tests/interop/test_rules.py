@@ -76,7 +76,11 @@ def test_sixty_four_bits_need_x64():
 def test_one_error_lists_all_that_is_wrong_and_nothing_changes():
     source = tensors()
     del source["stack.7.weight"]
-    source |= {"extra": np.ones(2), "stack.12.weight": np.ones((5, 5)), "stack.01.weight": np.ones((5, 5))}
+    source |= {
+        "extra": np.ones(2),
+        "stack.12.weight": np.ones((5, 5)),
+        "stack.01.weight": np.ones((5, 5)),
+    }
     source["fc.weight"] = np.ones((3, 5), np.float32)
     source["fc.bias"] = np.ones((5, 1), np.float32)
     source["stack.2.weight"] = np.ones(5, np.float32)
@@ -87,10 +91,18 @@ def test_one_error_lists_all_that_is_wrong_and_nothing_changes():
         to_flax(source, module, rules)
     error = caught.value
     assert error.missing == ("layers.7.kernel",)
-    assert [item.split(" ")[0] for item in error.unused] == ["extra", "stack.01.weight", "stack.12.weight"]
+    assert [item.split(" ")[0] for item in error.unused] == [
+        "extra",
+        "stack.01.weight",
+        "stack.12.weight",
+    ]
     assert any(item.startswith("scale matches ") for item in error.ambiguous)
     assert any(item.startswith("first.bias is filled more than once") for item in error.ambiguous)
-    assert {item.split(" ")[0] for item in error.misshapen} == {"fc.weight", "fc.bias", "stack.2.weight"}
+    assert {item.split(" ")[0] for item in error.misshapen} == {
+        "fc.weight",
+        "fc.bias",
+        "stack.2.weight",
+    }
     for item in (*error.missing, *error.unused, *error.ambiguous, *error.misshapen):
         assert item in str(error)
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(module)))
@@ -107,7 +119,9 @@ class Packed(nnx.Module):
         self.query, self.key, self.value = (nnx.Param(jnp.zeros((3, 5))) for _ in range(3))
 
 
-PACK = Rule("packed", ("query", "key", "value"), Rearrange("(parts o) i -> parts i o", {"parts": 3}))
+PACK = Rule(
+    "packed", ("query", "key", "value"), Rearrange("(parts o) i -> parts i o", {"parts": 3})
+)
 
 
 def test_a_packed_tensor_is_taken_apart_and_put_together():
@@ -122,7 +136,9 @@ def test_several_tensors_are_packed_into_one():
     parts = {name: np.full((5, 3), number, np.float32) for number, name in enumerate("qkv")}
     target = nnx.State({"packed": nnx.Param(jnp.zeros((3, 15)))})
     state = to_flax(parts, target, [rule])
-    np.testing.assert_array_equal(state["packed"][0], np.repeat(np.arange(3.0, dtype=np.float32), 5))
+    np.testing.assert_array_equal(
+        state["packed"][0], np.repeat(np.arange(3.0, dtype=np.float32), 5)
+    )
     np.testing.assert_array_equal(to_torch(state, [rule])["v"], parts["v"])
     with pytest.raises(ConversionError, match="missing: k ") as caught:
         to_flax({"q": parts["q"], "v": parts["v"]}, target, [rule])
@@ -147,7 +163,9 @@ class Gates:
         return np.concatenate([np.split(array, len(self.order))[gate] for gate in self.order])
 
     def inverse(self, array):
-        return np.concatenate([np.split(array, len(self.order))[gate] for gate in np.argsort(self.order)])
+        return np.concatenate(
+            [np.split(array, len(self.order))[gate] for gate in np.argsort(self.order)]
+        )
 
 
 class Tied:
@@ -189,7 +207,13 @@ def test_a_repeated_placeholder_means_the_same_number():
         to_flax({"4.w5": np.ones(2, np.float32)}, target, [rule])
 
 
-PATTERNS = ["a b c -> c (b a)", "(b a) c -> a b c", "... -> ...", "a b c -> b a c", "1 (a b) c -> a (c b)"]
+PATTERNS = [
+    "a b c -> c (b a)",
+    "(b a) c -> a b c",
+    "... -> ...",
+    "a b c -> b a c",
+    "1 (a b) c -> a (c b)",
+]
 
 
 DTYPES = ["float16", "float32", "float64", "int64"]

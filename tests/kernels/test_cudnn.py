@@ -38,29 +38,37 @@ def operands(rng, S=S, dtype=jnp.bfloat16, V=H):
     [
         (S, {}, {"scale": H**-0.5, "is_causal": False}),
         (T, {"mask": masks.causal()}, {"scale": H**-0.5, "is_causal": True}),
-        (S, {"score": functools.partial(scores.scaled_dot_product, scale=2.0)}, {"scale": 2.0, "is_causal": False}),
+        (
+            S,
+            {"score": functools.partial(scores.scaled_dot_product, scale=2.0)},
+            {"scale": 2.0, "is_causal": False},
+        ),
     ],
 )
 def test_what_cudnn_honours_exactly_is_its(asked, rng, S, options, expected):
     arrays = operands(rng, S)
     came = jattn.attend(*arrays, implementation="cudnn", **options)
     assert asked == [{"implementation": "cudnn", **expected}]
-    truth = jattn.attend(*(array.astype(jnp.float32) for array in arrays), implementation="dense", **options)
+    truth = jattn.attend(
+        *(array.astype(jnp.float32) for array in arrays), implementation="dense", **options
+    )
     assert came.dtype == jnp.bfloat16
-    np.testing.assert_allclose(came.astype(jnp.float32), truth, rtol=2**-7, atol=2**-7)  # bfloat16 keeps 8 bits
+    np.testing.assert_allclose(
+        came.astype(jnp.float32), truth, rtol=2**-7, atol=2**-7
+    )  # bfloat16 keeps 8 bits
 
 
 REFUSED = {
-    "dtype float32": {"dtype": jnp.float32},
-    "mask causal": {"mask": masks.causal()},  # T differs from S: some keys are seen by none
-    "mask sliding_window": {"mask": masks.sliding_window(3)},
+    "not float32": {"dtype": jnp.float32},
+    "not causal": {"mask": masks.causal()},  # T differs from S: some keys are seen by none
+    "not sliding_window": {"mask": masks.sliding_window(3)},
     "score": {"score": scores.dot_product},
     "constant scale": {"score": functools.partial(scores.scaled_dot_product, scale=jnp.ones(N))},
     "modifier": {"modifier": modifiers.soft_cap(2.0)},
     "dropout": {"dropout_rate": 0.5, "dropout_key": jax.random.key},
     "return_lse": {"return_lse": True},
     "return_weights": {"return_weights": True},
-    "another width": {"V": 5},
+    "width of its keys": {"V": 5},
 }
 
 
@@ -81,11 +89,17 @@ def test_it_is_taken_by_name_alone(asked, rng):
 
 
 def test_elsewhere_it_says_which_platform_it_lacks(rng):
-    with pytest.raises(NotImplementedError, match="cudnn: platform cpu"):
+    with pytest.raises(NotImplementedError, match="cudnn: it runs on NVIDIA GPUs, not on cpu"):
         jattn.attend(*operands(rng), implementation="cudnn")
+
+
+def test_of_several_kernels_the_first_that_can_runs(rng):
+    arrays = operands(rng)
+    came = jattn.attend(*arrays, implementation=("cudnn", "blockwise"))
+    np.testing.assert_array_equal(came, jattn.attend(*arrays, implementation="blockwise"))
 
 
 def test_a_gpu_without_cudnn_is_told(monkeypatch, rng):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # jax.nn itself finds none here
-    with pytest.raises(NotImplementedError, match="cudnn: "):
+    with pytest.raises(RuntimeError, match="cuDNN"):
         jattn.attend(*operands(rng), implementation="cudnn")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.kernels import grid
+from jattn.kernels.blockwise import sizes
 from tests import oracle
 
 N, T = 3, 13
@@ -49,14 +49,20 @@ def published():
     return {name: mod for name, mod in locals().items() if name in MASKS + MODIFIERS}
 
 
-@pytest.mark.parametrize(("mask", "modifier"), [*zip(MASKS, [*MODIFIERS, None], strict=True), ("prefix_lm", "alibi")])
+@pytest.mark.parametrize(
+    ("mask", "modifier"), [*zip(MASKS, [*MODIFIERS, None], strict=True), ("prefix_lm", "alibi")]
+)
 def test_published_mods_run_block_by_block(mask, modifier, monkeypatch, rng, x64):
-    monkeypatch.setattr(grid, "ROWS", 4)
-    monkeypatch.setattr(grid, "COLUMNS", (4, 4))
+    monkeypatch.setattr(sizes, "ROWS", 4)
+    monkeypatch.setattr(sizes, "COLUMNS", (4, 4))
     arrays = [rng.standard_normal((2, T, N, 5)) for _ in range(3)]
     with jax.numpy_dtype_promotion("standard"):  # they mix integers and floats, as users do
         mods = published()
-        options = {"mask": mods[mask], "modifier": mods.get(modifier), "implementation": "blockwise"}
+        options = {
+            "mask": mods[mask],
+            "modifier": mods.get(modifier),
+            "implementation": "blockwise",
+        }
         came = jax.jit(lambda *arrays: jattn.attend(*arrays, **options))(*arrays)
         truth, _, _ = oracle.attend(
             *arrays,

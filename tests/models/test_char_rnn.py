@@ -16,7 +16,9 @@ KINDS = [CharCell, CharRNN, EmbeddedCharRNN]
 def test_the_loop_is_the_network():
     cell, network = CharCell(CONFIG, rngs=nnx.Rngs(0)), CharRNN(CONFIG, rngs=nnx.Rngs(1))
     nnx.update(network.rnn.layers[0], nnx.state(cell.cell))
-    np.testing.assert_allclose(network(TOKENS), cell(TOKENS), rtol=0, atol=40 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(
+        network(TOKENS), cell(TOKENS), rtol=0, atol=40 * np.finfo(np.float32).eps
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,7 +29,7 @@ def tokens(seed=0):
 
 
 def oracle(model, ids):
-    """Both directions of a plain recurrent network over one sentence, in a NumPy loop: forward and backward states."""
+    """Forward and backward states of a plain recurrent network over a sentence, by a NumPy loop."""
     weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     states = []
     for name, order in (("layers", ids), ("backward_layers", ids[::-1])):
@@ -74,17 +74,23 @@ def test_a_learned_query_weighs_the_steps(x64):
     for row, length, logits, weight in zip(ids, LENGTHS, found, weights, strict=True):
         forward, backward, own = oracle(model, row[:length])
         h, pooling = np.concatenate([forward, backward], axis=1), own["pooling"]
-        scores = np.exp(np.tanh(h @ pooling["key"]["kernel"] + pooling["key"]["bias"]) @ pooling["query"])
+        scores = np.exp(
+            np.tanh(h @ pooling["key"]["kernel"] + pooling["key"]["bias"]) @ pooling["query"]
+        )
         np.testing.assert_allclose(weight[:length], scores / scores.sum(), rtol=0, atol=1e-12)
         assert not np.any(weight[length:])
-        np.testing.assert_allclose(logits, score(own, scores @ h / scores.sum()), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            logits, score(own, scores @ h / scores.sum()), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("network", [RNN, LSTM, GRU])
 def test_in_one_direction_the_end_is_the_last_step(x64, network):
     end = Config(IDS, C, D, F, network=network)
     last = Config(IDS, C, D, F, network=network, pooling=LastStep)
-    np.testing.assert_array_equal(run(build(end), tokens(), LENGTHS), run(build(last), tokens(), LENGTHS))
+    np.testing.assert_array_equal(
+        run(build(end), tokens(), LENGTHS), run(build(last), tokens(), LENGTHS)
+    )
 
 
 @pytest.mark.parametrize("pooling", [None, LastStep, FeaturePooling, LearnedQueryPooling])
@@ -111,7 +117,9 @@ def test_a_feature_pooling_has_weights_for_each_feature(x64):
 def test_any_leading_axes(x64):
     model = build(Config(IDS, C, D, F, network=RNN, pooling=LearnedQueryPooling))
     batch = run(model, tokens(), LENGTHS)
-    np.testing.assert_allclose(run(model, tokens()[None], LENGTHS[None])[0], batch, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        run(model, tokens()[None], LENGTHS[None])[0], batch, rtol=0, atol=1e-12
+    )
     np.testing.assert_allclose(run(model, tokens()[0], LENGTHS[0]), batch[0], rtol=0, atol=1e-12)
 
 
@@ -174,7 +182,13 @@ def test_a_length_of_the_last_step(x64):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("vocabulary", 0), ("classes", -1), ("num_layers", 0), ("dropout_rate", 2.0), ("padding_idx", IDS)],
+    [
+        ("vocabulary", 0),
+        ("classes", -1),
+        ("num_layers", 0),
+        ("dropout_rate", 2.0),
+        ("padding_idx", IDS),
+    ],
 )
 def test_bad_sizes_are_named(name, value):
     with pytest.raises(ValueError, match=name):
@@ -184,4 +198,8 @@ def test_bad_sizes_are_named(name, value):
 def test_presets():
     plain, attention = Config.plain(IDS, C), Config.attention(IDS, C)
     assert (plain.network, plain.pooling, plain.bidirectional) == (RNN, None, False)
-    assert (attention.network, attention.pooling, attention.bidirectional) == (LSTM, LearnedQueryPooling, True)
+    assert (attention.network, attention.pooling, attention.bidirectional) == (
+        LSTM,
+        LearnedQueryPooling,
+        True,
+    )

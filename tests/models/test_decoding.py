@@ -13,7 +13,7 @@ START = np.array([0, 1, 4])
 
 
 def tables(seed=0):
-    """Logits of a chain whose next token depends on the example, the time and the two tokens before."""
+    """Logits of a chain whose next token depends on example, time and the two tokens before."""
     return np.random.default_rng(seed).normal(size=(B, L, C, C, C)).astype(np.float32) * 2
 
 
@@ -72,19 +72,24 @@ class Oracle:
 
 
 def sequences(decoded, example):
-    rows = zip(np.asarray(decoded.tokens[example]), np.asarray(decoded.lengths[example]), strict=True)
+    rows = zip(
+        np.asarray(decoded.tokens[example]), np.asarray(decoded.lengths[example]), strict=True
+    )
     return [tuple(tokens[:length].tolist()) for tokens, length in rows]
 
 
 search = jax.jit(
-    lambda carry, **options: beam_search(chain(tables())[0], carry, start=START, end=END, **options),
+    lambda carry, **options: beam_search(
+        chain(tables())[0], carry, start=START, end=END, **options
+    ),
     static_argnames=("max_length", "width", "length_penalty", "pad"),
 )
 follow = jax.jit(
     lambda carry, **options: greedy(chain(tables())[0], carry, start=START, end=END, **options),
     static_argnames=("max_length", "pad"),
 )
-# A score is a sum of at most L float32 log-probabilities, each a difference of numbers below 32 in magnitude.
+# A score is a sum of at most L float32 log-probabilities, each a difference of numbers below 32 in
+# magnitude.
 TOLERANCE = 2 * L * 32 * np.finfo(np.float32).eps
 
 
@@ -96,13 +101,17 @@ def test_greedy_takes_the_best_token(seed):
         tokens = oracle.greedy()
         assert found.tokens[example].tolist() == [*tokens, *[-1] * (L - len(tokens))]
         assert found.lengths[example] == len(tokens)
-        np.testing.assert_allclose(found.scores[example], oracle.log_probability(tokens), rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            found.scores[example], oracle.log_probability(tokens), rtol=0, atol=TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_beam_of_one_is_greedy(seed):
     carry = chain(tables(seed))[1]
-    beam = jax.tree.map(lambda leaf: leaf[:, 0], search(carry, max_length=L, width=1, length_penalty=0.0))
+    beam = jax.tree.map(
+        lambda leaf: leaf[:, 0], search(carry, max_length=L, width=1, length_penalty=0.0)
+    )
     single = follow(carry, max_length=L)
     np.testing.assert_allclose(beam.scores, single.scores, rtol=0, atol=TOLERANCE)
     chex.assert_trees_all_equal(beam._replace(scores=0), single._replace(scores=0))
@@ -115,9 +124,13 @@ def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_short_sequences(
     for seed in range(3):
         found = search(chain(tables(seed))[1], max_length=max_length, width=C, length_penalty=alpha)
         for example in range(B):
-            best = sorted(Oracle(tables(seed), example).everything(alpha, max_length), reverse=True)[:C]
+            best = sorted(
+                Oracle(tables(seed), example).everything(alpha, max_length), reverse=True
+            )[:C]
             assert sequences(found, example) == [tokens for _, tokens in best]
-            np.testing.assert_allclose(found.scores[example], [score for score, _ in best], rtol=0, atol=TOLERANCE)
+            np.testing.assert_allclose(
+                found.scores[example], [score for score, _ in best], rtol=0, atol=TOLERANCE
+            )
 
 
 @pytest.mark.parametrize("width", [2, 3, 5])
@@ -132,7 +145,10 @@ def test_a_beam_follows_its_definition_and_stops_exactly(width, alpha):
 
 def test_a_wider_beam_finds_what_greedy_misses():
     """The likelier first token leads nowhere: 0.6 · 0.5 < 0.4 · 1."""
-    first, second = jnp.log(jnp.array([0.6, 0.4, 1e-9])), jnp.log(jnp.array([[0.5, 0.5, 1e-9], [1e-9, 1e-9, 1.0]]))
+    first, second = (
+        jnp.log(jnp.array([0.6, 0.4, 1e-9])),
+        jnp.log(jnp.array([[0.5, 0.5, 1e-9], [1e-9, 1e-9, 1.0]])),
+    )
 
     def step(begun, last):
         return jnp.ones_like(begun), jnp.where(begun[:, None], second[jnp.minimum(last, 1)], first)
@@ -162,7 +178,11 @@ def test_the_search_stops_when_all_have_ended(width):
         return carry, 50 * jax.nn.one_hot(jnp.minimum(last + 1, 3), 5)
 
     options = {"start": jnp.array([0, 2]), "end": 3, "max_length": 101}
-    found = greedy(sure, (), **options) if width is None else beam_search(sure, (), **options, width=width)
+    found = (
+        greedy(sure, (), **options)
+        if width is None
+        else beam_search(sure, (), **options, width=width)
+    )
     jax.block_until_ready(found)
     jax.effects_barrier()
     lengths = found.lengths if width is None else found.lengths[:, 0]
@@ -184,7 +204,9 @@ def test_under_jit_each_search_is_traced_once():
 
 def test_in_x64_scores_are_double(x64):
     step = lambda carry, last: (carry, jnp.zeros((*last.shape, 3), jnp.float64))  # noqa: E731
-    found = beam_search(step, (), start=np.array([0]), end=2, max_length=2, width=2, length_penalty=0.5)
+    found = beam_search(
+        step, (), start=np.array([0]), end=2, max_length=2, width=2, length_penalty=0.5
+    )
     assert found.scores.dtype == jnp.float64 and found.tokens.dtype == jnp.int32
 
 
@@ -214,14 +236,33 @@ def test_impossible_tokens_are_never_taken():
         (TypeError, "start must be integers", {"start": np.zeros(B)}),
         (ValueError, "carry.* must be", {"start": START[:2]}),
         (ValueError, "logits must be", {"step": lambda carry, last: (carry, jnp.zeros((B, 1, C)))}),
-        (TypeError, "logits must be floating", {"step": lambda carry, last: (carry, jnp.zeros((B, C), int))}),
-        (ValueError, "step must return a carry", {"step": lambda carry, last: (carry[:2], jnp.zeros((B, C)))}),
-        (ValueError, "two tokens", {"step": lambda carry, last: (carry, jnp.zeros((B, 1))), "end": 0}),
+        (
+            TypeError,
+            "logits must be floating",
+            {"step": lambda carry, last: (carry, jnp.zeros((B, C), int))},
+        ),
+        (
+            ValueError,
+            "step must return a carry",
+            {"step": lambda carry, last: (carry[:2], jnp.zeros((B, C)))},
+        ),
+        (
+            ValueError,
+            "two tokens",
+            {"step": lambda carry, last: (carry, jnp.zeros((B, 1))), "end": 0},
+        ),
     ],
 )
 def test_bad_input_is_named(error, message, arguments):
     step, carry = chain(tables())
-    options = {"step": step, "carry": carry, "start": START, "end": END, "max_length": L, "width": 2}
+    options = {
+        "step": step,
+        "carry": carry,
+        "start": START,
+        "end": END,
+        "max_length": L,
+        "width": 2,
+    }
     with pytest.raises(error, match=message):
         beam_search(**{**options, **arguments})
     if not {"width", "length_penalty"} & arguments.keys() and "two tokens" not in message:

@@ -1,4 +1,4 @@
-"""Teacher forcing is proven against PyTorch (row 32); here are the searches, and what a fixture cannot show."""
+"""The searches, and what a fixture cannot show; row 32 proves teacher forcing against PyTorch."""
 
 import dataclasses
 
@@ -51,10 +51,19 @@ class Oracle:
     def __init__(self, model):
         state = nnx.state(model, nnx.Param)
         weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(state))
-        self.config, self.encoder, self.decoder = model.config, weights["encoder"], weights["decoder"]
+        self.config, self.encoder, self.decoder = (
+            model.config,
+            weights["encoder"],
+            weights["decoder"],
+        )
 
     def lstm(self, cell, x, h, c):
-        gates = x @ cell["input_kernel"] + cell["input_bias"] + h @ cell["hidden_kernel"] + cell["hidden_bias"]
+        gates = (
+            x @ cell["input_kernel"]
+            + cell["input_bias"]
+            + h @ cell["hidden_kernel"]
+            + cell["hidden_bias"]
+        )
         i, f, g, o = np.split(gates, 4)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         return sigmoid(o) * np.tanh(c), c
@@ -65,7 +74,12 @@ class Oracle:
         for layers, order in (("layers", 1), ("backward_layers", -1)):
             h, c, outputs = np.zeros(5), np.zeros(5), []
             for token in source[::order]:
-                h, c = self.lstm(self.encoder["lstm"][layers][0], self.encoder["embedding"]["embedding"][token], h, c)
+                h, c = self.lstm(
+                    self.encoder["lstm"][layers][0],
+                    self.encoder["embedding"]["embedding"][token],
+                    h,
+                    c,
+                )
                 outputs.append(h)
             both.append(outputs[::order])
             ends.append((h, c))
@@ -89,8 +103,12 @@ class Oracle:
             h, c = self.lstm(weights["cell"], np.concatenate(parts), h, c)
             output = h
             if config.attention:
-                alignments.append(softmax(np.array([h @ weights["attention"]["weight"] @ row for row in memory])))
-                output = np.tanh(np.concatenate([alignments[-1] @ memory, h]) @ weights["combine"]["kernel"])
+                alignments.append(
+                    softmax(np.array([h @ weights["attention"]["weight"] @ row for row in memory]))
+                )
+                output = np.tanh(
+                    np.concatenate([alignments[-1] @ memory, h]) @ weights["combine"]["kernel"]
+                )
             logits.append(output @ weights["out"]["kernel"])
             prediction = int(np.argmax(logits[-1]))
         return np.array(logits), np.array(alignments)
@@ -131,22 +149,32 @@ def test_greedy_equals_a_loop(x64, form):
         assert found.lengths[example] == len(tokens)
         if weights is not None:
             expected = oracle.force(real, [CONFIG.start, *tokens[:-1]])[1]
-            np.testing.assert_allclose(weights[example, : len(tokens), : len(real)], expected, rtol=0, atol=TOLERANCE)
-            assert not weights[example, len(tokens) :].any() and not weights[example, :, len(real) :].any()
+            np.testing.assert_allclose(
+                weights[example, : len(tokens), : len(real)], expected, rtol=0, atol=TOLERANCE
+            )
+            assert (
+                not weights[example, len(tokens) :].any()
+                and not weights[example, :, len(real) :].any()
+            )
 
 
 def test_every_hypothesis_of_a_beam_scores_as_the_loop_says(x64):
     """Each carries its own prediction, which need not be the token that it took."""
     model, (source, _) = lively(build(feed="prediction")), data()
-    found, weights = model.beam(source, lengths=LENGTHS, max_length=5, width=3, length_penalty=0.7, return_weights=True)
+    found, weights = model.beam(
+        source, lengths=LENGTHS, max_length=5, width=3, length_penalty=0.7, return_weights=True
+    )
     oracle, strayed = Oracle(model), False
     assert (np.diff(found.scores, axis=1) <= 0).all()
     for example, hypothesis in np.ndindex(B, 3):
         real, length = source[example, : LENGTHS[example]], found.lengths[example, hypothesis]
         tokens = found.tokens[example, hypothesis, :length].tolist()
         expected = oracle.log_probability(real, tokens) / ((5 + len(tokens)) / 6) ** 0.7
-        # The logits, up to 100 in magnitude, enter at relative precision eps through a well-conditioned log-sum-exp.
-        np.testing.assert_allclose(found.scores[example, hypothesis], expected, rtol=0, atol=100 * TOLERANCE)
+        # The logits, up to 100 in magnitude, enter at relative precision eps through a
+        # well-conditioned log-sum-exp.
+        np.testing.assert_allclose(
+            found.scores[example, hypothesis], expected, rtol=0, atol=100 * TOLERANCE
+        )
         logits, expected = oracle.force(real, [CONFIG.start, *tokens[:-1]])
         shown = weights[example, hypothesis, :length, : len(real)]
         np.testing.assert_allclose(shown, expected, rtol=0, atol=TOLERANCE)
@@ -157,12 +185,16 @@ def test_every_hypothesis_of_a_beam_scores_as_the_loop_says(x64):
 def test_a_source_is_reversed_within_its_length(x64):
     """Weights stand in the order of the source as it came."""
     source, target_in = data()
-    by_hand = np.array([[*row[:length][::-1], *row[length:]] for row, length in zip(source, LENGTHS, strict=True)])
+    by_hand = np.array(
+        [[*row[:length][::-1], *row[length:]] for row, length in zip(source, LENGTHS, strict=True)]
+    )
     found, weights = force(build(reverse_source=True), source, target_in, LENGTHS)
     expected, turned = force(build(), by_hand, target_in, LENGTHS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
     for example, length in enumerate(LENGTHS):
-        np.testing.assert_allclose(weights[example, :, :length], turned[example, :, :length][:, ::-1], atol=TOLERANCE)
+        np.testing.assert_allclose(
+            weights[example, :, :length], turned[example, :, :length][:, ::-1], atol=TOLERANCE
+        )
     assert np.abs(found - force(build(), source, target_in, LENGTHS)[0]).max() > 1e-3
 
 
@@ -175,12 +207,15 @@ def test_what_stands_in_the_padding_does_not_matter(x64):
 
 
 def test_every_step_drops_other_units():
-    """Without dropout all steps of this model are alike: equal inputs, and a state that remembers nothing."""
+    """Without dropout all steps are alike: equal inputs, and a state that remembers nothing."""
     model = build(jnp.float32, attention=False, dropout_rate=0.5)
     model.decoder.cell.hidden_kernel[...] *= 0
     model.decoder.cell.input_bias[5:10] = -60.0  # the forget gate lets nothing through
     source, target_in = data()[0], np.ones((B, 11), int)
-    call = nnx.jit(lambda model, deterministic: model(source, target_in, deterministic=deterministic), static_argnums=1)
+    call = nnx.jit(
+        lambda model, deterministic: model(source, target_in, deterministic=deterministic),
+        static_argnums=1,
+    )
     plain, dropped, again = call(model, True), call(model, False), call(model, False)
     np.testing.assert_allclose(plain, np.broadcast_to(plain[:, :1], plain.shape), rtol=0, atol=1e-5)
     # With 5 units dropped evenly, 11 steps can share some masks, but never all.
@@ -228,7 +263,9 @@ def test_there_are_no_weights_without_attention():
         model.greedy(source, max_length=2, return_weights=True)
 
 
-@pytest.mark.parametrize("name", ["source_vocabulary", "hidden_features", "pad", "end", "dropout_rate", "feed"])
+@pytest.mark.parametrize(
+    "name", ["source_vocabulary", "hidden_features", "pad", "end", "dropout_rate", "feed"]
+)
 def test_bad_configs_are_named(name):
     with pytest.raises(ValueError, match=name):
         dataclasses.replace(CONFIG, **{name: -1})

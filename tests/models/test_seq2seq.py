@@ -37,11 +37,13 @@ def sigmoid(x):
 
 
 class Oracle:
-    """The model for one sentence, in NumPy float64, step by step, as the paper and PyTorch's GRU have it."""
+    """The model for one sentence in NumPy float64, step by step, as paper and PyTorch have it."""
 
     def __init__(self, model):
         state = nnx.state(model, nnx.Param)
-        self.weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(state))
+        self.weights = jax.tree.map(
+            lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(state)
+        )
 
     def gru(self, weights, x, states):
         after = []
@@ -69,11 +71,17 @@ class Oracle:
         attention = weights["attention"]
         scores = np.empty(len(outputs))
         for s, output in enumerate(outputs):
-            hidden = np.tanh(states[-1] @ attention["query"]["kernel"] + output @ attention["key"]["kernel"])
+            hidden = np.tanh(
+                states[-1] @ attention["query"]["kernel"] + output @ attention["key"]["kernel"]
+            )
             scores[s] = hidden @ attention["weight"]
         alignment = np.exp(scores) / np.exp(scores).sum()
         context = sum(a * output for a, output in zip(alignment, outputs, strict=True))
-        states = self.gru(weights["gru"], np.concatenate([context, weights["embedding"]["embedding"][token]]), states)
+        states = self.gru(
+            weights["gru"],
+            np.concatenate([context, weights["embedding"]["embedding"][token]]),
+            states,
+        )
         return states[-1] @ weights["out"]["kernel"] + weights["out"]["bias"], states, alignment
 
     def force(self, source, target_in):
@@ -117,7 +125,10 @@ def test_teacher_forcing_equals_a_loop(x64, lengths):
 
 
 def test_the_gradient_is_the_difference_of_the_loop(x64):
-    """A central difference along one random direction; its error is h² and eps / h, both near 1e-10 for h = 1e-5."""
+    """A central difference along one random direction.
+
+    Its error is h² and eps / h, both near 1e-10 for h = 1e-5.
+    """
     model, (source, target_in) = build(), data()
     graphdef, parameters = nnx.split(model, nnx.Param)
     rng = np.random.default_rng(1)
@@ -128,14 +139,19 @@ def test_the_gradient_is_the_difference_of_the_loop(x64):
         step = jax.tree.map(lambda leaf, along: leaf + distance * along, parameters, direction)
         oracle = Oracle(nnx.merge(graphdef, step))
         return sum(
-            np.sum(cotangent[b] * oracle.force(source[b, : LENGTHS[b]], target_in[b])[0]) for b in range(B)
-        )  # fmt: skip
+            np.sum(cotangent[b] * oracle.force(source[b, : LENGTHS[b]], target_in[b])[0])
+            for b in range(B)
+        )
 
     def total(parameters):
-        return jnp.sum(cotangent * nnx.merge(graphdef, parameters)(source, target_in, lengths=LENGTHS))
+        return jnp.sum(
+            cotangent * nnx.merge(graphdef, parameters)(source, target_in, lengths=LENGTHS)
+        )
 
     gradient = jax.jit(jax.grad(total))(parameters)
-    along = sum(jax.tree.leaves(jax.tree.map(lambda one, other: jnp.vdot(one, other), gradient, direction)))
+    along = sum(
+        jax.tree.leaves(jax.tree.map(lambda one, other: jnp.vdot(one, other), gradient, direction))
+    )
     np.testing.assert_allclose(along, (moved(h) - moved(-h)) / (2 * h), rtol=1e-7)
 
 
@@ -145,7 +161,9 @@ def test_what_stands_in_the_padding_does_not_matter(x64):
     wider = np.pad(other, ((0, 0), (0, 3)))
     expected, weights = force(model, source, target_in, LENGTHS)
     np.testing.assert_array_equal(force(model, other, target_in, LENGTHS)[0], expected)
-    np.testing.assert_allclose(force(model, wider, target_in, LENGTHS)[0], expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        force(model, wider, target_in, LENGTHS)[0], expected, rtol=0, atol=TOLERANCE
+    )
     assert not weights[0, :, LENGTHS[0] :].any()
     as_text = [force(model, text, target_in)[0] for text in (source, other)]
     assert np.abs(as_text[0] - as_text[1]).max() > 1e-4
@@ -172,7 +190,9 @@ def test_greedy_equals_a_loop(x64):
         lengths.append(len(tokens))
         assert found.tokens[example].tolist() == tokens + [CONFIG.pad] * (11 - len(tokens))
         expected = oracle.force(real, [CONFIG.start, *tokens[:-1]])[1]
-        np.testing.assert_allclose(weights[example, : len(tokens)], expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            weights[example, : len(tokens)], expected, rtol=0, atol=TOLERANCE
+        )
         assert not weights[example, len(tokens) :].any()
     assert found.lengths.tolist() == lengths
     chex.assert_trees_all_equal(model.greedy(source, lengths=LENGTHS, max_length=11), found)
@@ -182,23 +202,30 @@ def test_greedy_equals_a_loop(x64):
 
 def test_every_hypothesis_of_a_beam_scores_as_the_loop_says(x64):
     model, (source, _) = lively(build()), data()
-    found, weights = model.beam(source, lengths=LENGTHS, max_length=5, width=3, length_penalty=0.7, return_weights=True)
+    found, weights = model.beam(
+        source, lengths=LENGTHS, max_length=5, width=3, length_penalty=0.7, return_weights=True
+    )
     oracle = Oracle(model)
     assert (np.diff(found.scores, axis=1) <= 0).all()
     for example, hypothesis in np.ndindex(B, 3):
         real, length = source[example, : LENGTHS[example]], found.lengths[example, hypothesis]
         tokens = found.tokens[example, hypothesis, :length].tolist()
         expected = oracle.log_probability(real, tokens) / ((5 + len(tokens)) / 6) ** 0.7
-        # The logits, up to 100 in magnitude, enter at relative precision eps through a well-conditioned log-sum-exp.
-        np.testing.assert_allclose(found.scores[example, hypothesis], expected, rtol=0, atol=100 * TOLERANCE)
+        # The logits, up to 100 in magnitude, enter at relative precision eps through a
+        # well-conditioned log-sum-exp.
+        np.testing.assert_allclose(
+            found.scores[example, hypothesis], expected, rtol=0, atol=100 * TOLERANCE
+        )
         expected = oracle.force(real, [CONFIG.start, *tokens[:-1]])[1]
-        np.testing.assert_allclose(weights[example, hypothesis, :length], expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            weights[example, hypothesis, :length], expected, rtol=0, atol=TOLERANCE
+        )
         assert not weights[example, hypothesis, length:].any()
 
 
 @pytest.mark.parametrize("layer", ["attention", "recurrent"])
 def test_every_step_drops_other_units(layer):
-    """Without dropout all steps of this model are alike: equal inputs, and a state that remembers nothing."""
+    """Without dropout all steps are alike: equal inputs, and a state that remembers nothing."""
     model = Seq2Seq(dataclasses.replace(CONFIG, dropout_rate=0.5), rngs=nnx.Rngs(0))
     model.decoder.attention.query.kernel[...] *= 0
     for cell in model.decoder.gru.layers:
@@ -210,7 +237,10 @@ def test_every_step_drops_other_units(layer):
     else:
         model.decoder.gru.dropout.rate = 0.0
     source, target_in = data()[0], np.ones((B, 11), int)
-    call = nnx.jit(lambda model, deterministic: model(source, target_in, deterministic=deterministic), static_argnums=1)
+    call = nnx.jit(
+        lambda model, deterministic: model(source, target_in, deterministic=deterministic),
+        static_argnums=1,
+    )
     plain = call(model, True)
     np.testing.assert_allclose(plain, np.broadcast_to(plain[:, :1], plain.shape), rtol=0, atol=1e-5)
     dropped, again = call(model, False), call(model, False)
@@ -258,8 +288,12 @@ def test_it_learns_to_reverse():
 
     @nnx.jit
     def train(model, optimizer, source, target):
-        target_in = jnp.concatenate([jnp.full((len(target), 1), config.start, target.dtype), target[:, :-1]], axis=1)
-        loss, gradient = nnx.value_and_grad(lambda model: seq2seq.loss(model(source, target_in), target))(model)
+        target_in = jnp.concatenate(
+            [jnp.full((len(target), 1), config.start, target.dtype), target[:, :-1]], axis=1
+        )
+        loss, gradient = nnx.value_and_grad(
+            lambda model: seq2seq.loss(model(source, target_in), target)
+        )(model)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
             optimizer.update(model, gradient)
         return loss
@@ -282,12 +316,20 @@ def test_bfloat16_runs():
 
 
 def test_loss_is_the_mean_over_real_tokens(x64, rng):
-    logits, targets, lengths = rng.normal(size=(3, 5, 7)), rng.integers(0, 7, (3, 5)), np.array([5, 0, 2])
+    logits, targets, lengths = (
+        rng.normal(size=(3, 5, 7)),
+        rng.integers(0, 7, (3, 5)),
+        np.array([5, 0, 2]),
+    )
     terms = [
-        np.log(np.exp(logits[b, t]).sum()) - logits[b, t, targets[b, t]] for b in range(3) for t in range(lengths[b])
+        np.log(np.exp(logits[b, t]).sum()) - logits[b, t, targets[b, t]]
+        for b in range(3)
+        for t in range(lengths[b])
     ]
     eps = np.finfo(np.float64).eps
-    np.testing.assert_allclose(seq2seq.loss(logits, targets, lengths=lengths), np.mean(terms), rtol=20 * eps)
+    np.testing.assert_allclose(
+        seq2seq.loss(logits, targets, lengths=lengths), np.mean(terms), rtol=20 * eps
+    )
     full = np.full(3, 5)
     np.testing.assert_allclose(
         seq2seq.loss(logits, targets), seq2seq.loss(logits, targets, lengths=full), rtol=20 * eps
@@ -346,7 +388,9 @@ def test_bad_searches_are_named():
         model.beam(source, max_length=3, width=0)
 
 
-@pytest.mark.parametrize("name", ["source_vocabulary", "hidden_features", "num_layers", "pad", "end", "dropout_rate"])
+@pytest.mark.parametrize(
+    "name", ["source_vocabulary", "hidden_features", "num_layers", "pad", "end", "dropout_rate"]
+)
 def test_bad_configs_are_named(name):
     with pytest.raises(ValueError, match=name):
         Seq2Seq(dataclasses.replace(CONFIG, **{name: -1}), rngs=nnx.Rngs(0))
@@ -365,4 +409,10 @@ def test_bad_configs_are_named(name):
 )
 def test_loss_names_bad_input(error, message, arguments):
     with pytest.raises(error, match=message):
-        seq2seq.loss(**{"logits": np.ones((2, 3, 7), np.float32), "targets": np.ones((2, 3), int), **arguments})
+        seq2seq.loss(
+            **{
+                "logits": np.ones((2, 3, 7), np.float32),
+                "targets": np.ones((2, 3), int),
+                **arguments,
+            }
+        )

@@ -28,7 +28,9 @@ def twins(**options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mask": MASK}, {"mask": MASK.astype(np.float32)}], ids=["plain", "bool", "float"]
+    "options",
+    [{}, {"mask": MASK}, {"mask": MASK.astype(np.float32)}],
+    ids=["plain", "bool", "float"],
 )
 def test_nnx_numbers_and_gradients(options, x):
     def run(module):
@@ -45,7 +47,9 @@ def test_nnx_numbers_and_gradients(options, x):
 def test_nnx_sows_the_same_weights(x):
     sown = []
     for module in twins():
-        capture = nnx.capture(lambda module: module(*x, mask=MASK, sow_weights=True), nnx.Intermediate)
+        capture = nnx.capture(
+            lambda module: module(*x, mask=MASK, sow_weights=True), nnx.Intermediate
+        )
         _, intermediates = nnx.jit(capture)(module)
         sown.append(intermediates["attention_weights"][0])
     assert sown[1].shape == (B, N, T, S)
@@ -70,7 +74,12 @@ def test_linen_numbers_weights_and_gradients(sow_weights, x):
     def run(module):
         def loss(variables, *x):
             output, sown = module.apply(
-                variables, *x, mask=MASK, sow_weights=sow_weights, mutable=["intermediates"], deterministic=True
+                variables,
+                *x,
+                mask=MASK,
+                sow_weights=sow_weights,
+                mutable=["intermediates"],
+                deterministic=True,
             )
             return jnp.sin(output).sum(), (output, sown)
 
@@ -78,7 +87,9 @@ def test_linen_numbers_weights_and_gradients(sow_weights, x):
 
     came, expected = run(ours), run(flax)
     assert bool(came[0][1][1]) == sow_weights
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), came, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), came, expected
+    )
 
 
 def test_bias_and_is_causal_as_flax_has_them(rng):
@@ -86,7 +97,9 @@ def test_bias_and_is_causal_as_flax_has_them(rng):
     bias = rng.standard_normal((B, N, T, T)).astype(np.float32)
     for options in ({"bias": bias}, {"is_causal": True}, {"bias": bias, "mask": MASK[..., :T]}):
         expected = nnx.dot_product_attention(query, key, value, **options)
-        np.testing.assert_allclose(attention_fn()(query, key, value, **options), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            attention_fn()(query, key, value, **options), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_its_own_mask_and_modifier_join_those_of_flax(rng):
@@ -110,7 +123,13 @@ def test_dtype_of_flax_is_the_dtype_of_compute(x):
 
 def test_dropout_of_single_weights(x):
     module = nnx.MultiHeadAttention(
-        N, D, dropout_rate=0.5, broadcast_dropout=False, attention_fn=attention_fn(), decode=False, rngs=nnx.Rngs(0)
+        N,
+        D,
+        dropout_rate=0.5,
+        broadcast_dropout=False,
+        attention_fn=attention_fn(),
+        decode=False,
+        rngs=nnx.Rngs(0),
     )
     first, second = (module(*x, deterministic=False) for _ in range(2))
     assert not np.allclose(first, second)

@@ -1,4 +1,4 @@
-"""Single-head pooling modules against NumPy with the module's own parameters; dropout, transformations, errors."""
+"""Single-head pooling modules against NumPy with their parameters; dropout, transforms, errors."""
 
 import functools
 
@@ -19,8 +19,12 @@ LENGTHS = np.array([0, 4])
 def make(name, rate=0.0, param_dtype=jnp.float64):
     rngs = nnx.Rngs(0)
     return {
-        "additive": lambda: AdditiveAttention(DQ, DK, F, dropout_rate=rate, param_dtype=param_dtype, rngs=rngs),
-        "bilinear": lambda: BilinearAttention(DQ, DK, dropout_rate=rate, param_dtype=param_dtype, rngs=rngs),
+        "additive": lambda: AdditiveAttention(
+            DQ, DK, F, dropout_rate=rate, param_dtype=param_dtype, rngs=rngs
+        ),
+        "bilinear": lambda: BilinearAttention(
+            DQ, DK, dropout_rate=rate, param_dtype=param_dtype, rngs=rngs
+        ),
         "scaled": lambda: DotProductAttention(dropout_rate=rate, rngs=rngs),
         "dot": lambda: DotProductAttention(scaled=False, dropout_rate=rate, rngs=rngs),
         "kernel": lambda: NadarayaWatson(param_dtype=param_dtype, rngs=rngs),
@@ -33,7 +37,10 @@ NAMES = ["additive", "bilinear", "scaled", "dot", "kernel"]
 def single(name, module):
     """The score of one pair, from the parameters under the names that weight rules rely on."""
     if name == "additive":
-        w_q, w_k, w = (np.asarray(each[...]) for each in (module.query.kernel, module.key.kernel, module.weight))
+        w_q, w_k, w = (
+            np.asarray(each[...])
+            for each in (module.query.kernel, module.key.kernel, module.weight)
+        )
         assert w_q.shape == (DQ, F) and w_k.shape == (DK, F) and w.shape == (F,)
         return lambda q, k, h: float(w @ np.tanh(w_q.T @ q + w_k.T @ k))
     if name == "bilinear":
@@ -48,7 +55,9 @@ def single(name, module):
 
 def inputs(name, rng, dtype=np.float64):
     width = DK if name in ("additive", "bilinear") else DQ
-    return tuple(rng.standard_normal(shape).astype(dtype) for shape in ((B, T, DQ), (B, S, width), (B, S, V)))
+    return tuple(
+        rng.standard_normal(shape).astype(dtype) for shape in ((B, T, DQ), (B, S, width), (B, S, V))
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +72,9 @@ def test_pooling_is_the_loop(name, rng, x64):
     assert output.shape == (B, T, V) and weights.shape == (B, T, S) and output.dtype == jnp.float64
     np.testing.assert_allclose(output, truth[:, :, 0], rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(weights, truth_weights[:, 0], rtol=1e-12, atol=1e-13)
-    alone = nnx.jit(lambda module, *x: module(*x, mask=masks.padding(LENGTHS)))(module, query, key, value)
+    alone = nnx.jit(lambda module, *x: module(*x, mask=masks.padding(LENGTHS)))(
+        module, query, key, value
+    )
     np.testing.assert_allclose(alone, output, rtol=1e-13)
 
 
@@ -92,9 +103,13 @@ def test_gradients_of_every_parameter_are_slopes_of_the_loop(name, rng, x64):
             kept = parameter[...]
             parameter[...] = kept.at[index].add(side)
             heads = (array[:, :, None] for array in (query, key, value))
-            ends.append((oracle.attend(*heads, score=single(name, module))[0][:, :, 0] * cotangent).sum())
+            ends.append(
+                (oracle.attend(*heads, score=single(name, module))[0][:, :, 0] * cotangent).sum()
+            )
             parameter[...] = kept
-        np.testing.assert_allclose(leaf[...][index], (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            leaf[...][index], (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-9
+        )
 
 
 def test_keys_are_projected_once_for_many_queries(rng, x64):
@@ -115,7 +130,9 @@ def test_leave_one_out_regression(rng, x64):
     came = module(x, x, y, mask=masks.no_self())
     w = float(module.weight[...])
     for i in range(S):
-        kernel = [np.exp(-(((x[i, 0] - x[j, 0]) * w) ** 2) / 2) if i != j else 0.0 for j in range(S)]
+        kernel = [
+            np.exp(-(((x[i, 0] - x[j, 0]) * w) ** 2) / 2) if i != j else 0.0 for j in range(S)
+        ]
         np.testing.assert_allclose(came[i, 0], np.dot(kernel, y[:, 0]) / sum(kernel), rtol=1e-12)
     assert module.weight[...].shape == () and 0 <= w <= 1
 
@@ -127,7 +144,8 @@ def test_dropout_follows_train_and_eval_and_the_argument(name, rng):
     plain = nnx.jit(lambda module, *x: module(*x, deterministic=True))
     clean = plain(module, *arrays)
     (first, weights), (second, same) = call(module, *arrays), call(module, *arrays)
-    assert not np.allclose(first, second) and not np.allclose(first, clean)  # a new pattern for every call
+    # A new pattern for every call
+    assert not np.allclose(first, second) and not np.allclose(first, clean)
     np.testing.assert_array_equal(weights, same)  # weights are those before dropout
     module.eval()
     np.testing.assert_allclose(call(module, *arrays)[0], clean, rtol=1e-6)
@@ -143,13 +161,17 @@ def test_two_modules_of_one_seed_drop_differently(rng):
     first, second = (DotProductAttention(dropout_rate=0.5, rngs=rngs) for _ in range(2))
     assert not np.allclose(first(*arrays), second(*arrays))
     again = DotProductAttention(dropout_rate=0.5, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(again(*arrays), DotProductAttention(dropout_rate=0.5, rngs=nnx.Rngs(0))(*arrays))
+    np.testing.assert_array_equal(
+        again(*arrays), DotProductAttention(dropout_rate=0.5, rngs=nnx.Rngs(0))(*arrays)
+    )
 
 
 @pytest.mark.parametrize("name", ["additive", "bilinear"])
 def test_parameters_have_the_dtype_asked_for(name, rng):
     module = make(name, param_dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
     arrays = [jnp.asarray(array, jnp.bfloat16) for array in inputs(name, rng)]
     assert nnx.eval_shape(lambda m, *x: m(*x), module, *arrays).dtype == jnp.bfloat16
 
@@ -161,9 +183,21 @@ def of(*shape, dtype=np.float32):
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
-        (ValueError, "dropout_rate must lie in 0 … 1, got 1.5", lambda m: DotProductAttention(dropout_rate=1.5)),
-        (ValueError, "dropout_rate must lie in 0 … 1, got -0.1", lambda m: DotProductAttention(dropout_rate=-0.1)),
-        (ValueError, "dropout_rate = 0.5 needs rngs", lambda m: DotProductAttention(dropout_rate=0.5)),
+        (
+            ValueError,
+            "dropout_rate must lie in 0 … 1, got 1.5",
+            lambda m: DotProductAttention(dropout_rate=1.5),
+        ),
+        (
+            ValueError,
+            "dropout_rate must lie in 0 … 1, got -0.1",
+            lambda m: DotProductAttention(dropout_rate=-0.1),
+        ),
+        (
+            ValueError,
+            "dropout_rate = 0.5 needs rngs",
+            lambda m: DotProductAttention(dropout_rate=0.5),
+        ),
         (
             ValueError,
             r"query must be \[..., length, 3\], got shape \(2, 5, 11\)",
@@ -174,15 +208,31 @@ def of(*shape, dtype=np.float32):
             r"key must be \[..., length, 11\], got shape \(2, 7, 3\)",
             lambda m: m(of(B, T, DQ), of(B, S, DQ), of(B, S, V)),
         ),
-        (ValueError, r"query must be .*got shape \(3,\)", lambda m: m(of(DQ), of(B, S, DK), of(B, S, V))),
-        (ValueError, r"value must be .*got shape \(2, 5, 13\)", lambda m: m(of(B, T, DQ), of(B, S, DK), of(B, T, V))),
-        (ValueError, "key must be .*got shape", lambda m: m(of(B, T, DQ), of(3, S, DK), of(3, S, V))),
+        (
+            ValueError,
+            r"query must be .*got shape \(3,\)",
+            lambda m: m(of(DQ), of(B, S, DK), of(B, S, V)),
+        ),
+        (
+            ValueError,
+            r"value must be .*got shape \(2, 5, 13\)",
+            lambda m: m(of(B, T, DQ), of(B, S, DK), of(B, T, V)),
+        ),
+        (
+            ValueError,
+            "key must be .*got shape",
+            lambda m: m(of(B, T, DQ), of(3, S, DK), of(3, S, V)),
+        ),
         (
             TypeError,
             "query must be floating point",
             lambda m: m(of(B, T, DQ, dtype=np.int32), of(B, S, DK), of(B, S, V)),
         ),
-        (TypeError, "key must be floating point", lambda m: m(of(B, T, DQ), of(B, S, DK, dtype=np.int32), of(B, S, V))),
+        (
+            TypeError,
+            "key must be floating point",
+            lambda m: m(of(B, T, DQ), of(B, S, DK, dtype=np.int32), of(B, S, V)),
+        ),
         (
             TypeError,
             "value must be floating point",
@@ -197,7 +247,9 @@ def of(*shape, dtype=np.float32):
         (
             ValueError,
             "lengths",
-            lambda m: m(of(B, T, DQ), of(B, S, DK), of(B, S, V), mask=masks.padding(np.array([1, 8]))),
+            lambda m: m(
+                of(B, T, DQ), of(B, S, DK), of(B, S, V), mask=masks.padding(np.array([1, 8]))
+            ),
         ),
     ],
 )

@@ -34,8 +34,15 @@ def test_rows_begin_standard_normal():
 
 @pytest.mark.parametrize("padding", [3, 3 - C])
 def test_the_padding_is_zero_and_stays_so(x64, rng, padding):
-    plain, embedding, cotangent = build(), build(padding_idx=padding), rng.normal(size=(*TOKENS.shape, D))
-    assert not np.asarray(embedding.embedding)[3].any() and not np.asarray(embedding(TOKENS))[TOKENS == 3].any()
+    plain, embedding, cotangent = (
+        build(),
+        build(padding_idx=padding),
+        rng.normal(size=(*TOKENS.shape, D)),
+    )
+    assert (
+        not np.asarray(embedding.embedding)[3].any()
+        and not np.asarray(embedding(TOKENS))[TOKENS == 3].any()
+    )
     expected = np.where(np.arange(C)[:, None] == 3, 0, gradient(plain, cotangent))
     np.testing.assert_array_equal(gradient(embedding, cotangent), expected)
 
@@ -57,7 +64,10 @@ def test_gradients_are_divided_by_how_often_an_id_stands_there(x64, rng):
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, np.inf])
 def test_long_rows_are_rescaled_and_the_gradient_is_the_rescaled_row_s(x64, rng, norm_type):
-    embedding, cotangent = build(max_norm=1.0, norm_type=norm_type), rng.normal(size=(*TOKENS.shape, D))
+    embedding, cotangent = (
+        build(max_norm=1.0, norm_type=norm_type),
+        rng.normal(size=(*TOKENS.shape, D)),
+    )
     table = np.array(embedding.embedding)
     table[2] /= 100  # short enough
     embedding.embedding[...] = jnp.asarray(table)
@@ -67,7 +77,9 @@ def test_long_rows_are_rescaled_and_the_gradient_is_the_rescaled_row_s(x64, rng,
     np.testing.assert_array_equal(embedding(2), table[2])
     np.testing.assert_array_equal(gradient(embedding, cotangent), gradient(build(), cotangent))
     seen = np.isin(np.arange(C), TOKENS)[:, None]
-    np.testing.assert_allclose(embedding.renormalized(TOKENS), np.where(seen, expected, table), rtol=1e-15)
+    np.testing.assert_allclose(
+        embedding.renormalized(TOKENS), np.where(seen, expected, table), rtol=1e-15
+    )
 
 
 def test_training_follows_pytorch_s_rewritten_table(x64):
@@ -77,15 +89,21 @@ def test_training_follows_pytorch_s_rewritten_table(x64):
     with torch.no_grad():
         reference.weight.copy_(torch.from_numpy(np.array(embedding.embedding)))
     for _ in range(3):
-        pull = torch.autograd.grad((reference(torch.from_numpy(TOKENS)) ** 3).sum(), reference.weight)[0]
+        pull = torch.autograd.grad(
+            (reference(torch.from_numpy(TOKENS)) ** 3).sum(), reference.weight
+        )[0]
         with torch.no_grad():
             reference.weight -= rate * pull
         own = nnx.grad(lambda embedding: jnp.sum(embedding(TOKENS) ** 3))(embedding)["embedding"]
         embedding.embedding[...] = embedding.renormalized(TOKENS) - rate * own[...]
-    np.testing.assert_allclose(embedding.embedding, reference.weight.detach().numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        embedding.embedding, reference.weight.detach().numpy(), rtol=0, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"padding_idx": 0, "max_norm": 1.0, "scale_grad_by_freq": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_idx": 0, "max_norm": 1.0, "scale_grad_by_freq": True}], ids=str
+)
 def test_an_id_that_jit_cannot_see_gives_no_number(x64, options):
     embedding, tokens = build(**options), jnp.array([-1, 0, C - 1, C])
     rows = jax.jit(embedding)(tokens)

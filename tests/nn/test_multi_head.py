@@ -1,4 +1,4 @@
-"""MultiHeadAttention against NumPy with its own kernels; grouped heads, dropout, one score per call, Linen, errors."""
+"""MultiHeadAttention against NumPy; grouped heads, dropout, one score per call, Linen, errors."""
 
 import collections
 
@@ -22,12 +22,16 @@ def allowed(b, h, t, s):
 
 
 def inputs(rng, dtype=np.float64):
-    return tuple(rng.standard_normal(shape).astype(dtype) for shape in ((B, T, DQ), (B, S, DK), (B, S, DV)))
+    return tuple(
+        rng.standard_normal(shape).astype(dtype) for shape in ((B, T, DQ), (B, S, DK), (B, S, DV))
+    )
 
 
 def make(K=N, **options):
     widths = {"query_features": DQ, "key_features": DK, "value_features": DV, "num_kv_heads": K}
-    return MultiHeadAttention(N, D, **{**widths, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0), **options})
+    return MultiHeadAttention(
+        N, D, **{**widths, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0), **options}
+    )
 
 
 def affine(linear, x):
@@ -36,9 +40,13 @@ def affine(linear, x):
 
 
 def truth(module, query, key, value, K, **options):
-    """Output and weights of Concat(head_n) W_o, every head cut from its own columns of the kernels."""
+    """Output and weights of Concat(head_n) W_o; every head has its own columns of the kernels."""
     projected = []
-    for linear, x, heads in ((module.query, query, N), (module.key, key, K), (module.value, value, K)):
+    for linear, x, heads in (
+        (module.query, query, N),
+        (module.key, key, K),
+        (module.value, value, K),
+    ):
         whole = affine(linear, x)
         assert whole.shape[-1] == heads * H
         projected.append(np.stack([whole[..., n * H : (n + 1) * H] for n in range(heads)], axis=2))
@@ -48,7 +56,9 @@ def truth(module, query, key, value, K, **options):
 
 def randomise(module, rng):
     """Biases start at zero: give every parameter a number, so that none can be forgotten."""
-    for leaf in jax.tree.leaves(nnx.state(module, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    for leaf in jax.tree.leaves(
+        nnx.state(module, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ):
         leaf[...] = jnp.asarray(rng.standard_normal(leaf[...].shape), leaf[...].dtype)
     return module
 
@@ -73,7 +83,8 @@ def test_lengths_per_query_and_modifiers_and_positions(rng, x64):
     q_pos, k_pos = np.arange(T) + 10, np.arange(S)[::-1].copy()
     call = nnx.jit(
         lambda m, *x: m(
-            *x, mask=masks.padding(lengths), modifier=modifiers.alibi(slopes), positions=(q_pos, k_pos)
+            *x, mask=masks.padding(lengths), modifier=modifiers.alibi(slopes),
+            positions=(q_pos, k_pos),
         )
     )  # fmt: skip
     expected, _ = truth(
@@ -89,7 +100,9 @@ def test_defaults_of_widths_and_inputs(rng, x64):
     x, other = rng.standard_normal((B, T, D)), rng.standard_normal((B, S, D))
     np.testing.assert_array_equal(module(x), module(x, x, x))
     np.testing.assert_array_equal(module(x, other), module(x, other, other))
-    assert [linear.kernel.shape for linear in (module.query, module.key, module.value, module.out)] == [(D, D)] * 4
+    assert [
+        linear.kernel.shape for linear in (module.query, module.key, module.value, module.out)
+    ] == [(D, D)] * 4
     assert module.query.bias is None
     key_width = MultiHeadAttention(N, D, key_features=DK, rngs=nnx.Rngs(0))
     assert key_width.value.kernel.shape == (DK, D)
@@ -98,7 +111,10 @@ def test_defaults_of_widths_and_inputs(rng, x64):
 def test_grouped_heads_reduce_to_repeated_projections(rng, x64):
     """A grouped module is a full one whose key and value kernels repeat, head by head."""
     grouped, full, arrays = make(2), make(6), inputs(rng)
-    full.query.kernel[...], full.out.kernel[...] = grouped.query.kernel[...], grouped.out.kernel[...]
+    full.query.kernel[...], full.out.kernel[...] = (
+        grouped.query.kernel[...],
+        grouped.out.kernel[...],
+    )
     for name in ("key", "value"):
         kernel = getattr(grouped, name).kernel[...].reshape(-1, 2, H)
         getattr(full, name).kernel[...] = jnp.repeat(kernel, 3, axis=1).reshape(-1, D)
@@ -111,7 +127,9 @@ def test_vmap_and_no_batch_agree_with_the_batch(rng, x64):
     one = jax.jit(lambda *x: nnx.merge(graphdef, state)(*x))
     whole = one(*arrays)
     np.testing.assert_allclose(jax.jit(jax.vmap(one))(*arrays), whole, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(one(*(array[1] for array in arrays)), whole[1], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        one(*(array[1] for array in arrays)), whole[1], rtol=1e-12, atol=1e-14
+    )
 
 
 def test_gradients_reach_every_parameter(rng, x64):
@@ -127,11 +145,13 @@ def test_gradients_reach_every_parameter(rng, x64):
                 ends.append((truth(module, *arrays, 2, allowed=allowed)[0] * cotangent).sum())
             parameter[...] = kept
             slope = (ends[0] - ends[1]) / 2e-6
-            np.testing.assert_allclose(gradient[name][leaf][...][index], slope, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(
+                gradient[name][leaf][...][index], slope, rtol=1e-6, atol=1e-7
+            )
 
 
 def test_weights_are_computed_once():
-    """With the weights returned, the program has the same matrix products and exponentials as without."""
+    """Returning the weights adds no matrix product and no exponential to the program."""
 
     def operations(return_weights):
         graphdef, state = nnx.split(make(param_dtype=jnp.float32))
@@ -144,7 +164,8 @@ def test_weights_are_computed_once():
             for equation in jaxpr.eqns:
                 counter[equation.primitive.name] += 1
                 for inner in jax.tree.leaves(
-                    list(equation.params.values()), is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+                    list(equation.params.values()),
+                    is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr),
                 ):
                     if isinstance(inner, jax.extend.core.ClosedJaxpr):
                         counter += count(inner.jaxpr)
@@ -166,14 +187,18 @@ def test_dropout_follows_train_and_eval_and_the_argument(rng):
     assert not np.allclose(first, second) and not np.allclose(first, clean)
     module.eval()
     np.testing.assert_allclose(call(module, *arrays), clean, rtol=1e-6)
-    assert not np.allclose(nnx.jit(lambda m, *x: m(*x, deterministic=False))(module, *arrays), clean)
+    assert not np.allclose(
+        nnx.jit(lambda m, *x: m(*x, deterministic=False))(module, *arrays), clean
+    )
     module.train()
     assert not np.allclose(call(module, *arrays), clean)
 
 
 def test_parameters_and_outputs_have_the_dtype_asked_for(rng):
     module = make(2, use_bias=True, param_dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
     arrays = [jnp.asarray(array, jnp.bfloat16) for array in inputs(rng)]
     assert nnx.eval_shape(lambda m, *x: m(*x), module, *arrays).dtype == jnp.bfloat16
 
@@ -182,7 +207,9 @@ def test_a_module_of_ours_inside_a_linen_model(rng):
     class Model(linen.Module):
         @linen.compact
         def __call__(self, x):
-            attention = nnx.bridge.to_linen(MultiHeadAttention, N, D, query_features=DQ, name="attention")
+            attention = nnx.bridge.to_linen(
+                MultiHeadAttention, N, D, query_features=DQ, name="attention"
+            )
             return linen.Dense(1)(attention(x))
 
     x = rng.standard_normal((B, T, DQ)).astype(np.float32)
@@ -198,7 +225,9 @@ def test_a_module_of_ours_inside_a_linen_model(rng):
     dense = variables["params"]["Dense_0"]
     expected = ours(x) @ dense["kernel"] + dense["bias"]
     np.testing.assert_allclose(jax.jit(model.apply)(variables, x), expected, rtol=1e-5, atol=1e-6)
-    gradient = jax.jit(jax.grad(lambda params: jnp.sin(model.apply({**variables, "params": params}, x)).sum()))
+    gradient = jax.jit(
+        jax.grad(lambda params: jnp.sin(model.apply({**variables, "params": params}, x)).sum())
+    )
     for leaf in jax.tree.leaves(gradient(variables["params"])["attention"]):
         assert jnp.isfinite(leaf).all() and (leaf != 0).any()
 
@@ -214,7 +243,11 @@ X, Y, Z = of(B, T, DQ), of(B, S, DK), of(B, S, DV)
     ("match", "arguments", "options"),
     [
         (r"features \(19\) must be a positive multiple of num_heads \(6\)", (6, 19), {}),
-        (r"num_heads \(6\) must be a positive multiple of num_kv_heads \(4\)", (6, 18), {"num_kv_heads": 4}),
+        (
+            r"num_heads \(6\) must be a positive multiple of num_kv_heads \(4\)",
+            (6, 18),
+            {"num_kv_heads": 4},
+        ),
         (r"num_kv_heads must be an integer of at least 1, got 0", (6, 18), {"num_kv_heads": 0}),
         (r"num_heads must be an integer of at least 1, got 0", (0, 18), {}),
         (r"num_heads \(2\) must be .* num_kv_heads \(4\)", (2, 8), {"num_kv_heads": 4}),
@@ -241,7 +274,12 @@ def test_bad_sizes_are_named(match, arguments, options):
         (ValueError, "mask must broadcast", (X, Y, Z), {"mask": of(S, T, dtype=bool)}),
         (TypeError, "boolean", (X, Y, Z), {"mask": of(T, S)}),
         (ValueError, "alibi slopes", (X, Y, Z), {"modifier": modifiers.alibi(of(2))}),
-        (ValueError, "query positions must have shape", (X, Y, Z), {"positions": (np.arange(S), np.arange(S))}),
+        (
+            ValueError,
+            "query positions must have shape",
+            (X, Y, Z),
+            {"positions": (np.arange(S), np.arange(S))},
+        ),
     ],
 )
 def test_bad_input_is_named(error, match, arrays, options):

@@ -15,12 +15,18 @@ B, T, D = 2, 5, 6
 
 def test_sinusoidal_positions_add_the_closed_form(rng, x64):
     x = rng.standard_normal((B, T, D))
-    encoding = [[(math.cos if j % 2 else math.sin)(i / 10000 ** ((j - j % 2) / D)) for j in range(D)] for i in range(T)]
+    encoding = [
+        [(math.cos if j % 2 else math.sin)(i / 10000 ** ((j - j % 2) / D)) for j in range(D)]
+        for i in range(T)
+    ]
     module = SinusoidalPositions(D)
     np.testing.assert_allclose(module(x), x + np.array(encoding), rtol=1e-14)
     np.testing.assert_array_equal(module(x[0]), module(x)[0])
     np.testing.assert_array_equal(jax.jit(jax.vmap(module))(x), module(x))
-    assert module(jnp.zeros((0, D))).shape == (0, D) and module(jnp.zeros((10_007, D))).shape == (10_007, D)
+    assert module(jnp.zeros((0, D))).shape == (0, D) and module(jnp.zeros((10_007, D))).shape == (
+        10_007,
+        D,
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
@@ -54,22 +60,53 @@ def test_learned_positions_add_the_rows_of_the_table(rng):
 
 def test_the_table_has_the_dtype_asked_for():
     module = LearnedPositions(7, D, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert module.embedding.dtype == jnp.bfloat16 and module(jnp.zeros((T, D), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert (
+        module.embedding.dtype == jnp.bfloat16
+        and module(jnp.zeros((T, D), jnp.bfloat16)).dtype == jnp.bfloat16
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
         (ValueError, "must be even, got 5", lambda: SinusoidalPositions(5)),
-        (ValueError, "dropout_rate = 0.1 needs rngs", lambda: SinusoidalPositions(4, dropout_rate=0.1)),
+        (
+            ValueError,
+            "dropout_rate = 0.1 needs rngs",
+            lambda: SinusoidalPositions(4, dropout_rate=0.1),
+        ),
         (ValueError, "dropout_rate must", lambda: SinusoidalPositions(4, dropout_rate=-0.1)),
-        (ValueError, "dropout_rate must", lambda: SinusoidalPositions(4, dropout_rate=1.5, rngs=nnx.Rngs(0))),
-        (ValueError, r"x must be \[..., T, 4\], got shape \(5, 6\)", lambda: SinusoidalPositions(4)(np.zeros((5, 6)))),
+        (
+            ValueError,
+            "dropout_rate must",
+            lambda: SinusoidalPositions(4, dropout_rate=1.5, rngs=nnx.Rngs(0)),
+        ),
+        (
+            ValueError,
+            r"x must be \[..., T, 4\], got shape \(5, 6\)",
+            lambda: SinusoidalPositions(4)(np.zeros((5, 6))),
+        ),
         (ValueError, r"x must be .*got shape \(4,\)", lambda: SinusoidalPositions(4)(np.zeros(4))),
-        (TypeError, "x must be floating point, got int", lambda: SinusoidalPositions(4)(np.zeros((5, 4), int))),
-        (ValueError, "length 8, beyond the 7", lambda: LearnedPositions(7, 4, rngs=nnx.Rngs(0))(np.zeros((8, 4)))),
-        (ValueError, r"x must be .*4\], got", lambda: LearnedPositions(7, 4, rngs=nnx.Rngs(0))(np.zeros((5, 3)))),
-        (TypeError, "floating", lambda: LearnedPositions(7, 4, rngs=nnx.Rngs(0))(np.zeros((5, 4), int))),
+        (
+            TypeError,
+            "x must be floating point, got int",
+            lambda: SinusoidalPositions(4)(np.zeros((5, 4), int)),
+        ),
+        (
+            ValueError,
+            "length 8, beyond the 7",
+            lambda: LearnedPositions(7, 4, rngs=nnx.Rngs(0))(np.zeros((8, 4))),
+        ),
+        (
+            ValueError,
+            r"x must be .*4\], got",
+            lambda: LearnedPositions(7, 4, rngs=nnx.Rngs(0))(np.zeros((5, 3))),
+        ),
+        (
+            TypeError,
+            "floating",
+            lambda: LearnedPositions(7, 4, rngs=nnx.Rngs(0))(np.zeros((5, 4), int)),
+        ),
     ],
 )
 def test_bad_input_is_named(error, match, call):

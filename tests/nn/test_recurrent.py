@@ -11,7 +11,8 @@ from jattn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 B, T, D, F, P = 5, 7, 3, 11, 2
 LENGTHS = np.array([7, 1, 3, 5, 2])
-# States stay within 1 and the first state (relu's are tested small); a step adds a rounding error for each product.
+# States stay within 1 and the first state (relu's are tested small); a step adds a rounding error
+# for each product.
 TOLERANCE = 4 * T * (D + F) * np.finfo(np.float64).eps
 KINDS = {
     "rnn": (RNN, {}),
@@ -30,13 +31,19 @@ def sigmoid(x):
 def oracle_step(cell, x, state):
     """PyTorch's documented equations for one example, one unit at a time."""
     W, U = np.asarray(cell.input_kernel), np.asarray(cell.hidden_kernel)
-    b, d = (np.zeros(W.shape[1]) if a is None else np.asarray(a) for a in (cell.input_bias, cell.hidden_bias))
+    b, d = (
+        np.zeros(W.shape[1]) if a is None else np.asarray(a)
+        for a in (cell.input_bias, cell.hidden_bias)
+    )
     h, *c = state
     width = W.shape[1] // cell.gates
     after, cells = np.empty(width), np.empty(width)
     for unit in range(width):
         rows = [gate * width + unit for gate in range(cell.gates)]
-        x_gates, h_gates = [W[:, row] @ x + b[row] for row in rows], [U[:, row] @ h + d[row] for row in rows]
+        x_gates, h_gates = (
+            [W[:, row] @ x + b[row] for row in rows],
+            [U[:, row] @ h + d[row] for row in rows],
+        )
         if isinstance(cell, GRUCell):
             r, z = sigmoid(x_gates[0] + h_gates[0]), sigmoid(x_gates[1] + h_gates[1])
             after[unit] = (1 - z) * np.tanh(x_gates[2] + r * h_gates[2]) + z * h[unit]
@@ -46,14 +53,16 @@ def oracle_step(cell, x, state):
             after[unit] = sigmoid(o) * np.tanh(cells[unit])
         else:
             after[unit] = (
-                max(x_gates[0] + h_gates[0], 0) if cell.activation is jax.nn.relu else np.tanh(x_gates[0] + h_gates[0])
+                max(x_gates[0] + h_gates[0], 0)
+                if cell.activation is jax.nn.relu
+                else np.tanh(x_gates[0] + h_gates[0])
             )
     after = after if cell.proj_kernel is None else after @ np.asarray(cell.proj_kernel)
     return [after, cells][: len(state)]
 
 
 def oracle(network, inputs, state, lengths):
-    """Example by example, without its padding; the backward direction is the forward one on the reversed example."""
+    """Example by example, without padding; the backward direction reads the example reversed."""
     final = [np.array(part) for part in state]
     directions = 2 if network.backward_layers else 1
     outputs = np.zeros((B, T, directions * final[0].shape[-1]))
@@ -98,14 +107,17 @@ def parts_of(state):
 
 
 @pytest.mark.parametrize(("kind", "options"), [
-    ("rnn", BOTH), ("relu", {}), ("lstm", {}), ("proj", BOTH), ("gru", BOTH), ("gru", {"use_bias": False}),
+    ("rnn", BOTH), ("relu", {}), ("lstm", {}), ("proj", BOTH), ("gru", BOTH),
+    ("gru", {"use_bias": False}),
 ], ids=str)  # fmt: skip
 def test_equals_a_loop(x64, rng, kind, options):
     network = build(kind, **options)
     inputs, state = rng.normal(size=(B, T, D)), states(network, rng)
     lengths = LENGTHS if options else None
     outputs, final = run(network, inputs, state, lengths)
-    expected, expected_final = oracle(network, inputs, parts_of(state), [T] * B if lengths is None else lengths)
+    expected, expected_final = oracle(
+        network, inputs, parts_of(state), [T] * B if lengths is None else lengths
+    )
     scale = max(np.abs(expected).max(), *(np.abs(part).max() for part in expected_final))
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=TOLERANCE * scale)
     for part, expected_part in zip(parts_of(final), expected_final, strict=True):
@@ -133,7 +145,9 @@ def test_both_directions_are_two_runs_one_of_them_reversed_within_the_lengths(x6
     ahead, (h_ahead, c_ahead) = run(forward, inputs, lengths=LENGTHS)
     back, (h_back, c_back) = run(backward, np.take_along_axis(inputs, flip, 1), lengths=LENGTHS)
     inside = np.arange(T)[:, None] < LENGTHS[:, None, None]
-    expected = np.concatenate([ahead, np.where(inside, np.take_along_axis(np.asarray(back), flip, 1), 0)], -1)
+    expected = np.concatenate(
+        [ahead, np.where(inside, np.take_along_axis(np.asarray(back), flip, 1), 0)], -1
+    )
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(h, np.concatenate([h_ahead, h_back], 1), rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(c, np.concatenate([c_ahead, c_back], 1), rtol=0, atol=TOLERANCE)
@@ -156,7 +170,9 @@ def test_one_step_is_the_cell(x64, rng, cell):
     after = parts_of(network.layers[0](inputs[:, 0], jax.tree.map(lambda part: part[:, 0], state)))
     np.testing.assert_allclose(outputs[:, 0], after[0], rtol=0, atol=TOLERANCE)
     for part, expected in zip(parts_of(final), after, strict=True):
-        np.testing.assert_allclose(part[:, 0], expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+        np.testing.assert_allclose(
+            part[:, 0], expected, rtol=0, atol=TOLERANCE * np.abs(expected).max()
+        )
 
 
 @pytest.mark.parametrize("kind", ["proj", "gru"])
@@ -175,7 +191,9 @@ def test_a_sequence_in_two_parts_is_the_whole(x64, rng):
     first, state = run(network, inputs[:, :3])
     second, final = run(network, inputs[:, 3:], state)
     expected = run(network, inputs)
-    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), expected[0], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        jnp.concatenate([first, second], axis=1), expected[0], rtol=0, atol=TOLERANCE
+    )
     chex.assert_trees_all_close(final, expected[1], rtol=0, atol=TOLERANCE)
 
 
@@ -196,11 +214,14 @@ def test_what_lies_past_the_end_is_not_seen(x64, rng, kind):
     chex.assert_trees_all_equal(from_clean, from_dirty)
     past = np.arange(T) >= LENGTHS[:, None]
     assert not outputs[past].any() and not from_dirty[1][past].any()
-    assert all(np.abs(part).min() > 0 for part in parts_of(from_dirty[2])), "no gradient reaches the first state"
+    assert all(np.abs(part).min() > 0 for part in parts_of(from_dirty[2])), (
+        "no gradient reaches the first state"
+    )
 
 
 @pytest.mark.parametrize(
-    ("kind", "order", "lengths"), [("rnn", 2, LENGTHS[:2]), ("proj", 1, LENGTHS[:2]), ("gru", 1, None)]
+    ("kind", "order", "lengths"),
+    [("rnn", 2, LENGTHS[:2]), ("proj", 1, LENGTHS[:2]), ("gru", 1, None)],
 )
 def test_gradients_are_differences(x64, rng, kind, order, lengths):
     """Of the inputs, the state and every weight."""
@@ -224,7 +245,9 @@ def test_any_leading_axes(x64, rng, lead):
     lengths = np.asarray(rng.integers(1, T + 1, lead))
     flat = run(network, inputs.reshape(-1, T, D), lengths=lengths.reshape(-1))
     expected = jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), flat)
-    chex.assert_trees_all_close(run(network, inputs, lengths=lengths), expected, rtol=0, atol=TOLERANCE)
+    chex.assert_trees_all_close(
+        run(network, inputs, lengths=lengths), expected, rtol=0, atol=TOLERANCE
+    )
 
 
 def test_vmap_jit_and_checkpoint_agree_with_the_batch(x64, rng):
@@ -262,9 +285,12 @@ def test_weights_begin_uniform_within_the_root_of_the_width():
     for parameter in (cell.input_kernel, cell.hidden_kernel, cell.proj_kernel):
         values = np.asarray(parameter)
         assert np.abs(values).max() <= 97**-0.5
-        # The mean of n such numbers has standard deviation bound / sqrt(3 n); five of them leave room for chance.
+        # The mean of n such numbers has standard deviation bound / sqrt(3 n); five of them leave
+        # room for chance.
         assert abs(values.mean()) < 5 * 97**-0.5 / np.sqrt(3 * values.size)
-        np.testing.assert_allclose(values.std(), 97**-0.5 / np.sqrt(3), rtol=5 / np.sqrt(values.size))
+        np.testing.assert_allclose(
+            values.std(), 97**-0.5 / np.sqrt(3), rtol=5 / np.sqrt(values.size)
+        )
 
 
 def test_dropout_falls_between_layers_only(rng):
@@ -282,7 +308,9 @@ def test_dropout_falls_between_layers_only(rng):
 
 def test_dropout_repeats_from_the_same_seed(rng):
     inputs = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
-    runs = [run(GRU(D, F, num_layers=2, dropout_rate=0.5, rngs=nnx.Rngs(0)), inputs) for _ in range(2)]
+    runs = [
+        run(GRU(D, F, num_layers=2, dropout_rate=0.5, rngs=nnx.Rngs(0)), inputs) for _ in range(2)
+    ]
     chex.assert_trees_all_equal(*runs)
 
 
@@ -291,13 +319,17 @@ def test_dropout_repeats_from_the_same_seed(rng):
 def test_half_precision_stays_half(kind, dtype):
     network, own = KINDS[kind]
     network = network(D, F, param_dtype=dtype, rngs=nnx.Rngs(0), **own)
-    result = jax.eval_shape(lambda inputs: network(inputs, lengths=LENGTHS), jnp.ones((B, T, D), dtype))
+    result = jax.eval_shape(
+        lambda inputs: network(inputs, lengths=LENGTHS), jnp.ones((B, T, D), dtype)
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype(dtype)}
 
 
 def test_a_length_that_jit_cannot_see_gives_no_number():
     network = LSTM(D, F, bidirectional=True, rngs=nnx.Rngs(0))
-    final = jax.jit(lambda lengths: network(jnp.ones((B, T, D)), lengths=lengths)[1])(jnp.array([0, 1, T, T + 1, -1]))
+    final = jax.jit(lambda lengths: network(jnp.ones((B, T, D)), lengths=lengths)[1])(
+        jnp.array([0, 1, T, T + 1, -1])
+    )
     for part in final:
         assert np.isnan(part).all(axis=(1, 2)).tolist() == [True, False, False, True, True]
         assert np.isfinite(part[1:3]).all()

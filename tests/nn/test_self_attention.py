@@ -1,4 +1,4 @@
-"""One head, shared projections and the residual, against NumPy loops with the modules' own parameters."""
+"""One head, shared projections and the residual, against NumPy loops with their parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,9 @@ def make(name, param_dtype=jnp.float64, **options):
     widths = {"same": D, "widths": F, "norm": F}
     if name in widths:
         attention = SelfAttention(D, widths[name], **options)
-        return ResidualAttention(attention, D, widths[name], use_layer_norm=name == "norm", **options)
+        return ResidualAttention(
+            attention, D, widths[name], use_layer_norm=name == "norm", **options
+        )
     return {
         "single": lambda: SelfAttention(D, F, **options),
         "shared": lambda: SharedProjectionAttention(N, D, **options),
@@ -51,7 +53,9 @@ def truth(module, x):
     slices = [x[..., n * H : (n + 1) * H] for n in range(N)]
     heads = (np.stack([affine(linear, part) for part in slices], axis=2) for linear in linears)
     scale = H**-0.5 if module.scale is None else module.scale
-    output, _, weights = oracle.attend(*heads, score=lambda q, k, h: float(q @ k) * scale, allowed=allowed)
+    output, _, weights = oracle.attend(
+        *heads, score=lambda q, k, h: float(q @ k) * scale, allowed=allowed
+    )
     return affine(module.out, np.concatenate([output[:, :, n] for n in range(N)], axis=-1)), weights
 
 
@@ -79,7 +83,9 @@ def test_gradients_of_every_parameter_are_slopes_of_the_loop(name, rng, x64):
             nnx.update(module, nnx.from_flat_state(parameters.items()))
             ends.append((truth(module, x)[0] * cotangent).sum())
         parameters[path][...] = kept
-        np.testing.assert_allclose(slope[...][index], (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            slope[...][index], (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("name", ["single", "shared", "norm"])
@@ -107,12 +113,17 @@ def test_identity_kernels_are_the_code_that_never_calls_its_projections(rng, x64
         linear.kernel[...] = jnp.eye(H)
     heads = x.reshape(B, T, N, H)
     output, *_ = oracle.attend(heads, heads, heads, score=lambda q, k, h: float(q @ k) / np.sqrt(D))
-    np.testing.assert_allclose(module(x), affine(module.out, output.reshape(B, T, D)), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(
+        module(x), affine(module.out, output.reshape(B, T, D)), rtol=1e-11, atol=1e-12
+    )
 
 
 def test_a_residual_around_heads_hands_on_what_the_attention_takes(rng):
     heads = MultiHeadAttention(N, D, out_features=F, dropout_rate=0.5, rngs=nnx.Rngs(0))
-    residual, x = ResidualAttention(heads, D, F, rngs=nnx.Rngs(1)), rng.standard_normal((B, T, D)).astype(np.float32)
+    residual, x = (
+        ResidualAttention(heads, D, F, rngs=nnx.Rngs(1)),
+        rng.standard_normal((B, T, D)).astype(np.float32),
+    )
     output, weights = residual(x, mask=MASK, deterministic=True, return_weights=True)
     expected, expected_weights = heads(x, mask=MASK, deterministic=True, return_weights=True)
     np.testing.assert_array_equal(output, residual.skip(x) + expected)
@@ -125,7 +136,9 @@ def test_a_residual_around_heads_hands_on_what_the_attention_takes(rng):
 def test_a_layer_norm_far_from_zero_keeps_its_digits():
     """Flax's own variance, E[x²] − E[x]², would be lost in rounding."""
     module = make("norm", jnp.float32)
-    for leaf in jax.tree.leaves(nnx.state(module.attention), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    for leaf in jax.tree.leaves(
+        nnx.state(module.attention), is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ):
         leaf[...] = jnp.zeros_like(leaf[...])
     module.skip.kernel[...] = jnp.eye(D, F)
     steps = np.arange(D, dtype=np.float32)
@@ -137,15 +150,25 @@ def test_a_layer_norm_far_from_zero_keeps_its_digits():
 @pytest.mark.parametrize("name", ["single", "shared", "norm"])
 def test_parameters_and_outputs_have_the_dtype_asked_for(name):
     module = make(name, jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {jnp.dtype(jnp.bfloat16)}
-    assert nnx.eval_shape(lambda m, x: m(x), module, jnp.ones((B, T, D), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    assert (
+        nnx.eval_shape(lambda m, x: m(x), module, jnp.ones((B, T, D), jnp.bfloat16)).dtype
+        == jnp.bfloat16
+    )
 
 
 @pytest.mark.parametrize("name", ["single", "shared", "norm"])
 @pytest.mark.parametrize(
     ("error", "match", "x", "options"),
     [
-        (ValueError, r"x must be \[..., length, 21\], got shape \(2, 5, 11\)", np.ones((B, T, F)), {}),
+        (
+            ValueError,
+            r"x must be \[..., length, 21\], got shape \(2, 5, 11\)",
+            np.ones((B, T, F)),
+            {},
+        ),
         (ValueError, r"x must be .*got shape \(21,\)", np.ones(D), {}),
         (TypeError, "x must be floating point", np.ones((B, T, D), int), {}),
         (ValueError, "mask must broadcast", np.ones((B, T, D)), {"mask": np.ones((T, D), bool)}),
@@ -162,7 +185,10 @@ def test_bad_input_is_named(name, error, match, x, options, x64):
         ("in_features must be", lambda rngs: SelfAttention(0, F, rngs=rngs)),
         ("^features must be", lambda rngs: SelfAttention(D, -1, rngs=rngs)),
         ("num_heads must be", lambda rngs: SharedProjectionAttention(0, D, rngs=rngs)),
-        (r"features \(20\) must be .* num_heads \(3\)", lambda rngs: SharedProjectionAttention(N, 20, rngs=rngs)),
+        (
+            r"features \(20\) must be .* num_heads \(3\)",
+            lambda rngs: SharedProjectionAttention(N, 20, rngs=rngs),
+        ),
         ("in_features must be", lambda rngs: ResidualAttention(None, 0, rngs=rngs)),
         ("out_features must be", lambda rngs: ResidualAttention(None, D, 0, rngs=rngs)),
         ("out_features must be", lambda rngs: MultiHeadAttention(N, D, out_features=0, rngs=rngs)),
@@ -175,5 +201,7 @@ def test_bad_sizes_are_named(match, build):
 
 def test_an_attention_of_another_width_is_named():
     residual = ResidualAttention(SelfAttention(D, 1, rngs=nnx.Rngs(0)), D, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"attention must return .* = \(2, 5, 21\), got \(2, 5, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"attention must return .* = \(2, 5, 21\), got \(2, 5, 1\)"
+    ):
         residual(np.ones((B, T, D), np.float32))

@@ -28,7 +28,7 @@ def make(name, **options):
 
 
 def truth(name, module, steps):
-    """Context and weights of the real steps `[length, D]` of one sequence, from the equations of the rows."""
+    """Context and weights of a sequence's real steps `[length, D]`, by the rows' equations."""
     if name == "hops":
         bias = 0 if module.bias is None else np.asarray(module.bias[...])
         scores = steps @ np.asarray(module.query[...]).T + bias
@@ -56,7 +56,9 @@ def test_pooling_is_the_loop(name, use_bias, rng, x64):
         np.testing.assert_allclose(whole[b], truth(name, module, x[b])[0], rtol=1e-12, atol=1e-13)
         expected, expected_weights = truth(name, module, x[b, :length])
         np.testing.assert_allclose(context[b], expected, rtol=1e-12, atol=1e-13)
-        inside, past = np.split(np.asarray(weights[b]), [length], axis=0 if name == "feature" else -1)
+        inside, past = np.split(
+            np.asarray(weights[b]), [length], axis=0 if name == "feature" else -1
+        )
         np.testing.assert_allclose(inside, expected_weights, rtol=1e-12, atol=1e-13)
         assert not past.any()
 
@@ -96,7 +98,9 @@ def test_gradients_are_slopes_of_the_loop(name, rng, x64):
             nnx.update(module, nnx.from_flat_state(parameters.items()))
             return came
 
-        np.testing.assert_allclose(slope[...], numerical_gradient(moved, parameters[path][...]), rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            slope[...], numerical_gradient(moved, parameters[path][...]), rtol=1e-6, atol=1e-8
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +117,10 @@ def test_any_leading_axes_and_vmap(name, lead, rng, x64):
 
 def test_one_hop_of_projected_steps_is_one_learned_query(rng, x64):
     """Row 29 reduces to row 28 where the values are the projected steps themselves."""
-    hops, query = MultiHopPooling(U, 1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)), randomise(make("query"), rng)
+    hops, query = (
+        MultiHopPooling(U, 1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)),
+        randomise(make("query"), rng),
+    )
     x = rng.standard_normal((B, S, D))
     hops.query[...] = query.query[None]
     _, weights = hops(jnp.tanh(query.key(x)), return_weights=True)
@@ -123,15 +130,24 @@ def test_one_hop_of_projected_steps_is_one_learned_query(rng, x64):
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_and_outputs_have_the_dtype_asked_for(name):
     module = make(name, param_dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {jnp.dtype(jnp.bfloat16)}
-    assert nnx.eval_shape(lambda m, x: m(x), module, jnp.ones((B, S, D), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    assert (
+        nnx.eval_shape(lambda m, x: m(x), module, jnp.ones((B, S, D), jnp.bfloat16)).dtype
+        == jnp.bfloat16
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("error", "match", "arguments"),
     [
-        (ValueError, r"x must be \[..., length, 5\], got shape \(3, 7, 2\)", {"x": np.ones((B, S, R))}),
+        (
+            ValueError,
+            r"x must be \[..., length, 5\], got shape \(3, 7, 2\)",
+            {"x": np.ones((B, S, R))},
+        ),
         (ValueError, r"x must be .*got shape \(5,\)", {"x": np.ones(D)}),
         (TypeError, "x must be floating point", {"x": np.ones((B, S, D), int)}),
         (ValueError, r"lengths must be .*got shape \(3, 7\)", {"lengths": np.ones((B, S), int)}),

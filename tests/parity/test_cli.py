@@ -18,7 +18,12 @@ def test_run_shows_every_tensor(capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["parity", "run", str(SOFTMAX), "--json", str(report)]) == 0
     shown = capsys.readouterr().out
-    for text in ("4/masked_softmax: masked softmax, float64", "output/weights", "grad/input/scores", "1 of 1"):
+    for text in (
+        "4/masked_softmax: masked softmax, float64",
+        "output/weights",
+        "grad/input/scores",
+        "1 of 1",
+    ):
         assert text in shown
     (comparison,) = json.loads(report.read_text())
     assert comparison["passed"]
@@ -45,7 +50,9 @@ def test_float32(capsys):
     assert "float32" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["parity", "{}/nowhere"], ["parity", "run", "{}/nowhere"], ["parity", "{}"]])
+@pytest.mark.parametrize(
+    "words", [["parity", "{}/nowhere"], ["parity", "run", "{}/nowhere"], ["parity", "{}"]]
+)
 def test_bad_input_is_exit_code_two(capsys, tmp_path, words):
     assert main([word.format(tmp_path) for word in words]) == 2
     captured = capsys.readouterr()
@@ -58,7 +65,9 @@ def test_a_file_that_is_no_fixture(capsys, tmp_path):
     assert "not an intact safetensors file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["party"], ["parity", "run"], ["parity", "--dtype", "float16"]])
+@pytest.mark.parametrize(
+    "words", [[], ["party"], ["parity", "run"], ["parity", "--dtype", "float16"]]
+)
 def test_words_that_are_no_command(capsys, words):
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -67,9 +76,14 @@ def test_words_that_are_no_command(capsys, words):
 
 
 def test_in_a_process_of_its_own_without_torch():
-    code = "import sys; from jattn.parity.cli import main; sys.exit(main() or 'torch' in sys.modules)"
+    code = (
+        "import sys; from jattn.parity.cli import main; sys.exit(main() or 'torch' in sys.modules)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code, "parity", "run", SOFTMAX], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, "parity", "run", SOFTMAX],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "1 of 1 fixtures are equal to PyTorch in float64" in done.stdout

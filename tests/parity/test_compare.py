@@ -35,7 +35,10 @@ def changed_call(name, change):
 
 def test_a_transposed_weight_fails():
     rules = SYSTEMS[10].rules
-    wrong = tuple(Rule("W_q.weight", "query.kernel", IDENTITY) if r.torch == ("W_q.weight",) else r for r in rules)
+    wrong = tuple(
+        Rule("W_q.weight", "query.kernel", IDENTITY) if r.torch == ("W_q.weight",) else r
+        for r in rules
+    )
     assert "output/output" in failing("10_self_attention", rules=wrong)
 
 
@@ -59,7 +62,10 @@ def test_an_inverted_mask_fails():
 
 
 def test_a_forgotten_scale_fails():
-    assert failing("06_scaled_dot_product", build=lambda _arguments, _dtype: nn.DotProductAttention(scaled=False))
+    assert failing(
+        "06_scaled_dot_product",
+        build=lambda _arguments, _dtype: nn.DotProductAttention(scaled=False),
+    )
 
 
 def test_a_wrong_gradient_fails_though_the_outputs_are_right():
@@ -99,7 +105,10 @@ def test_the_rule_of_float64(error, passes):
     """The largest output is 8 and there are no gradients, so 8e-9 is allowed."""
     truth = Fixture(system=1, case="rule", outputs={"output": np.array([2.0, -8.0])})
     system = dataclasses.replace(
-        SYSTEMS[1], call=lambda *_: {"output": jnp.array([2.0, -8.0], jnp.float64) + np.array([8 * error, 0.0])}
+        SYSTEMS[1],
+        call=lambda *_: {
+            "output": jnp.array([2.0, -8.0], jnp.float64) + np.array([8 * error, 0.0])
+        },
     )
     (row,) = run(truth, system=system).rows
     assert row.passed is passes
@@ -113,7 +122,12 @@ def test_the_rule_of_float32():
     expected = np.array([1.0, 3.0, 2.0, 1.0])
 
     def passes(error):
-        truth = Fixture(system=1, case="rule", outputs={"output": expected}, float32_errors={"output/output": 1e-3})
+        truth = Fixture(
+            system=1,
+            case="rule",
+            outputs={"output": expected},
+            float32_errors={"output/output": 1e-3},
+        )
         found = jnp.asarray(expected, jnp.float32) + np.float32(error)
         system = dataclasses.replace(SYSTEMS[1], call=lambda *_: {"output": found})
         return run(truth, np.float32, system=system).passed
@@ -128,13 +142,21 @@ def test_bad_requests():
         run(truth, np.float16)
     with pytest.raises(ValueError, match=r"expected a row in .*got 999"):
         run(dataclasses.replace(truth, system=999))
-    with pytest.raises(ValueError, match=r"6/scaled_dot_product: .*unexpected keyword argument 'depth'"):
+    with pytest.raises(
+        ValueError, match=r"6/scaled_dot_product: .*unexpected keyword argument 'depth'"
+    ):
         run(dataclasses.replace(fixture("06_scaled_dot_product"), arguments={"depth": 3}))
     with pytest.raises(ValueError, match=r"1/average: average pooling cannot be .*'key'"):
-        run(dataclasses.replace(truth, inputs={"query": truth.inputs["query"]}, cotangents={}, input_gradients={}))
+        run(
+            dataclasses.replace(
+                truth, inputs={"query": truth.inputs["query"]}, cotangents={}, input_gradients={}
+            )
+        )
     with pytest.raises(ValueError, match=r"unused: W"):
         run(fixture("07_bilinear"), system=dataclasses.replace(SYSTEMS[7], rules=()))
 
 
 def test_nothing_compared_is_no_success():
-    assert not run(Fixture(system=1, case="empty"), system=dataclasses.replace(SYSTEMS[1], call=lambda *_: {})).passed
+    assert not run(
+        Fixture(system=1, case="empty"), system=dataclasses.replace(SYSTEMS[1], call=lambda *_: {})
+    ).passed

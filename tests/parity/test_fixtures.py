@@ -12,7 +12,11 @@ from jattn.parity.fixtures import Fixture, FixtureError, load, save
 
 def example():
     generator = np.random.default_rng(0)
-    weight, x, output = generator.normal(size=(3, 5)), generator.normal(size=(2, 5)), generator.normal(size=(2, 3))
+    weight, x, output = (
+        generator.normal(size=(3, 5)),
+        generator.normal(size=(2, 5)),
+        generator.normal(size=(2, 3)),
+    )
     return Fixture(
         system=10,
         case="example",
@@ -135,11 +139,17 @@ def test_a_safetensors_file_that_is_no_fixture(tmp_path, facts, message):
 
 @pytest.mark.parametrize(("arrays", "message"), [
     ({"weight": np.zeros(2)}, "'weight': expected a name in param/"),
-    ({"param/w": np.zeros(2, np.float32)}, "param/w: expected float64, integers or booleans, got float32"),
+    (
+        {"param/w": np.zeros(2, np.float32)},
+        "param/w: expected float64, integers or booleans, got float32",
+    ),
     ({"grad/param/w": np.zeros(2)}, "expected one of parameters"),
     ({"grad/input/x": np.zeros(2), "input/x": np.zeros((2, 1))}, r"expected shape \(2, 1\)"),
     ({"cotangent/y": np.zeros(2), "output/y": np.zeros(3)}, r"expected shape \(3,\)"),
-    ({"cotangent/y": np.zeros(2), "output/y": np.zeros(2), "param/w": np.zeros(3)}, r"parameters \['w'\]"),
+    (
+        {"cotangent/y": np.zeros(2), "output/y": np.zeros(2), "param/w": np.zeros(3)},
+        r"parameters \['w'\]",
+    ),
 ])  # fmt: skip
 def test_tensors_that_contradict_each_other(tmp_path, arrays, message):
     write(tmp_path / "a", arrays, {"fixture": json.dumps(FACTS)})

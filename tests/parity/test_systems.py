@@ -37,7 +37,9 @@ def test_outputs_and_gradients_equal_pytorch(path):
         assert {f"grad/param/{name}" for name in fixture.parameters} <= names
 
 
-@pytest.mark.parametrize("name", ["05_additive_lengths", "10_widths_bias_lengths", "24_gru_lengths_state"])
+@pytest.mark.parametrize(
+    "name", ["05_additive_lengths", "10_widths_bias_lengths", "24_gru_lengths_state"]
+)
 def test_float32_is_as_near_to_the_truth_as_pytorch(name):
     comparison = run(load(FOLDER / f"{name}.safetensors"), np.float32)
     assert comparison.passed, [row for row in comparison.rows if not row.passed]
@@ -53,10 +55,14 @@ def test_under_vmap_every_example_is_the_same(row):
         structure, shapes, *rest = nnx.split(shape_of(system, fixture), nnx.Param, ...)
         module = nnx.merge(structure, to_flax(fixture.parameters, shapes, system.rules), *rest)
         twice = {name: np.stack([array, array]) for name, array in fixture.inputs.items()}
-        found = jax.jit(jax.vmap(lambda inputs: system.call(module, inputs, fixture.arguments)))(twice)
+        found = jax.jit(jax.vmap(lambda inputs: system.call(module, inputs, fixture.arguments)))(
+            twice
+        )
         for name, expected in fixture.outputs.items():
             tolerance = 1e-9 * np.max(np.abs(expected))
-            np.testing.assert_allclose(found[name], [expected, expected], rtol=0, atol=tolerance, err_msg=name)
+            np.testing.assert_allclose(
+                found[name], [expected, expected], rtol=0, atol=tolerance, err_msg=name
+            )
 
 
 @every_fixture
@@ -81,7 +87,9 @@ def test_a_row_names_what_exists(row):
     for name in (*SYSTEMS[row].functions, *SYSTEMS[row].modules):
         module, _, attribute = name.rpartition(".")
         if module in ("jattn.scores", "jattn.masks", "jattn.heads", "jattn.positions"):
-            assert callable(getattr(getattr(importlib.import_module("jattn"), module.split(".")[1]), attribute))
+            assert callable(
+                getattr(getattr(importlib.import_module("jattn"), module.split(".")[1]), attribute)
+            )
         else:
             assert callable(getattr(importlib.import_module(module), attribute))
 
@@ -93,4 +101,6 @@ def test_the_table_lists_each_row_and_its_fixtures():
     for title in titles:
         row, case = title.split("/")
         assert any(line.startswith(f"| {row} |") and f"`{case}`" in line for line in lines)
-    assert all(system.link in line for system, line in zip(SYSTEMS.values(), lines[2:], strict=True))
+    assert all(
+        system.link in line for system, line in zip(SYSTEMS.values(), lines[2:], strict=True)
+    )

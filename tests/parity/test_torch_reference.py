@@ -28,7 +28,12 @@ def test_every_recording_has_a_fixture_and_every_fixture_a_recording(recorded):
 @pytest.mark.parametrize("name", FIXTURES)
 def test_recording_anew_changes_nothing(recorded, name):
     old, new = load(FOLDER / name), recorded[name]()
-    assert (new.system, new.case, new.arguments, new.seed) == (old.system, old.case, old.arguments, old.seed)
+    assert (new.system, new.case, new.arguments, new.seed) == (
+        old.system,
+        old.case,
+        old.arguments,
+        old.seed,
+    )
     assert new.tensors.keys() == old.tensors.keys()
     for tensor, expected in old.tensors.items():
         found = new.tensors[tensor]
@@ -40,7 +45,9 @@ def test_recording_anew_changes_nothing(recorded, name):
 def test_the_table_names_references_that_exist(recorded):
     for system in SYSTEMS.values():
         module, name = system.reference.split(".")
-        assert callable(getattr(importlib.import_module(f"experiments.torch_reference.{module}"), name))
+        assert callable(
+            getattr(importlib.import_module(f"experiments.torch_reference.{module}"), name)
+        )
 
 
 def test_packed_projections_of_torch_load_into_multi_head_attention():
@@ -58,9 +65,13 @@ def test_packed_projections_of_torch_load_into_multi_head_attention():
     tensors = {name: tensor.detach().numpy() for name, tensor in reference.state_dict().items()}
     x = torch.randn(2, 7, 15, dtype=torch.float64)
     with jax.enable_x64(True):
-        module = nn.MultiHeadAttention(3, 15, use_bias=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        module = nn.MultiHeadAttention(
+            3, 15, use_bias=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+        )
         nnx.update(module, to_flax(tensors, module, rules))
         expected = reference(x, x, x)[0].detach().numpy()
-        np.testing.assert_allclose(module(x.numpy()), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            module(x.numpy()), expected, rtol=0, atol=1e-9 * np.abs(expected).max()
+        )
         back = to_torch(module, rules)
     assert all(back[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())

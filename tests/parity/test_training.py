@@ -31,7 +31,7 @@ LOSSES = {"squared_error": squared_error, "cross_entropy": cross_entropy}
 
 
 def torch_clip(max_norm):
-    """`torch.nn.utils.clip_grad_norm_`: g · min(1, max_norm / (‖g‖ + 1e-6)); Optax's own knows no 1e-6."""
+    """`torch.nn.utils.clip_grad_norm_`: g · min(1, max_norm / (‖g‖ + 1e-6)); Optax has no 1e-6."""
 
     def clip(gradients, _parameters):
         factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(gradients) + 1e-6))
@@ -50,10 +50,18 @@ def train(fixture, clip=torch_clip):
     """Losses and gradient norms before each step, and the last weights, under PyTorch's names."""
     system, settings = SYSTEMS[fixture.system], fixture.arguments
     structure, shapes, *rest = nnx.split(
-        nnx.eval_shape(lambda: system.build(settings["module"], np.dtype(np.float64))), nnx.Param, ...
+        nnx.eval_shape(lambda: system.build(settings["module"], np.dtype(np.float64))),
+        nnx.Param,
+        ...,
     )
-    labels = {name.removeprefix("label/"): x for name, x in fixture.inputs.items() if name.startswith("label/")}
-    inputs = {name: jnp.asarray(x) for name, x in fixture.inputs.items() if not name.startswith("label/")}
+    labels = {
+        name.removeprefix("label/"): x
+        for name, x in fixture.inputs.items()
+        if name.startswith("label/")
+    }
+    inputs = {
+        name: jnp.asarray(x) for name, x in fixture.inputs.items() if not name.startswith("label/")
+    }
     optimizer = optimizer_of(settings["optimizer"], clip)
 
     def loss(parameters):
@@ -65,15 +73,22 @@ def train(fixture, clip=torch_clip):
         value, gradients = jax.value_and_grad(loss)(parameters)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradients, state, parameters)
-        return (optax.apply_updates(parameters, updates), state), (value, optax.tree.norm(gradients))
+        return (optax.apply_updates(parameters, updates), state), (
+            value,
+            optax.tree.norm(gradients),
+        )
 
     @jax.jit
     def run(parameters):
-        (parameters, _), curves = jax.lax.scan(step, (parameters, optimizer.init(parameters)), length=STEPS)
+        (parameters, _), curves = jax.lax.scan(
+            step, (parameters, optimizer.init(parameters)), length=STEPS
+        )
         return parameters, *curves
 
     parameters, losses, norms = run(to_flax(fixture.parameters, shapes, system.rules))
-    trained = {f"trained/{name}": np.asarray(x) for name, x in to_torch(parameters, system.rules).items()}
+    trained = {
+        f"trained/{name}": np.asarray(x) for name, x in to_torch(parameters, system.rules).items()
+    }
     return {"losses": np.asarray(losses), "norms": np.asarray(norms), **trained}
 
 
@@ -84,7 +99,9 @@ def test_losses_gradients_and_last_weights_follow_pytorch(x64, name):
     assert expected["losses"].shape == expected["norms"].shape == (STEPS,)
     np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-8, atol=0)
     for tensor, array in expected.items():
-        np.testing.assert_allclose(found[tensor], array, rtol=0, atol=1e-8 * np.abs(array).max(), err_msg=tensor)
+        np.testing.assert_allclose(
+            found[tensor], array, rtol=0, atol=1e-8 * np.abs(array).max(), err_msg=tensor
+        )
 
 
 @pytest.mark.parametrize("name", FIXTURES)

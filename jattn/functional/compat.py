@@ -1,0 +1,231 @@
+"""What differs between versions of JAX, and the parts of it that are not in its main namespace.
+
+No other file of jattn imports `jax.extend`, `jax.interpreters` or `jax.experimental`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+Array = jax.Array
+ClosedJaxpr = core.ClosedJaxpr
+Literal = core.Literal
+jaxpr_as_fun = core.jaxpr_as_fun
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr and of all jaxprs inside them.
+
+    Example:
+      >>> [e.primitive.name for e in equations(jax.make_jaxpr(lambda x: x + 1)(1).jaxpr)]
+      ['add']
+    """
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def varying(array: Any) -> frozenset[str]:
+    """The axes of an enclosing `jax.shard_map` over which a value differs between devices.
+
+    Example:
+      >>> varying(jnp.ones(3))
+      frozenset()
+    """
+    return varying_of(jax.typeof(array))
+
+
+def varying_of(kind: Any) -> frozenset[str]:
+    """The same of a value's type."""
+    return frozenset(getattr(getattr(kind, "mat", kind), "varying", None) or ())
+
+
+def vary_alike(arrays: Any, like: Any = ()) -> Any:
+    """Let all arrays differ over every axis over which one of them, or of `like`, does.
+
+    Loops and rules for derivatives want it so. The transpose of this step sums what replicated
+    arrays get from each device: it stands outside every loop, once.
+    """
+    return vary_over(frozenset().union(*map(varying, jax.tree.leaves((arrays, like)))), arrays)
+
+
+def vary_over(names: Iterable[str], arrays: Any) -> Any:
+    """Let all arrays differ over these axes of an enclosing `jax.shard_map`."""
+
+    def lift(array):
+        missing = tuple(sorted(frozenset(names) - varying(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(lift, arrays)
+
+
+def shape_of(array: Any, names: frozenset[str]) -> Any:
+    """Something of this shape and dtype that differs over these axes, wherever it is stored."""
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return vary_over(names, jnp.zeros(shape.shape, shape.dtype)) if names else shape
+
+
+def evaluate(closed: ClosedJaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """Evaluate a jaxpr where its arrays differ over more axes, or lie otherwise, than in its trace.
+
+    Raises:
+      NotImplementedError: such an array goes into a loop, a branch or a custom rule, whose trace
+        says otherwise.
+    """
+    return _evaluate(closed.jaxpr, consts, arguments)
+
+
+def _fits(array: Any, kind: Any) -> bool:
+    own = jax.typeof(array)
+    return varying_of(own) == varying_of(kind) and own.sharding.mesh == kind.sharding.mesh
+
+
+def explicit_axes() -> list[str]:
+    """The axes of the mesh in use whose sharding is part of every array's type."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit]
+
+
+def on_automatic_axes(
+    function: Callable[..., Any], manual: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """The function, traced as on a mesh whose explicit axes are automatic, and these manual."""
+    if not (axes := explicit_axes()):
+        return function
+    types = dict.fromkeys(axes, jax.sharding.AxisType.Auto)
+    types |= dict.fromkeys(manual, jax.sharding.AxisType.Manual)
+    mesh = jax.sharding.get_abstract_mesh().update_axis_types(types)
+
+    def on_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return function(*arguments)
+
+    return on_mesh
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    names = (*jaxpr.constvars, *jaxpr.invars)
+    known = dict(zip(names, (*consts, *arguments), strict=True))
+
+    def value(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else known[variable]
+
+    for equation in jaxpr.eqns:
+        results = _apply(equation, [value(variable) for variable in equation.invars])
+        known.update(zip(equation.outvars, results, strict=True))
+    return [value(variable) for variable in jaxpr.outvars]
+
+
+def _apply(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    name, params = equation.primitive.name, equation.params
+    if name in ("jit", "pjit"):
+        inner = params["jaxpr"]
+        return _evaluate(inner.jaxpr, inner.consts, inputs)
+    if name in ("pvary", "pcast"):
+        return [vary_over(varying_of(equation.outvars[0].aval), inputs[0])]
+    if not any(True for _ in core.jaxprs_in_params(params)):
+        inputs = vary_alike(inputs)
+    elif any(not _fits(x, v.aval) for x, v in zip(inputs, equation.invars, strict=True)):
+        raise NotImplementedError(
+            f"on a mesh, an array that a score, mask or modifier closes over goes into {name}: hold "
+            "it in a functools.partial or a value of jattn.masks or jattn.modifiers instead"
+        )
+    # Where results lie is left to the compiler
+    placed = [key for key, value in params.items() if isinstance(value, jax.sharding.Sharding)]
+    bound = equation.primitive.get_bind_params(params | dict.fromkeys(placed))
+    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # JAX 0.10.0
+    results = equation.primitive.bind(*functions, *inputs, **bound)
+    return results if equation.primitive.multiple_results else [results]
+
+
+def is_explicit(arrays: Any) -> bool:
+    """Whether the type of one of the arrays says how it is sharded.
+
+    Example:
+      >>> is_explicit(jnp.ones(3))
+      False
+    """
+    specs = [jax.typeof(array).sharding.spec for array in jax.tree.leaves(arrays)]
+    return any(axis is not None for spec in specs for axis in spec)
+
+
+def is_tracing() -> bool:
+    """Whether operations are recorded now, for a compiler, rather than run one by one.
+
+    Example:
+      >>> is_tracing()
+      False
+    """
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def primitive(
+    name: str,
+    run: Callable[..., Any],
+    shapes: Callable[..., Any],
+    jvp: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+    run_on_cpu: Callable[..., Any] | None = None,
+) -> Callable[..., list[Array]]:
+    """A new operation of JAX: how it runs, and its rules for derivatives and for batches.
+
+    Args:
+      name: what a jaxpr calls it.
+      run: `(*arrays, **params) -> results`, written in JAX.
+      shapes: `(*kinds, **params)`: the kind, `jax.typeof`, of each result.
+      jvp: `(primals, tangents, **params) -> (results, tangents)`; None for a tangent of zero.
+      transpose: `(cotangents, *arrays, **params)`: a cotangent for each array in which the
+        operation is linear; those are None, as are cotangents of zero.
+      batch: `(arrays, axes, **params) -> (results, axes)`; None for an array without the axis.
+      run_on_cpu: what is compiled on CPU in the place of `run`.
+
+    Returns:
+      `(*arrays, **params) -> results`.
+    """
+    made = core.Primitive(name)
+    made.multiple_results = True
+    made.def_impl(lambda *arrays, **params: run(*arrays, **params))
+    made.def_abstract_eval(shapes)
+    mlir.register_lowering(made, mlir.lower_fun(run, multiple_results=True))
+    if run_on_cpu is not None:
+        on_cpu = mlir.lower_fun(run_on_cpu, multiple_results=True)
+        mlir.register_lowering(made, on_cpu, platform="cpu")
+    batching.primitive_batchers[made] = lambda arrays, axes, **params: batch(
+        arrays, [axis for axis in axes], **params
+    )
+
+    def differentiate(primals, tangents, **params):
+        results, moved = jvp(primals, [_or_none(t) for t in tangents], **params)
+        zeros = [
+            ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t
+            for r, t in zip(results, moved, strict=True)
+        ]
+        return results, zeros
+
+    def pull_back(cotangents, *arrays, **params):
+        linear = [ad.is_undefined_primal(array) for array in arrays]
+        known = [None if one else array for one, array in zip(linear, arrays, strict=True)]
+        kinds = [array.aval for one, array in zip(linear, arrays, strict=True) if one]
+        found = iter(transpose([_or_none(c) for c in cotangents], *known, kinds=kinds, **params))
+        return [next(found) if one else None for one in linear]
+
+    ad.primitive_jvps[made] = differentiate
+    ad.primitive_transposes[made] = pull_back
+    return made.bind
+
+
+def _or_none(tangent: Any) -> Any:
+    zero = isinstance(tangent, ad.Zero) or jax.typeof(tangent).dtype == jax.dtypes.float0
+    return None if zero else tangent
+
+
+def kind_like(like: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """The kind of an array of this shape and dtype that varies as `like` does."""
+    return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False)

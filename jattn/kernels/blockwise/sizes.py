@@ -1,0 +1,115 @@
+"""How large the blocks are: as large as the cache, and their largest intermediate array, allow."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from jattn.functional import compat
+from jattn.kernels.captures import Captures, Pure
+from jattn.kernels.grid import Grid
+from jattn.kernels.scoring import hoist_score
+from jattn.request import Request
+
+# On CPU a block's scores should fit into the cache, but XLA gives a matrix product both cores only
+# from 512 rows on: so many rows, and as many columns and examples as make about so many scores
+# (measured on two cores)
+ROWS, SCORES = 512, 2**20
+COLUMNS = 128, 1024  # at least and at most
+# Additive scores have an intermediate of rows × columns × width: their blocks are smaller
+BLOCK_BYTES = 2**24
+LEAST = 32, 128  # rows and columns, where a block holds a part of the batch and where all of it
+
+
+def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
+    """The grid, the score as a pure function of a block of it, and what the score captured."""
+    (*lead, _, N, _), T, S = request.query.shape, request.local_T, request.key.shape[-3]
+    rows = block_size(T, ROWS)
+    columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
+    grid = Grid(tuple(lead), N, T, S, rows, columns, None)
+    if lead and one_cpu_device():
+        grid = dataclasses.replace(grid, examples=_examples(grid, 4 * N * rows * columns))
+        try:
+            return _small_enough(request, grid)
+        except Exception:
+            # The score may capture an array that has batch axes, and so need the whole batch; if
+            # it is plainly wrong, it says so again
+            grid = dataclasses.replace(grid, examples=None)
+    return _small_enough(request, grid)
+
+
+def _small_enough(request: Request, grid: Grid) -> tuple[Grid, Pure, Captures]:
+    """Make blocks smaller until the largest array on the way to their scores is small enough."""
+    while True:
+        captures = Captures(request.names, request.row_axes)
+        score = hoist_score(request, grid, captures)
+        ratio = _largest_intermediate(score.jaxpr) / BLOCK_BYTES
+        smaller = grid
+        while ratio > 1 and (next_one := _smaller(smaller)) is not None:
+            ratio *= _area(next_one) / _area(smaller)
+            smaller = next_one
+        if smaller == grid:
+            return grid, score, captures
+        grid = smaller
+
+
+def _area(grid: Grid) -> int:
+    return grid.rows * grid.columns * (grid.examples or 1)
+
+
+def _smaller(grid: Grid) -> Grid | None:
+    """The next smaller grid, by examples first; None if this is the smallest."""
+    if grid.examples is not None and grid.examples > 1:
+        fewer = max(d for d in range(1, grid.examples) if grid.examples % d == 0)
+        return dataclasses.replace(grid, examples=fewer)
+    if max(grid.rows, grid.columns) <= LEAST[grid.examples is None]:
+        return None
+    if grid.rows >= grid.columns:
+        return dataclasses.replace(grid, rows=block_size(grid.T, grid.rows // 2))
+    return dataclasses.replace(grid, columns=block_size(grid.S, grid.columns // 2))
+
+
+def _examples(grid: Grid, bytes: int) -> int:
+    """How many examples share a block."""
+    room = min(SCORES // (grid.num_heads * grid.rows * grid.columns), BLOCK_BYTES // bytes)
+    return nearest_divisor(math.prod(grid.lead), max(room, 1))
+
+
+def one_cpu_device() -> bool:
+    """Whether parts of a batch run one after another, and each pays for its own length.
+
+    Where devices are many, or no CPU, all share a block.
+    """
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def block_size(length: int, largest: int) -> int:
+    """The size of the fewest blocks of at most `largest` that cover an axis.
+
+    It is exact where the axis divides, else an even multiple of 16.
+
+    Example:
+      >>> block_size(1000, 512), block_size(1040, 512), block_size(1031, 512), block_size(7, 512)
+      (500, 352, 352, 7)
+    """
+    count = math.ceil(length / largest)
+    step = math.gcd(largest, 16) if length % count else 1
+    return min(length, math.ceil(length / count / step) * step)
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of a number nearest to what is wanted, as a ratio; at most four times as much.
+
+    Example:
+      >>> nearest_divisor(12, 5), nearest_divisor(31, 8)
+      (6, 31)
+    """
+    divisors = [d for d in range(1, min(number, 4 * wanted) + 1) if number % d == 0]
+    return min(divisors, key=lambda divisor: abs(math.log(divisor / wanted)))
+
+
+def _largest_intermediate(jaxpr: compat.ClosedJaxpr) -> int:
+    """Bytes of the largest array that a jaxpr makes on its way."""
+    made: list[Any] = [v.aval for e in compat.equations(jaxpr.jaxpr) for v in e.outvars]
+    return max((math.prod(array.shape) * array.dtype.itemsize for array in made), default=0)

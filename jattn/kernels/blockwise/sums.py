@@ -1,0 +1,325 @@
+"""A sum over blocks, and its derivatives of every kind: sums over blocks again.
+
+    result[rows of block] += term(parts of the operands that the block reads)
+
+A term is a function of a block, nonlinear in some operands and perhaps linear in others. Then
+
+    the tangent of a sum is the sum of the terms' tangents        (forward mode)
+    the transpose of a sum that is linear in operands is the sum of the terms' transposes, each
+    added where the term had read                                  (reverse mode)
+    a batch of sums is a sum over one more axis                    (vmap)
+
+so that nothing has to be kept between blocks: each computes what it needs again, and memory is
+that of operands and results. Loops may have bounds that depend on data, because no loop is ever
+taken apart: this is one operation to JAX.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.functional import compat, dtypes
+from jattn.functional.block import EMPTY, PARTIAL
+from jattn.kernels.blockwise import sizes
+from jattn.kernels.blockwise.cuts import Cut, Index, add, block_shape, read
+from jattn.kernels.grid import Grid
+
+Array = jax.Array
+Term = Callable[..., tuple[Array, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """The static part of a sum.
+
+    Attributes:
+      grid: the blocks.
+      loops: how many parts each loop around the grid has: the batch, then what `vmap` added.
+      terms: `(at, *blocks) -> parts of the results`, of a PARTIAL block and of a FULL one.
+      is_masked: whether any entry may be forbidden.
+      classes: how the classes of blocks, `[parts, num_rows, num_columns]`, are cut; None: all are
+        PARTIAL if masked, else FULL.
+      operands: how each operand is cut.
+      results: how each result is.
+      shapes: shape of each result.
+      dtypes: dtype of each result.
+    """
+
+    grid: Grid
+    loops: tuple[int, ...]
+    terms: tuple[Term, Term]
+    is_masked: bool
+    classes: Cut | None
+    operands: tuple[Cut, ...]
+    results: tuple[Cut, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+
+    def __call__(self, classes: Array | None, *operands: Array) -> list[Array]:
+        """The results of the sum over these operands."""
+        first = [] if classes is None else [classes]
+        return _sum(*first, *operands, sum=self)
+
+
+def _run(*arrays: Array, sum: Sum) -> list[Array]:
+    classes, operands = (None, arrays) if sum.classes is None else (arrays[0], arrays[1:])
+    operands = tuple(compat.vary_alike(list(operands), classes))
+    shapes = zip(sum.shapes, sum.dtypes, strict=True)
+    totals = compat.vary_alike([jnp.zeros(*shape) for shape in shapes], (classes, operands))
+
+    def over_parts(flat: Array, totals: list[Array]) -> list[Array]:
+        parts = tuple(jnp.unravel_index(flat, sum.loops))
+        return loop(0, sum.grid.num_rows, functools.partial(over_rows, parts), totals)
+
+    def over_rows(parts: tuple[Array, ...], i: Array, totals: list[Array]) -> list[Array]:
+        at = Index(parts, i, jnp.zeros((), jnp.int32))
+        kinds = None if sum.classes is None else read(classes, sum.classes, sum.grid, at)[i]
+        return _row(sum, operands, kinds, at, totals)
+
+    return loop(0, math.prod(sum.loops), over_parts, totals)
+
+
+def _row(
+    sum: Sum, operands: Sequence[Array], classes: Array | None, at: Index, totals: list[Array]
+) -> list[Array]:
+    """Add a row of blocks. What belongs to its queries alone is summed apart, and added once."""
+    grid = sum.grid
+    of_row = [cut.rows is not None and cut.columns is None for cut in sum.results]
+    cuts = list(zip(sum.operands, operands, strict=True))
+    per_row = [
+        None if cut.columns is not None else read(operand, cut, grid, at) for cut, operand in cuts
+    ]
+
+    def term(masked: bool, at: Index) -> list[Array]:
+        blocks = [
+            read(operand, cut, grid, at) if known is None else known
+            for known, (cut, operand) in zip(per_row, cuts, strict=True)
+        ]
+        parts = sum.terms[0 if masked else 1](at, *blocks)
+        return [part.astype(dtype) for part, dtype in zip(parts, sum.dtypes, strict=True)]
+
+    def fold(at: Index, sums: list[Array], parts: list[Array]) -> list[Array]:
+        return [
+            total + part if row else add(total, part, cut, grid, at)
+            for total, part, cut, row in zip(sums, parts, sum.results, of_row, strict=True)
+        ]
+
+    nothing = [
+        jnp.zeros_like(read(total, cut, grid, at))
+        for total, cut in zip(totals, sum.results, strict=True)
+    ]
+    zeros = [n if row else t for n, t, row in zip(nothing, totals, of_row, strict=True)]
+    sums = over_columns(grid, sum.is_masked, classes, at, term, fold, nothing, zeros)
+    return [
+        add(total, part, cut, grid, at) if row else part
+        for total, part, cut, row in zip(totals, sums, sum.results, of_row, strict=True)
+    ]
+
+
+def over_columns(
+    grid: Grid,
+    masked: bool,
+    classes: Array | None,
+    at: Index,
+    term: Callable[[bool, Index], Any],
+    fold: Callable[[Index, Any, Any], Any],
+    nothing: Any,
+    sums: Any,
+) -> Any:
+    """Fold the terms of a row's blocks into sums: EMPTY ones are skipped, FULL ones need no mask.
+
+    Args:
+      grid: the blocks.
+      masked: whether any entry may be forbidden.
+      classes: of the blocks in this row, `[num_columns]`; None: all PARTIAL if masked, else FULL.
+      at: the row.
+      term: `(masked, at) -> parts`.
+      fold: `(at, sums, parts) -> sums`.
+      nothing: the parts of an EMPTY block.
+      sums: the first.
+    """
+    columns = grid.num_columns
+    if classes is None or columns == 1:
+
+        def each(j: Array, sums: Any) -> Any:
+            return fold(at._replace(j=j), sums, term(masked, at._replace(j=j)))
+
+        return loop(0, columns, each, sums)
+    seen = classes != EMPTY
+    first, last = jnp.argmax(seen), columns - 1 - jnp.argmax(seen[::-1])
+
+    def visit(j: Array, sums: Any) -> Any:
+        here = at._replace(j=j)
+        # Only a block's own part passes through the branches: what does is copied
+        full, partial = (functools.partial(term, kind, here) for kind in (False, True))
+        kind = classes[j].astype(jnp.int32)
+        return fold(here, sums, jax.lax.switch(kind, [lambda: nothing, partial, full]))
+
+    return loop(first, jnp.where(seen.any(), last + 1, first), visit, sums)
+
+
+def loop(first: Any, end: Any, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    """`fori_loop` with int32 indices; one pass needs no loop."""
+    if isinstance(end, int) and end == first + 1:
+        return body(jnp.zeros((), jnp.int32), carry)
+    first, end = jnp.asarray(first, jnp.int32), jnp.asarray(end, jnp.int32)
+    return jax.lax.fori_loop(
+        first, end, lambda index, carry: body(index.astype(jnp.int32), carry), carry
+    )
+
+
+def _shapes(*kinds: Any, sum: Sum) -> list[Any]:
+    shapes = zip(sum.shapes, sum.dtypes, strict=True)
+    return [compat.kind_like(kinds[-1], shape, dtype) for shape, dtype in shapes]
+
+
+# Forward mode
+
+
+def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, sum: Sum) -> Any:
+    start = 0 if sum.classes is None else 1
+    moved = tuple(
+        k - start for k, tangent in enumerate(tangents) if k >= start and tangent is not None
+    )
+    results = _sum(*primals, sum=sum)
+    if not moved:
+        return results, [None] * len(results)
+    tangent = dataclasses.replace(
+        sum,
+        terms=tuple(functools.partial(_tangent_of_term, term, moved) for term in sum.terms),
+        operands=(*sum.operands, *(sum.operands[k] for k in moved)),
+    )
+    return results, _sum(*primals, *(tangents[start + k] for k in moved), sum=tangent)
+
+
+def _tangent_of_term(term: Term, moved: tuple[int, ...], at: Index, *blocks: Array) -> Any:
+    primals, tangents = blocks[: -len(moved)], blocks[-len(moved) :]
+
+    def of_moved(*inner):
+        given = list(primals)
+        for k, block in zip(moved, inner, strict=True):
+            given[k] = block
+        return term(at, *given)
+
+    return jax.jvp(of_moved, [primals[k] for k in moved], list(tangents))[1]
+
+
+# Reverse mode
+
+
+def _transpose(
+    cotangents: Sequence[Any], *arrays: Any, kinds: Sequence[Any], sum: Sum
+) -> Sequence[Any]:
+    start = 0 if sum.classes is None else 1
+    operands = arrays[start:]
+    places = [k for k, operand in enumerate(operands) if operand is None]
+    linear = {
+        k: (block_shape(kind.shape, sum.operands[k], sum.grid), kind.dtype)
+        for k, kind in zip(places, kinds, strict=True)
+    }
+    known = tuple(k for k, operand in enumerate(operands) if operand is not None)
+    asked = tuple(
+        (k, sum.dtypes[k]) for k, cotangent in enumerate(cotangents) if cotangent is not None
+    )
+    if not asked:
+        return [None] * len(linear)
+    transposed = dataclasses.replace(
+        sum,
+        terms=tuple(
+            functools.partial(_transpose_of_term, term, known, tuple(linear.items()), asked)
+            for term in sum.terms
+        ),
+        operands=(*(sum.operands[k] for k in known), *(sum.results[k] for k, _ in asked)),
+        results=tuple(sum.operands[k] for k in linear),
+        shapes=tuple(kind.shape for kind in kinds),
+        dtypes=tuple(dtypes.accumulator(kind.dtype) for kind in kinds),
+    )
+    given = (*arrays[:start], *(operands[k] for k in known), *(cotangents[k] for k, _ in asked))
+    results = _sum(*given, sum=transposed)
+    return [result.astype(kind.dtype) for result, kind in zip(results, kinds, strict=True)]
+
+
+def _transpose_of_term(
+    term: Term,
+    known: tuple[int, ...],
+    linear: tuple[tuple[int, tuple[tuple[int, ...], Any]], ...],
+    asked: tuple[tuple[int, Any], ...],
+    at: Index,
+    *blocks: Array,
+) -> Any:
+    given, cotangents = blocks[: len(known)], blocks[len(known) :]
+
+    def of_linear(*inner):
+        places = (*known, *(k for k, _ in linear))
+        merged = dict(zip(places, (*given, *inner), strict=True))
+        results = term(at, *(merged[k] for k in range(len(places))))
+        return [results[k].astype(dtype) for k, dtype in asked]
+
+    zeros = compat.vary_alike([jnp.zeros(*kind) for _, kind in linear], blocks)
+    return jax.linear_transpose(of_linear, *zeros)(list(cotangents))
+
+
+# Batches
+
+
+def _batch(arrays: Sequence[Array], axes: Sequence[int | None], *, sum: Sum) -> Any:
+    (size,) = {x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None}
+    batch = _one_by_one if sizes.one_cpu_device() else _all_at_once
+    return batch(size, arrays, axes, sum)
+
+
+def _one_by_one(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
+    """One more loop around the grid: each example has the bounds of its own mask."""
+    number = len(sum.loops)
+
+    def looped(cut: Cut, axis: int | None = 0) -> Cut:
+        return cut if axis is None else cut._replace(loops=(number, *cut.loops))
+
+    moved = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(arrays, axes, strict=True)]
+    start = 0 if sum.classes is None else 1
+    batched = dataclasses.replace(
+        sum,
+        loops=(*sum.loops, size),
+        classes=None if sum.classes is None else looped(sum.classes, axes[0]),
+        operands=tuple(map(looped, sum.operands, axes[start:])),
+        results=tuple(map(looped, sum.results)),
+        shapes=tuple((size, *shape) for shape in sum.shapes),
+    )
+    return _sum(*moved, sum=batched), [0] * len(sum.results)
+
+
+def _all_at_once(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
+    """One more axis in each block. A block is EMPTY, or FULL, if it is so for all examples."""
+    start = 0 if sum.classes is None else 1
+    cuts = (sum.classes, *sum.operands)[1 - start :]
+    moved = [
+        x if axis is None else jnp.moveaxis(x, axis, len(cut.loops))
+        for x, axis, cut in zip(arrays, axes, cuts, strict=True)
+    ]
+    if start and axes[0] is not None:
+        classes, axis = moved[0], len(sum.classes.loops)
+        same = (classes == jnp.take(classes, jnp.array([0]), axis)).all(axis)
+        moved[0] = jnp.where(same, classes.max(axis), jnp.asarray(PARTIAL, classes.dtype))
+    mapped = tuple(None if axis is None else 0 for axis in axes[start:])
+    places = [len(cut.loops) for cut in sum.results]
+    batched = dataclasses.replace(
+        sum,
+        terms=tuple(functools.partial(_batched_term, term, mapped) for term in sum.terms),
+        shapes=tuple(
+            (*shape[:place], size, *shape[place:])
+            for shape, place in zip(sum.shapes, places, strict=True)
+        ),
+    )
+    return _sum(*moved, sum=batched), places
+
+
+def _batched_term(term: Term, mapped: tuple[int | None, ...], at: Index, *blocks: Array) -> Any:
+    return jax.vmap(functools.partial(term, at), mapped)(*blocks)
+
+
+_sum = compat.primitive("sum_over_blocks", _run, _shapes, _jvp, _transpose, _batch)

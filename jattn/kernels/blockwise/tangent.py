@@ -1,0 +1,139 @@
+"""The tangent of attention as a sum over blocks; gradients are its transpose, taken by JAX.
+
+With scores x, weights p = e^(x − lse), values v, and output o = Σ p v of a query:
+
+    t = p · dx                                   each weight's share in the change
+    d_output = Σ t v + Σ p dv − o Σ t
+    d_lse    = Σ t
+
+Nothing of size T × S is kept: each block computes its weights again from the log-sum-exp. So do the
+transposed sum, which gives
+
+    d_value_s = Σ_t p d_output_t,    dx = p (d_output · v − d_output · o + d_lse)
+
+and from dx, through the score, gradients of query and key and of all that was captured; and the
+tangents and transposes of these, as often as one likes.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from jattn.kernels import arrays
+from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen
+from jattn.kernels.blockwise.cuts import Cut, Index
+from jattn.kernels.blockwise.forward import LINES, OF_QUERIES, cut_of_bias
+from jattn.kernels.blockwise.sums import Sum
+from jattn.kernels.scoring import Operands, Scoring
+
+Array = jax.Array
+# Keys and values as [parts, *batch, K, H, S]: XLA's matrix products on CPU are three times as slow
+# where the gradients of these would have to be summed over the rows of a large left operand
+OF_KEYS = Cut((0,), columns=-1)
+STATISTICS = Cut((0,), rows=-2)  # [parts, *batch, T, N]
+
+
+def tangent(
+    scoring: Scoring,
+    classes: Array | None,
+    operands: Operands,
+    results: tuple[Array, Array, Array],
+    tangents: Operands,
+) -> tuple[Array, Array]:
+    """Tangents of output and log-sum-exp.
+
+    Args:
+      scoring: what was computed.
+      classes: of the blocks; None: all FULL.
+      operands: as in `forward`.
+      results: output, maximum and log_total, from there.
+      tangents: of the operands; None for a tangent of zero.
+    """
+    output, maximum, log_total = results
+    given, structure = jax.tree.flatten(_columns_last(operands))
+    moving = structure.flatten_up_to(_columns_last(tangents))
+    moved = tuple(k for k, one in enumerate(moving) if one is not None)
+    cuts = [
+        OF_QUERIES,
+        OF_KEYS,
+        OF_KEYS,
+        *(cut_of_bias(bias, scoring.grid) for bias in operands.biases),
+        *[Cut()] * (structure.num_leaves - 3 - len(operands.biases)),
+    ]
+    terms = [
+        functools.partial(_term, scoring, structure, moved, masked) for masked in (True, False)
+    ]
+    sum = Sum(
+        grid=scoring.grid,
+        loops=(scoring.grid.num_parts,),
+        terms=(terms[0], terms[1]),
+        is_masked=scoring.is_masked,
+        classes=None if classes is None else LINES,
+        operands=(OF_QUERIES, STATISTICS, STATISTICS, *cuts, *(cuts[k] for k in moved)),
+        results=(OF_QUERIES, STATISTICS),
+        shapes=(output.shape, maximum.shape),
+        dtypes=(output.dtype, maximum.dtype),
+    )
+    # Of an empty row no weight is above 0, whatever its log-sum-exp
+    log_total = jnp.maximum(log_total, 0)
+    every = (output, maximum, log_total, *given, *(moving[k] for k in moved))
+    d_output, d_lse = sum(classes, *every)
+    return d_output, d_lse
+
+
+def _columns_last(operands: Operands) -> Operands:
+    def turned(array: Any) -> Any:
+        return None if array is None else rearrange(array, "... S K H -> ... K H S")
+
+    return operands._replace(key=turned(operands.key), value=turned(operands.value))
+
+
+def _term(
+    scoring: Scoring,
+    structure: Any,
+    moved: Sequence[int],
+    masked: bool,
+    at: Index,
+    *blocks: Array,
+) -> tuple[Array, Array]:
+    """A block's share in the tangents: `[*batch, rows, N, V]` and `[*batch, rows, N]`."""
+    count = structure.num_leaves
+    (output, maximum, log_total), given = blocks[:3], blocks[3 : 3 + count]
+    changes = dict(zip(moved, blocks[3 + count :], strict=True))
+    operands = Operands(*jax.tree.unflatten(structure, given))
+    place = (*at.place, operands.first)
+    allowed = scoring.allowed(operands.captured, *place) if masked else None
+
+    def scores_and_value(*inner):
+        leaves = list(given)
+        for k, leaf in zip(moved, inner, strict=True):
+            leaves[k] = leaf
+        block = Operands(*jax.tree.unflatten(structure, leaves))
+        query = heads_first(block.query)
+        key, value = (rearrange(x, "... K H S -> ... K S H") for x in (block.key, block.value))
+        value = hide(value, keys_seen(allowed, value.shape[-3]))
+        return scoring.scores(block.captured, query, key, block.biases, allowed, *place), value
+
+    (scores, value), (d_scores, d_value) = jax.jvp(
+        scores_and_value, [given[k] for k in moved], [changes[k] for k in moved]
+    )
+    maximum, log_total = (heads_first(statistic[..., None]) for statistic in (maximum, log_total))
+    exponent = (scores - maximum) - log_total
+    if allowed is not None:
+        exponent = jnp.where(allowed, exponent, -jnp.inf)
+    weights = jnp.exp(exponent)
+    dropped = functools.partial(scoring.dropped, operands.dropout)
+    shares = weights * d_scores
+    d_lse = shares.sum(-1, keepdims=True)
+    pooled = arrays.pool(dropped(shares, *place), value)
+    if VALUE in moved:
+        pooled = pooled + arrays.pool(dropped(weights, *place), d_value)
+    d_output = pooled - heads_first(output) * d_lse.astype(output.dtype)
+    return heads_last(d_output), heads_last(d_lse)[..., 0]
+
+
+VALUE = Operands._fields.index("value")

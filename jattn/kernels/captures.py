@@ -1,0 +1,139 @@
+"""Turn callables that capture arrays into pure functions of those arrays.
+
+A score, a mask or a modifier may close over anything: parameters, lengths, tracers of an enclosing
+`jit`, `grad` or `vmap`. A kernel that has loops and rules for derivatives of its own must see these
+arrays as operands, or gradients would not reach them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.functional import compat
+
+Array = jax.Array
+
+
+class Pure:
+    """A function `(captured, *arguments) -> array` that holds no array.
+
+    Two of them are equal if they do the same: so a compiled program is found again, though the
+    caller wrote the lambda anew.
+    """
+
+    def __init__(self, jaxpr: compat.ClosedJaxpr, places: tuple[int, ...]) -> None:
+        """Make one of a jaxpr without constants and the places of what it captured."""
+        self.jaxpr, self.places = jaxpr, places
+
+    def __call__(self, captured: list[Array], *arguments: Any) -> Array:
+        """Evaluate it."""
+        own = [captured[place] for place in self.places]
+        leaves = compat.vary_alike(jax.tree.leaves((own, arguments)))
+        return compat.jaxpr_as_fun(self.jaxpr)(*leaves)[0]
+
+    @functools.cached_property
+    def _what_it_does(self) -> tuple[Any, ...]:
+        # An array is not printed whole: a jaxpr that holds one equals itself alone
+        for equation in compat.equations(self.jaxpr.jaxpr):
+            for variable in equation.invars:
+                if isinstance(variable, compat.Literal) and jnp.ndim(variable.val) > 0:
+                    return (id(self),)
+        return self.places, str(self.jaxpr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pure) and self._what_it_does == other._what_it_does
+
+    def __hash__(self) -> int:
+        return hash(self._what_it_does)
+
+
+class Captures:
+    """The arrays that several callables hold or capture, each once.
+
+    Attributes:
+      arrays: what is captured: float, integer, traced or not.
+      names: axes of an enclosing `jax.shard_map` over which all arrays are made to differ.
+      manual: axes over which a kernel itself will enter one.
+    """
+
+    def __init__(self, names: frozenset[str], manual: tuple[str, ...] = ()) -> None:
+        """Begin with none."""
+        self.arrays: list[Array] = []
+        self._given: list[tuple[Any, Array]] = []
+        self.names, self.manual = names, manual
+
+    def hoist(self, function: Callable[..., Any], holder: Any, *arguments: Any) -> Pure:
+        """Make a callable pure in what it holds and captures.
+
+        Args:
+          function: `(holder, *arguments)`, from arrays to one array.
+          holder: a pytree of which the function reads arrays: masks, modifiers, `Partial`s. It
+            may also be None, and the function may capture arrays.
+          *arguments: arrays, or shapes and dtypes, with which it will be called.
+
+        Returns:
+          `pure` with `pure(captures.arrays, *arguments) == function(holder, *arguments)`, also
+          where more arrays were captured since.
+
+        Example:
+          >>> captures, scale = Captures(frozenset()), jnp.arange(3.0)
+          >>> pure = captures.hoist(lambda bias, x: x * scale + bias, jnp.ones(()), jnp.ones(3))
+          >>> pure([array + 1 for array in captures.arrays], jnp.ones(3))
+          Array([3., 4., 5.], dtype=float32)
+        """
+        leaves, structure = jax.tree.flatten(holder)
+        held = [self._known(leaf) for leaf in leaves]
+
+        def of_held(held, *arguments):
+            return function(jax.tree.unflatten(structure, held), *arguments)
+
+        while True:
+            shapes = self._shapes((held, *arguments))
+            closed = jax.make_jaxpr(of_held)(*shapes)
+            consts = [self._known(const) for const in closed.consts]
+            names = self.names.union(*map(compat.varying, consts))
+            if names == self.names:
+                break
+            self.names = names  # traced again, as differing over these
+
+        on_mesh = bool(self.names or compat.explicit_axes())
+
+        def rebound(consts, held, *arguments):
+            leaves = jax.tree.leaves((held, arguments))
+            if not on_mesh:
+                return compat.jaxpr_as_fun(compat.ClosedJaxpr(closed.jaxpr, consts))(*leaves)[0]
+            return (
+                compat.evaluate(closed, consts, leaves)[0] if consts else of_held(held, *arguments)
+            )
+
+        # Traced again, so that nothing keeps alive what was captured
+        retrace = compat.on_automatic_axes(
+            lambda *shapes: jax.make_jaxpr(rebound)(*shapes), self.manual
+        )
+        pure = retrace(self._shapes(consts), *shapes)
+        return Pure(pure, tuple(self._place(array) for array in (*consts, *held)))
+
+    def _shapes(self, arrays: Any) -> Any:
+        return jax.tree.map(lambda array: compat.shape_of(array, self.names), arrays)
+
+    def _known(self, given: Any) -> Array:
+        """What was given as an array of JAX: the same one each time."""
+        for known, array in self._given:
+            if known is given:
+                return array
+        array = jnp.asarray(given)
+        if isinstance(given, np.ndarray):  # not one that JAX made of it while 64 bits were enabled
+            array = array.astype(jax.dtypes.canonicalize_dtype(given.dtype))
+        self._given.append((given, array))
+        return array
+
+    def _place(self, array: Array) -> int:
+        for place, known in enumerate(self.arrays):
+            if known is array:
+                return place
+        self.arrays.append(array)
+        return len(self.arrays) - 1

@@ -1,0 +1,90 @@
+"""Run a kernel where its arrays live: eagerly or under `jit`, on one device, a mesh, a shard."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jattn.functional import compat
+from jattn.kernels.scoring import Operands, Scoring
+from jattn.request import Request, Result
+
+Kernel = Callable[[Scoring, Operands], Result]
+
+
+def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
+    """Call a kernel.
+
+    Outside of `jit` it is compiled once for all calls that ask for the same. In a `jax.shard_map`
+    its operands differ between devices all alike. On a mesh with explicit axes it runs as on one
+    with automatic axes, where loops need not agree on where each array lies; what comes out lies
+    as the query does. Where queries are sharded, each device takes its own, and all keys.
+    """
+    operands = compat.vary_alike(operands)
+    if not compat.is_tracing():
+        run = _compiled(run)
+    if not compat.is_explicit(operands):
+        return run(scoring, operands)
+    leaves, structure = jax.tree.flatten(
+        operands._replace(key=_gathered(operands.key), value=_gathered(operands.value))
+    )
+
+    def unflattened(*leaves: Any) -> Result:
+        given = jax.tree.unflatten(structure, leaves)
+        if scoring.grid.T == request.query.shape[-3]:
+            return run(scoring, given)
+        return _over_rows(run, scoring, given, request)
+
+    return jax.sharding.auto_axes(unflattened, out_sharding=_out_sharding(request))(*leaves)
+
+
+def _gathered(rows: jax.Array) -> jax.Array:
+    """Keys or values, each device with all of them: once, and not in a loop."""
+    spec = list(jax.typeof(rows).sharding.spec)
+    if spec[-3] is None:
+        return rows
+    spec[-3] = None
+    return jax.sharding.reshard(rows, PartitionSpec(*spec))
+
+
+def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
+    """Keys and values are gathered once, before the loops; queries stay where they are."""
+    axes = request.row_axes
+    lead = (None,) * (request.query.ndim - 3)
+
+    def of_bias(bias: Any) -> PartitionSpec:
+        rows = axes if bias.shape[-2] > 1 else None
+        return PartitionSpec(*(None,) * (bias.ndim - 2), rows, None)
+
+    def local(operands: Operands) -> Result:
+        first = jax.lax.axis_index(axes) * scoring.grid.T
+        return run(scoring, operands._replace(first=first))
+
+    whole, rows = PartitionSpec(), PartitionSpec(*lead, axes)
+    given = jax.tree.map(lambda _: whole, operands)
+    given = given._replace(query=rows, biases=[of_bias(bias) for bias in operands.biases])
+    return jax.shard_map(
+        local,
+        in_specs=(given,),
+        out_specs=Result(rows, rows, None),
+        axis_names=set(axes),
+        check_vma=False,
+    )(operands)
+
+
+def _out_sharding(request: Request) -> Result:
+    sharding = jax.typeof(request.query).sharding
+    *lead, T, N, _ = sharding.spec
+
+    def placed(*spec: Any) -> NamedSharding:
+        return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+    weights = placed(*lead, N, T, None) if request.return_weights else None
+    return Result(placed(*lead, T, N, None), placed(*lead, T, N), weights)
+
+
+@functools.cache
+def _compiled(run: Kernel) -> Kernel:
+    return jax.jit(run, static_argnums=0)

@@ -1,0 +1,26 @@
+"""Fixtures of the contract, which every kernel passes."""
+
+import jax
+import pytest
+
+from jattn.kernels.blockwise import sizes
+from tests.cases import VARIANTS
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (len(name.split()) > 1)) for name in VARIANTS
+    ]
+)
+def kernel(request, monkeypatch):
+    """The name of a kernel, with blocks so small that these lengths need several."""
+    for name, value in VARIANTS[request.param].items():
+        monkeypatch.setattr(sizes, name, value)
+    return request.param.split()[0]
+
+
+@pytest.fixture
+def no_rank_promotion():
+    """Arrays of different ranks meet only where the code says how."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
