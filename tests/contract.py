@@ -181,7 +181,7 @@ SINGULAR = {
     ),
     "a logarithm of zero and below": (
         masks.causal(),
-        lambda x: loose(lambda y, b, h, i, j: y - x[h] * jnp.log(i - j + 1)),
+        lambda x: loose(lambda y, b, h, i, j: y - x[h] * jnp.log(1.0 + (i - j))),
         lambda b, h, t, s: s <= t,
         lambda y, x, b, h, t, s: y - x[h] * math.log(t - s + 1),
     ),
@@ -199,7 +199,7 @@ SINGULAR = {
     ),
     "where an example sees nothing": (
         masks.causal() & masks.padding(np.array([0, 7])),
-        lambda x: loose(lambda y, b, h, i, j: y - x[h] * jnp.log(i - j + 1)),
+        lambda x: loose(lambda y, b, h, i, j: y - x[h] * jnp.log(1.0 + (i - j))),
         lambda b, h, t, s: b == 1 and s <= t,
         lambda y, x, b, h, t, s: y - x[h] * math.log(t - s + 1),
     ),

@@ -79,7 +79,7 @@ def tangent(
         dtypes=(output.dtype, maximum.dtype),
     )
     # Of an empty row no weight is above 0, whatever its log-sum-exp
-    log_total = jnp.maximum(log_total, 0)
+    log_total = jnp.where(log_total < 0, 0, log_total)
     every = (output, maximum, log_total, *given, *(moving[k] for k in moved))
     d_output, d_lse = sum(classes, *every)
     return d_output, d_lse
