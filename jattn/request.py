@@ -124,12 +124,20 @@ class Request:
         return shape
 
     @property
+    def mesh(self) -> Any:
+        """The mesh of explicit axes on which the arrays lie; None: there is none."""
+        return compat.explicit_mesh(self._arrays)
+
+    @property
     def names(self) -> frozenset[str]:
         """The axes of an enclosing `jax.shard_map` over which one of the arrays differs."""
+        return frozenset().union(*map(compat.varying, self._arrays))
+
+    @property
+    def _arrays(self) -> list[Array]:
         key = None if self.dropout_key is None else jax.random.key_data(self.dropout_key)
         rows = self.query, self.key, self.value
-        leaves = jax.tree.leaves((rows, self.mask, self.modifiers, self.positions, key))
-        return frozenset().union(*map(compat.varying, leaves))
+        return jax.tree.leaves((rows, self.mask, self.modifiers, self.positions, key))
 
 
 class Result(NamedTuple):

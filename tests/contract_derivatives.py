@@ -116,7 +116,9 @@ def test_first_and_second_derivatives(kernel, name, rng):
     for other in others:
         assert_close(other, first)
     if kernel != "dense":
-        assert_close((slope, first), jax.tree.map(np.asarray, _specification(name, point, direction)))
+        assert_close(
+            (slope, first), jax.tree.map(np.asarray, _specification(name, point, direction))
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -125,10 +127,14 @@ def _specification(name, point, direction):
     return jax.jvp(loss, point, direction), forward_over_reverse(loss, point, direction)
 
 
-def test_derivatives_are_the_slopes_of_gradients(kernel, rng):
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "causal and ALiBi")) for n in PAIRINGS],
+)
+def test_derivatives_are_the_slopes_of_gradients(kernel, name, rng):
     """Along one direction, by central differences of the gradient and of the loss."""
     point, direction = arguments(rng), arguments(rng)
-    loss = loss_of("causal and ALiBi", kernel)
+    loss = loss_of(name, kernel)
     gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
 
     def along(function):
@@ -189,7 +195,10 @@ def x_of_one(arguments):
     return jax.tree.map(lambda array: array[None], arguments)
 
 
-@pytest.mark.parametrize("transformed", TRANSFORMED)
+@pytest.mark.parametrize(
+    "transformed",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("scan", "cond"))) for n in TRANSFORMED],
+)
 def test_hessian_vector_products_under(kernel, transformed, rng):
     point, direction = arguments(rng), arguments(rng)
     loss = loss_of("dropout, a mask and a modifier", kernel)
@@ -199,7 +208,15 @@ def test_hessian_vector_products_under(kernel, transformed, rng):
     assert_close(jax.tree.map(lambda a, b: a.reshape(b.shape), came, expected), expected)
 
 
-@pytest.mark.parametrize("mapped", range(4), ids=["query", "key", "value", "parameter"])
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        pytest.param(0, id="query", marks=pytest.mark.slow),
+        pytest.param(1, id="key"),
+        pytest.param(2, id="value", marks=pytest.mark.slow),
+        pytest.param(3, id="parameter"),
+    ],
+)
 def test_hessian_vector_products_under_vmap_over_one_operand(kernel, mapped, rng):
     point, direction = arguments(rng), arguments(rng)
     loss = loss_of("causal and ALiBi", kernel)
@@ -234,7 +251,9 @@ def test_a_score_with_a_rule_of_its_own_keeps_it(kernel, rng):
     def gradient(rule):
         def loss(query):
             score = lambda q, k: rule(scores.scaled_dot_product(q, k))  # noqa: E731
-            return jnp.sin(jattn.attend(query, key, value, score=score, implementation=kernel)).sum()
+            return jnp.sin(
+                jattn.attend(query, key, value, score=score, implementation=kernel)
+            ).sum()
 
         return jax.jit(jax.grad(loss))(query)
 

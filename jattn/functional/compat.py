@@ -85,25 +85,35 @@ def _fits(array: Any, kind: Any) -> bool:
     return varying_of(own) == varying_of(kind) and own.sharding.mesh == kind.sharding.mesh
 
 
-def explicit_axes() -> list[str]:
-    """The axes of the mesh in use whose sharding is part of every array's type."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return [name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit]
+def explicit_mesh(arrays: Any) -> Any:
+    """The mesh of explicit axes on which the arrays lie, or which is in use; None: there is none.
+
+    Explicit axes are those whose sharding is part of an array's type.
+    """
+    own = [jax.typeof(array).sharding.mesh for array in jax.tree.leaves(arrays)]
+    for mesh in (*own, jax.sharding.get_abstract_mesh()):
+        if jax.sharding.AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def has_manual_axes(mesh: Any) -> bool:
+    """Whether a `jax.shard_map` is entered over some axes of the mesh."""
+    return jax.sharding.AxisType.Manual in mesh.axis_types
 
 
 def on_automatic_axes(
-    function: Callable[..., Any], manual: Sequence[str] = ()
+    function: Callable[..., Any], mesh: Any, manual: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """The function, traced as on a mesh whose explicit axes are automatic, and these manual."""
-    if not (axes := explicit_axes()):
+    """The function, traced as where explicit axes of the mesh are automatic, and these manual."""
+    if mesh is None:
         return function
-    types = dict.fromkeys(axes, jax.sharding.AxisType.Auto)
+    types = dict.fromkeys(mesh.axis_names, jax.sharding.AxisType.Auto)
     types |= dict.fromkeys(manual, jax.sharding.AxisType.Manual)
-    mesh = jax.sharding.get_abstract_mesh().update_axis_types(types)
+    automatic = mesh.update_axis_types(types)
 
     def on_mesh(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(automatic):
             return function(*arguments)
 
     return on_mesh
@@ -153,16 +163,6 @@ def is_explicit(arrays: Any) -> bool:
     """
     specs = [jax.typeof(array).sharding.spec for array in jax.tree.leaves(arrays)]
     return any(axis is not None for spec in specs for axis in spec)
-
-
-def is_tracing() -> bool:
-    """Whether operations are recorded now, for a compiler, rather than run one by one.
-
-    Example:
-      >>> is_tracing()
-      False
-    """
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def primitive(

@@ -57,14 +57,17 @@ class Captures:
     Attributes:
       arrays: what is captured: float, integer, traced or not.
       names: axes of an enclosing `jax.shard_map` over which all arrays are made to differ.
-      manual: axes over which a kernel itself will enter one.
+      mesh: of explicit axes, which will be automatic; or None.
+      manual: axes of it over which a kernel itself will enter a `jax.shard_map`.
     """
 
-    def __init__(self, names: frozenset[str], manual: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, names: frozenset[str] = frozenset(), mesh: Any = None, manual: tuple[str, ...] = ()
+    ) -> None:
         """Begin with none."""
         self.arrays: list[Array] = []
         self._given: list[tuple[Any, Array]] = []
-        self.names, self.manual = names, manual
+        self.names, self.mesh, self.manual = names, mesh, manual
 
     def hoist(self, function: Callable[..., Any], holder: Any, *arguments: Any) -> Pure:
         """Make a callable pure in what it holds and captures.
@@ -80,7 +83,7 @@ class Captures:
           where more arrays were captured since.
 
         Example:
-          >>> captures, scale = Captures(frozenset()), jnp.arange(3.0)
+          >>> captures, scale = Captures(), jnp.arange(3.0)
           >>> pure = captures.hoist(lambda bias, x: x * scale + bias, jnp.ones(()), jnp.ones(3))
           >>> pure([array + 1 for array in captures.arrays], jnp.ones(3))
           Array([3., 4., 5.], dtype=float32)
@@ -100,7 +103,7 @@ class Captures:
                 break
             self.names = names  # traced again, as differing over these
 
-        on_mesh = bool(self.names or compat.explicit_axes())
+        on_mesh = bool(self.names) or self.mesh is not None
 
         def rebound(consts, held, *arguments):
             leaves = jax.tree.leaves((held, arguments))
@@ -111,9 +114,10 @@ class Captures:
             )
 
         # Traced again, so that nothing keeps alive what was captured
-        retrace = compat.on_automatic_axes(
-            lambda *shapes: jax.make_jaxpr(rebound)(*shapes), self.manual
-        )
+        def trace(*shapes):
+            return jax.make_jaxpr(rebound)(*shapes)
+
+        retrace = compat.on_automatic_axes(trace, self.mesh, self.manual)
         pure = retrace(self._shapes(consts), *shapes)
         return Pure(pure, tuple(self._place(array) for array in (*consts, *held)))
 

@@ -9,22 +9,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jattn.functional.softmax import softmax_and_logsumexp
 from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen, pool, queries_seen
 from jattn.kernels.captures import Captures
-from jattn.kernels.execute import execute
+from jattn.kernels.execute import execute, mesh_refusal
 from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import Operands, Scoring, hoist_score, prepare
 from jattn.request import Request, Result
 
 
 def refuses(request: Request) -> str | None:
-    """Nothing is refused."""
-    return None
+    """Why this kernel cannot do what is asked; None if it can."""
+    return mesh_refusal(request)
 
 
 def run(request: Request) -> Result:
     """Attention by this kernel."""
     *lead, T, N, _ = request.query.shape
     S = request.key.shape[-3]
-    captures, grid = Captures(request.names), Grid(tuple(lead), N, T, S, T, S, examples=None)
+    captures, grid = (
+        Captures(request.names, request.mesh),
+        Grid(tuple(lead), N, T, S, T, S, examples=None),
+    )
     score = hoist_score(request, grid, captures)
     run = _output_and_weights if request.return_weights else _output
     return execute(run, *prepare(request, grid, score, captures), request)

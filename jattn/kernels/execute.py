@@ -17,15 +17,14 @@ Kernel = Callable[[Scoring, Operands], Result]
 def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
     """Call a kernel.
 
-    Outside of `jit` it is compiled once for all calls that ask for the same. In a `jax.shard_map`
-    its operands differ between devices all alike. On a mesh with explicit axes it runs as on one
+    It is traced and compiled once for all calls that ask for the same, inside of `jit` and outside.
+    In a `jax.shard_map` its operands differ between devices all alike. On a mesh with explicit axes it runs as on one
     with automatic axes, where loops need not agree on where each array lies; what comes out lies
     as the query does. Where queries are sharded, each device takes its own, and all keys.
     """
     operands = compat.vary_alike(operands)
-    if not compat.is_tracing():
-        run = _compiled(run)
-    if not compat.is_explicit(operands):
+    run = _compiled(run)
+    if request.mesh is None:
         return run(scoring, operands)
     leaves, structure = jax.tree.flatten(
         operands._replace(key=_gathered(operands.key), value=_gathered(operands.value))
@@ -38,6 +37,13 @@ def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request)
         return _over_rows(run, scoring, given, request)
 
     return jax.sharding.auto_axes(unflattened, out_sharding=_out_sharding(request))(*leaves)
+
+
+def mesh_refusal(request: Request) -> str | None:
+    """Why no kernel of ours can run where the arrays lie; None if it can."""
+    if request.mesh is not None and compat.has_manual_axes(request.mesh):
+        return "some axes of the mesh are manual, in a shard_map, and others explicit: JAX has no way from there; make all of them manual"
+    return None
 
 
 def _gathered(rows: jax.Array) -> jax.Array:

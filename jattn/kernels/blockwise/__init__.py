@@ -32,7 +32,7 @@ from jattn.functional import dtypes
 from jattn.kernels.blockwise import sizes
 from jattn.kernels.blockwise.forward import forward
 from jattn.kernels.blockwise.tangent import tangent
-from jattn.kernels.execute import execute
+from jattn.kernels.execute import execute, mesh_refusal
 from jattn.kernels.scoring import Operands, Scoring, prepare
 from jattn.request import Request, Result
 
@@ -45,7 +45,7 @@ def refuses(request: Request) -> str | None:
         return "it never has all weights at once: return_weights"
     if request.is_symbolic:
         return "its loops need lengths that are numbers, not symbols"
-    return None
+    return mesh_refusal(request)
 
 
 def run(request: Request) -> Result:

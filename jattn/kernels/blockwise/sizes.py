@@ -42,7 +42,7 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
 def _small_enough(request: Request, grid: Grid) -> tuple[Grid, Pure, Captures]:
     """Make blocks smaller until the largest array on the way to their scores is small enough."""
     while True:
-        captures = Captures(request.names, request.row_axes)
+        captures = Captures(request.names, request.mesh, request.row_axes)
         score = hoist_score(request, grid, captures)
         ratio = _largest_intermediate(score.jaxpr) / BLOCK_BYTES
         smaller = grid

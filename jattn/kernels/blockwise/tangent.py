@@ -118,9 +118,10 @@ def _term(
         value = hide(value, keys_seen(allowed, value.shape[-3]))
         return scoring.scores(block.captured, query, key, block.biases, allowed, *place), value
 
-    (scores, value), (d_scores, d_value) = jax.jvp(
-        scores_and_value, [given[k] for k in moved], [changes[k] for k in moved]
-    )
+    with scoring.at_precision():
+        (scores, value), (d_scores, d_value) = jax.jvp(
+            scores_and_value, [given[k] for k in moved], [changes[k] for k in moved]
+        )
     maximum, log_total = (heads_first(statistic[..., None]) for statistic in (maximum, log_total))
     exponent = (scores - maximum) - log_total
     if allowed is not None:
@@ -129,9 +130,10 @@ def _term(
     dropped = functools.partial(scoring.dropped, operands.dropout)
     shares = weights * d_scores
     d_lse = shares.sum(-1, keepdims=True)
-    pooled = arrays.pool(dropped(shares, *place), value)
-    if VALUE in moved:
-        pooled = pooled + arrays.pool(dropped(weights, *place), d_value)
+    with scoring.at_precision():
+        pooled = arrays.pool(dropped(shares, *place), value)
+        if VALUE in moved:
+            pooled = pooled + arrays.pool(dropped(weights, *place), d_value)
     d_output = pooled - heads_first(output) * d_lse.astype(output.dtype)
     return heads_last(d_output), heads_last(d_lse)[..., 0]
 
