@@ -21,20 +21,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from jattn.kernels import arrays
 from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen
 from jattn.kernels.blockwise.cuts import Cut, Index
-from jattn.kernels.blockwise.forward import LINES, OF_QUERIES, cut_of_bias
+from jattn.kernels.blockwise.forward import LINES, OF_KEYS, OF_QUERIES, cut_of_bias
 from jattn.kernels.blockwise.sums import Sum
 from jattn.kernels.scoring import Operands, Scoring
 
 Array = jax.Array
-# Keys and values as [parts, *batch, K, H, S]: XLA's matrix products on CPU are three times as slow
-# where the gradients of these would have to be summed over the rows of a large left operand
-OF_KEYS = Cut((0,), columns=-1)
 STATISTICS = Cut((0,), rows=-2)  # [parts, *batch, T, N]
+VALUE = Operands._fields.index("value")
 
 
 def tangent(
@@ -54,8 +51,8 @@ def tangent(
       tangents: of the operands; None for a tangent of zero.
     """
     output, maximum, log_total = results
-    given, structure = jax.tree.flatten(_columns_last(operands))
-    moving = structure.flatten_up_to(_columns_last(tangents))
+    given, structure = jax.tree.flatten(operands)
+    moving = structure.flatten_up_to(tangents)
     moved = tuple(k for k, one in enumerate(moving) if one is not None)
     cuts = [
         OF_QUERIES,
@@ -67,29 +64,23 @@ def tangent(
     terms = [
         functools.partial(_term, scoring, structure, moved, masked) for masked in (True, False)
     ]
-    sum = Sum(
+    over_blocks = Sum(
         grid=scoring.grid,
         loops=(scoring.grid.num_parts,),
         terms=(terms[0], terms[1]),
         is_masked=scoring.is_masked,
         classes=None if classes is None else LINES,
-        operands=(OF_QUERIES, STATISTICS, STATISTICS, *cuts, *(cuts[k] for k in moved)),
+        operands=(STATISTICS, STATISTICS, *cuts, *(cuts[k] for k in moved)),
         results=(OF_QUERIES, STATISTICS),
         shapes=(output.shape, maximum.shape),
         dtypes=(output.dtype, maximum.dtype),
     )
-    # Of an empty row no weight is above 0, whatever its log-sum-exp
-    log_total = jnp.where(log_total < 0, 0, log_total)
-    every = (output, maximum, log_total, *given, *(moving[k] for k in moved))
-    d_output, d_lse = sum(classes, *every)
-    return d_output, d_lse
-
-
-def _columns_last(operands: Operands) -> Operands:
-    def turned(array: Any) -> Any:
-        return None if array is None else rearrange(array, "... S K H -> ... K H S")
-
-    return operands._replace(key=turned(operands.key), value=turned(operands.value))
+    some = log_total >= 0  # else the row is empty: all its weights are 0, whatever stands here
+    statistics = maximum, hide(log_total, some)
+    pooled, d_lse = over_blocks(classes, *statistics, *given, *(moving[k] for k in moved))
+    # Zeros there already, but not for a NaN cotangent
+    pooled, d_lse = hide(pooled, some[..., None]), hide(d_lse, some)
+    return pooled - output * d_lse[..., None].astype(output.dtype), d_lse
 
 
 def _term(
@@ -100,10 +91,10 @@ def _term(
     at: Index,
     *blocks: Array,
 ) -> tuple[Array, Array]:
-    """A block's share in the tangents: `[*batch, rows, N, V]` and `[*batch, rows, N]`."""
+    """A block's share in Σ t v + Σ p dv, `[*batch, rows, N, V]`, and in Σ t, `[*batch, rows, N]`."""
     count = structure.num_leaves
-    (output, maximum, log_total), given = blocks[:3], blocks[3 : 3 + count]
-    changes = dict(zip(moved, blocks[3 + count :], strict=True))
+    (maximum, log_total), given = blocks[:2], blocks[2 : 2 + count]
+    changes = dict(zip(moved, blocks[2 + count :], strict=True))
     operands = Operands(*jax.tree.unflatten(structure, given))
     place = (*at.place, operands.first)
     allowed = scoring.allowed(operands.captured, *place) if masked else None
@@ -113,8 +104,7 @@ def _term(
         for k, leaf in zip(moved, inner, strict=True):
             leaves[k] = leaf
         block = Operands(*jax.tree.unflatten(structure, leaves))
-        query = heads_first(block.query)
-        key, value = (rearrange(x, "... K H S -> ... K S H") for x in (block.key, block.value))
+        query, key, value = map(heads_first, block[:3])
         value = hide(value, keys_seen(allowed, value.shape[-3]))
         return scoring.scores(block.captured, query, key, block.biases, allowed, *place), value
 
@@ -134,8 +124,4 @@ def _term(
         pooled = arrays.pool(dropped(shares, *place), value)
         if VALUE in moved:
             pooled = pooled + arrays.pool(dropped(weights, *place), d_value)
-    d_output = pooled - heads_first(output) * d_lse.astype(output.dtype)
-    return heads_last(d_output), heads_last(d_lse)[..., 0]
-
-
-VALUE = Operands._fields.index("value")
+    return heads_last(pooled), heads_last(d_lse)[..., 0]
