@@ -1,10 +1,13 @@
 """One matrix product for all: half precision is multiplied as it comes and summed in float32.
 
 JAX itself transposes such a product into float32 × float32, which accelerators compute many times
-as slowly. Here the cotangent is rounded to the operands' dtype before it is multiplied.
+as slowly. Here whatever meets a half-precision operand is rounded to its dtype before they are
+multiplied, cotangents too; on CPU, where wide products are faster, the operand is widened instead.
 """
 
+import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +18,7 @@ from jattn.functional import compat, dtypes
 Array = jax.Array
 
 
-def product(x: Array, y: Array, contract: tuple[int, int] = (-1, -1)) -> Array:
+def product(x: Array, y: Array, contract: tuple[int, int] = (-1, -1), dtype: Any = None) -> Array:
     """Matrix products over one of the last two axes of each operand.
 
         result[..., i, j] = Σ_c x[..., i, c] · y[..., j, c]      for contract = (−1, −1)
@@ -24,90 +27,87 @@ def product(x: Array, y: Array, contract: tuple[int, int] = (-1, -1)) -> Array:
       x: `[..., i, c]`, or `[..., c, i]` where `contract[0]` is −2.
       y: `[..., j, c]`, or `[..., c, j]` where `contract[1]` is −2; leading axes broadcast.
       contract: the axis of each over which is summed.
+      dtype: in which operands are multiplied, if it is half precision; None: that of an operand
+        which has half precision.
 
     Returns:
-      `[..., i, j]`, float32 for half-precision operands, else in their dtype.
+      `[..., i, j]`, float32 where operands are multiplied in half precision, else in their dtype.
 
     Example:
-      >>> product(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((5, 3), jnp.bfloat16)).dtype
+      >>> product(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((5, 3))).dtype
       dtype('float32')
     """
     if x.ndim > max(2, y.ndim - 1) and math.prod(y.shape[:-2]) == 1 and contract[0] == -1:
         # One matrix for all: one product
         count = math.prod(x.shape[:-1])
-        rows = product(x.reshape(count, x.shape[-1]), y.reshape(y.shape[-2:]), contract)
+        matrix = y.reshape(y.shape[-2:])
+        rows = product(x.reshape(count, x.shape[-1]), matrix, contract, dtype)
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
     lead = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     x, y = (jnp.broadcast_to(array, (*lead, *array.shape[-2:])) for array in (x, y))
-    if not dtypes.is_half(x.dtype):
-        return _run(x, y, contract=contract, precision=None)[0]
-    (result,) = _half_product(x, y, contract=contract, precision=_ambient_precision())
-    return result
+    halves = [d for d in (dtype, x.dtype, y.dtype) if d is not None and dtypes.is_half(d)]
+    if not halves:
+        return _product(x, y, contract, None)
+    precision = jax.config.jax_default_matmul_precision
+    options = {"contract": contract, "precision": precision, "dtype": jnp.dtype(halves[0])}
+    return _half_product(x, y, **options)[0]
 
 
-def _ambient_precision() -> Any:
-    return jax.config.jax_default_matmul_precision
-
-
-def _run(x, y, *, contract, precision):
-    """The product as `dot_general`; operands of either precision, sums in at least float32."""
+def _product(x: Array, y: Array, contract: tuple[int, int], precision: str | None) -> Array:
     over = tuple((x.ndim + axis,) for axis in contract)
     lead = tuple(range(x.ndim - 2))
-    with jax.default_matmul_precision(precision) if precision else _NoContext():
-        dtype = dtypes.accumulator(x.dtype)
-        return [jax.lax.dot_general(x, y, (over, (lead, lead)), preferred_element_type=dtype)]
+    at = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
+    dtype = dtypes.accumulator(x.dtype)
+    with at:
+        return jax.lax.dot_general(x, y, (over, (lead, lead)), preferred_element_type=dtype)
 
 
-def _run_on_cpu(x, y, *, contract, precision):
-    """Widened: there it is faster, and the same numbers, for products of halves are exact."""
-    wide = (array.astype(jnp.float32) for array in (x, y))
-    return _run(*wide, contract=contract, precision="highest")
+# The product in half precision, as an operation with rules of its own
 
 
-def _shapes(x, y, *, contract, precision):
+def _run(x, y, *, contract, precision, dtype):
+    return [_product(x.astype(dtype), y.astype(dtype), contract, precision)]
+
+
+def _run_on_cpu(x, y, *, contract, precision, dtype):
+    return [_product(x.astype(jnp.float32), y.astype(jnp.float32), contract, "highest")]
+
+
+def _shapes(x, y, *, contract, precision, dtype):
     sizes = x.shape[-3 - contract[0]], y.shape[-3 - contract[1]]
-    return [compat.kind_like(x, (*x.shape[:-2], *sizes), dtypes.accumulator(x.dtype))]
+    return [compat.kind_like(x, (*x.shape[:-2], *sizes), jnp.float32)]
 
 
-def _jvp(primals, tangents, **params):
-    terms = []
-    for k in (0, 1):
-        if tangents[k] is not None:
-            operands = [tangents[k] if k == n else primals[n] for n in (0, 1)]
-            terms.append(_half_product(*operands, **params)[0])
-    return _half_product(*primals, **params), [sum(terms[1:], terms[0]) if terms else None]
+def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> Any:
+    x, y = primals
+    terms = [
+        _half_product(*operands, **params)[0]
+        for tangent, operands in zip(tangents, ((tangents[0], y), (x, tangents[1])), strict=True)
+        if tangent is not None
+    ]
+    return _half_product(x, y, **params), [sum(terms[1:], terms[0]) if terms else None]
 
 
-def _transpose(cotangents, x, y, *, kinds, contract, precision):
-    (cotangent,), (dtype,) = cotangents, {kind.dtype for kind in kinds}
+def _transpose(cotangents, x, y, *, kinds, contract, precision, dtype):
+    (cotangent,), (kind,) = cotangents, kinds
     if cotangent is None:
         return [None]
-    cotangent = cotangent.astype(dtype)
-    known, side = (y, -1) if x is None else (x, -2)
-    own, other = contract if x is None else contract[::-1]
-    (result,) = _half_product(
-        cotangent, known, contract=(side, -3 - other), precision=precision
-    )  # [..., its free axis, the contracted axis]
-    return [(result if own == -1 else result.mT).astype(dtype)]
+    # [..., i, j] times [..., j, c] is [..., i, c]: the free axis of the operand, the contracted one
+    known, side, own, other = (y, -1, *contract) if x is None else (x, -2, *contract[::-1])
+    options = {"contract": (side, -3 - other), "precision": precision, "dtype": dtype}
+    (result,) = _half_product(cotangent, known, **options)
+    return [(result if own == -1 else result.mT).astype(kind.dtype)]
 
 
 def _batch(arrays, axes, **params):
     (size,) = {a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None}
-    moved = [
-        jnp.broadcast_to(array, (size, *array.shape))
-        if axis is None
-        else jnp.moveaxis(array, axis, 0)
-        for array, axis in zip(arrays, axes, strict=True)
-    ]
-    return _half_product(*moved, **params), [0]
 
+    def at_front(array, axis):
+        if axis is None:
+            return jnp.broadcast_to(array, (size, *array.shape))
+        return jnp.moveaxis(array, axis, 0)
 
-class _NoContext:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
+    return _half_product(*map(at_front, arrays, axes), **params), [0]
 
 
 _half_product = compat.primitive(

@@ -129,8 +129,8 @@ def bilinear(query: Array, key: Array, weight: Array) -> Array:
     """
     query, key = _pair(query, key, same_width=False, widen=False)
     weight = _per_head(weight, query, key, (query.shape[-1], key.shape[-1]))
-    projected = product(query, weight.astype(query.dtype), (-1, -2))  # qᵀ W
-    return _products(projected.astype(key.dtype), key)
+    projected = product(query, weight, (-1, -2))  # qᵀ W
+    return _products(projected, key)
 
 
 def additive(query: Array, key: Array, weight: Array) -> Array:
@@ -219,8 +219,7 @@ def cosine(query: Array, key: Array, scale: float | Array = 1.0) -> Array:
     """
     dtype = _pair(query, key, widen=False)[0].dtype
     query, key = _pair(query, key)
-    directions = (_unit(vector).astype(dtype) for vector in (query, key))
-    return _products(*directions) * _factor(scale, query, key)
+    return _products(_unit(query), _unit(key), dtype) * _factor(scale, query, key)
 
 
 def _unit(vector: Array) -> Array:
@@ -249,12 +248,12 @@ def _pair(
     return query.astype(dtype), key.astype(dtype)
 
 
-def _products(query: Array, key: Array) -> Array:
+def _products(query: Array, key: Array, dtype: Any = None) -> Array:
     """Inner products of all rows; heads that share a key make one matrix product."""
     if not query.ndim == key.ndim > 2 or key.shape[-3] > 1 or query.shape[-3] == 1:
-        return product(query, key)
+        return product(query, key, dtype=dtype)
     rows = rearrange(query, "... g t h -> ... (g t) h")
-    products = product(rows, key[..., 0, :, :])
+    products = product(rows, key[..., 0, :, :], dtype=dtype)
     return rearrange(products, "... (g t) s -> ... g t s", g=query.shape[-3])
 
 

@@ -52,11 +52,11 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
 def pool(weights: Array, value: Array) -> Array:
     """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`.
 
-    Weights are rounded to the dtype of half-precision values; sums are kept in float32.
+    Weights meet values as in `product`: those of half precision as they come, summed in float32.
     """
     K, N = value.shape[-3], weights.shape[-3]
     grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=K)
-    pooled = product(grouped.astype(value.dtype), value, (-1, -2))
+    pooled = product(grouped, value, (-1, -2))
     return rearrange(pooled, "... K (G T) V -> ... (K G) T V", G=N // K)
 
 
