@@ -189,7 +189,9 @@ def attention_weights(
         precision=precision,
         return_weights=True,
     )
-    return dense.run(request).weights
+    weights = dense.run(request).weights
+    assert weights is not None  # they were asked for
+    return weights
 
 
 def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -81,16 +81,18 @@ class Request:
         _check_dropout(dropout_rate, dropout_key)
         dtype = jnp.result_type(query, key, value)
         return cls(
-            *(array.astype(dtype) for array in (query, key, value)),
-            score=score,
-            mask=mask,
-            modifiers=parts,
-            positions=positions,
-            dropout_rate=float(dropout_rate),
-            dropout_key=dropout_key,
-            precision=_as_precision(precision),
-            return_lse=return_lse,
-            return_weights=return_weights,
+            query.astype(dtype),
+            key.astype(dtype),
+            value.astype(dtype),
+            score,
+            mask,
+            parts,
+            positions,
+            float(dropout_rate),
+            dropout_key,
+            _as_precision(precision),
+            return_lse,
+            return_weights,
         )
 
     @property
@@ -266,7 +268,7 @@ def _check_dropout(rate: Any, key: Any) -> None:
 def _as_precision(precision: Any) -> str | None:
     """What `jax.default_matmul_precision` takes; without one, what it holds now."""
     if precision is None:
-        return jax.config.jax_default_matmul_precision
+        return compat.ambient_precision()
     if isinstance(precision, (jax.lax.Precision, jax.lax.DotAlgorithmPreset)):
         is_level = isinstance(precision, jax.lax.Precision)
         return precision.name.lower() if is_level else precision.name

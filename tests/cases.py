@@ -27,16 +27,20 @@ VARIANTS = {
         "SCORES": 1,
         "one_cpu_device": lambda: True,
     },
+    # All examples in one
     "blockwise in parts": {
         "ROWS": 3,
         "COLUMNS": (4, 4),
         "one_cpu_device": lambda: True,
-    },  # all examples in one
+    },
 }
 
 
 def loose(function):
-    """A callable as users write it, mixing integers and floats; jattn itself keeps to strict promotion."""
+    """A callable as users write it, mixing integers and floats.
+
+    jattn itself keeps to strict promotion.
+    """
 
     def call(*scalars):
         with jax.numpy_dtype_promotion("standard"):

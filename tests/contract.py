@@ -91,8 +91,12 @@ def test_positions_move_what_masks_and_modifiers_see(kernel, per_example, rng, x
     mask = (masks.causal() | masks.padding(LENGTHS)) & masks.mask_mod(lambda b, h, i, j: i != j + 1)
     truth = oracle.attend(
         query, key, value, score=oracle.scaled_dot_product,
-        allowed=lambda b, h, t, s: (k_pos[b, s] <= q_pos[b, t] or s < LENGTHS[b]) and q_pos[b, t] != k_pos[b, s] + 1,
-        modify=lambda x, b, h, t, s: x - SLOPES[h] * abs(q_pos[b, t] - k_pos[b, s]) + BIAS[b, h, t, s],
+        allowed=lambda b, h, t, s: (
+            (k_pos[b, s] <= q_pos[b, t] or s < LENGTHS[b]) and q_pos[b, t] != k_pos[b, s] + 1
+        ),
+        modify=lambda x, b, h, t, s: (
+            x - SLOPES[h] * abs(q_pos[b, t] - k_pos[b, s]) + BIAS[b, h, t, s]
+        ),
     )  # fmt: skip
     modifier = (modifiers.alibi(SLOPES), modifiers.bias(BIAS))
     assert_is_truth(
@@ -119,7 +123,8 @@ def test_gradients_are_the_slopes_of_the_loop(kernel, rng, x64):
     def truth(query, key, value, weight, table):
         output, lse, _ = oracle.attend(
             query, key, value,
-            score=lambda q, k, h: float(np.tanh(q + k) @ weight), allowed=lambda b, h, t, s: s <= t + 1,
+            score=lambda q, k, h: float(np.tanh(q + k) @ weight),
+            allowed=lambda b, h, t, s: s <= t + 1,
             modify=lambda x, b, h, t, s: x + table[t - s + 6],
         )  # fmt: skip
         return (output * cotangent).sum() + np.sin(lse).sum()
@@ -137,7 +142,10 @@ def test_gradients_are_the_slopes_of_the_loop(kernel, rng, x64):
 
 
 def test_gradients_through_everything_at_once_are_those_of_the_specification(kernel, rng, x64):
-    """Scores, modifiers, masks, positions, dropout and lse together; the parts are held to loops above."""
+    """Scores, modifiers, masks, positions, dropout and lse together.
+
+    The parts are held to loops above.
+    """
     query, key, value = operands(rng)
     mask = masks.padding(PER_QUERY) | masks.mask_mod(lambda b, h, i, j: i == j)
     positions = rng.integers(0, 7, (B, T)), rng.integers(0, 7, (B, S))
@@ -153,9 +161,11 @@ def test_gradients_through_everything_at_once_are_those_of_the_specification(ker
                 modifiers.relative_bias(table),
             )
             output, lse = jattn.attend(
-                query, key, value, score=functools.partial(scores.additive, weight=weight), mask=mask,
-                modifier=(*modifier, modifiers.soft_cap(2.0)), positions=positions, dropout_rate=0.3,
-                dropout_key=jax.random.key(1), implementation=implementation, return_lse=True,
+                query, key, value,
+                score=functools.partial(scores.additive, weight=weight), mask=mask,
+                modifier=(*modifier, modifiers.soft_cap(2.0)), positions=positions,
+                dropout_rate=0.3, dropout_key=jax.random.key(1),
+                implementation=implementation, return_lse=True,
             )  # fmt: skip
             return output, jnp.where(jnp.isneginf(lse), 0, lse)
 
@@ -175,9 +185,15 @@ FAR = (np.arange(T), np.where(np.arange(S) == 6, 1000, np.arange(S)))  # beyond 
 SINGULAR = {
     "a table beyond its end, under a cap": (
         masks.causal(),
-        lambda x: (modifiers.alibi(x[:6]), modifiers.relative_bias(x[:6, None] * TABLE), modifiers.soft_cap(5.0)),
+        lambda x: (
+            modifiers.alibi(x[:6]),
+            modifiers.relative_bias(x[:6, None] * TABLE),
+            modifiers.soft_cap(5.0),
+        ),
         lambda b, h, t, s: s <= t,
-        lambda y, x, b, h, t, s: 5 * math.tanh((y - x[h] * (t - s) + x[h] * TABLE[h, t - s + 6]) / 5),
+        lambda y, x, b, h, t, s: (
+            5 * math.tanh((y - x[h] * (t - s) + x[h] * TABLE[h, t - s + 6]) / 5)
+        ),
     ),
     "a logarithm of zero and below": (
         masks.causal(),
@@ -187,7 +203,10 @@ SINGULAR = {
     ),
     "a division by zero behind a bias": (
         masks.no_self(),
-        lambda x: (modifiers.bias(x[None, :6, None, None] * BIAS), loose(lambda y, b, h, i, j: y / (i - j))),
+        lambda x: (
+            modifiers.bias(x[None, :6, None, None] * BIAS),
+            loose(lambda y, b, h, i, j: y / (i - j)),
+        ),
         lambda b, h, t, s: t != s,
         lambda y, x, b, h, t, s: (y + x[h] * BIAS[b, h, t, s]) / (t - s),
     ),
@@ -279,7 +298,10 @@ def test_hidden_rows_reach_neither_output_nor_gradients(kernel, name, rng, x64):
 
 @pytest.mark.parametrize("low", [-1e4, -1e9, float(np.finfo(np.float32).min)])
 def test_rows_of_large_negative_scores_have_their_gradients(kernel, low, rng):
-    """A finite bias in the place of a mask: where all scores of a row have it, they share the weight as without it."""
+    """A finite bias in the place of a mask.
+
+    Where all scores of a row have it, they share the weight as without it.
+    """
     query, key, value = operands(rng, dtype=np.float32)
     bias = jnp.zeros((1, 1, T, 1)).at[:, :, :2].set(low)
 
@@ -289,9 +311,8 @@ def test_rows_of_large_negative_scores_have_their_gradients(kernel, low, rng):
         )[:, :2].sum()
 
     gradient = jax.jit(jax.grad(total))(value, np.zeros_like(query))
-    np.testing.assert_allclose(
-        gradient, np.full_like(value, 2 * 3 / S), rtol=1e-5
-    )  # 2 rows, 3 heads a key, each 1 / S
+    # 2 rows, 3 heads a key, each 1 / S
+    np.testing.assert_allclose(gradient, np.full_like(value, 2 * 3 / S), rtol=1e-5)
 
 
 def test_a_query_that_is_nan_reaches_no_key_that_it_may_not_see(kernel, rng, x64):
@@ -515,7 +536,10 @@ def test_nested_vmap(kernel, rng, x64):
 
 
 def test_captured_float_and_integer_tracers(kernel, rng, x64):
-    """grad of jit, jit of grad, grad of vmap, scan and checkpoint, with callables that close over traced values."""
+    """Callables that close over traced values.
+
+    Under grad of jit, jit of grad, grad of vmap, scan and checkpoint.
+    """
     query, key, value = operands(rng, B=1)
     query, key, value = query[0], key[0], value[0]
 

@@ -248,7 +248,7 @@ def test_explicit_axes_inside_a_shard_map_over_others_are_refused_by_name(kernel
             functools.partial(jattn.attend, implementation=kernel),
             axis_names={"batch"}, in_specs=P("batch"), out_specs=P("batch"),
         )  # fmt: skip
-        with pytest.raises(NotImplementedError, match="manual.*explicit"):
+        with pytest.raises(NotImplementedError, match=r"manual.*explicit"):
             jax.jit(mapped)(*placed)
 
 

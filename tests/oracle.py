@@ -43,8 +43,9 @@ def scaled_dot_product(q, k, h):
 def numerical_gradient(function, array, step=1e-3):
     """Central differences of a scalar float64 function of one array, extrapolated from two steps.
 
-    (4 D(step / 2) − D(step)) / 3. For values of order ten rounding is 2e-16 · 10 · 3 / step = 6e-12;
-    for fifth derivatives of order a thousand truncation is step⁴ · 1000 / 480 = 2e-12.
+    (4 D(step / 2) − D(step)) / 3. For values of order ten rounding is
+    2e-16 · 10 · 3 / step = 6e-12; for fifth derivatives of order a thousand truncation is
+    step⁴ · 1000 / 480 = 2e-12.
     """
     array = np.array(array, np.float64)
     gradient = np.zeros_like(array)

@@ -1,4 +1,7 @@
-"""attend beyond the contract of the kernels: bad input, the choice of a kernel, what is returned, second order."""
+"""attend beyond the contract of the kernels.
+
+Bad input, the choice of a kernel, what is returned, second order.
+"""
 
 import functools
 import math
@@ -10,6 +13,7 @@ import pytest
 
 import jattn
 from jattn import heads, masks, modifiers, scores
+from jattn.functional import compat
 from jattn.kernels import blockwise
 from tests import oracle
 
@@ -250,9 +254,8 @@ def test_compilations_are_seen(compilations):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_before_any_compile(name, compilations):
     error, match, arrays, options = BAD[name]
-    arrays = [
-        jnp.asarray(array) for array in arrays
-    ]  # the copy of a NumPy array to the device counts as one
+    # The copy of a NumPy array to the device counts as one
+    arrays = [jnp.asarray(array) for array in arrays]
     compilations.clear()
     with pytest.raises(error, match=match):
         jattn.attend(*arrays, **options)
@@ -365,7 +368,7 @@ def test_an_error_of_a_users_own_function_reaches_the_user(rng):
     def unfinished(query, key):
         raise NotImplementedError("to be written")
 
-    with pytest.raises(NotImplementedError, match="^to be written"):
+    with pytest.raises(NotImplementedError, match=r"^to be written"):
         jattn.attend(*operands(rng, np.float32), score=unfinished)
 
 
@@ -441,8 +444,8 @@ def test_grouped_keys_and_values_are_never_repeated():
     jaxpr = jax.make_jaxpr(jattn.attend)(
         *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     )
-    sizes = [math.prod(v.aval.shape) for equation in jaxpr.eqns for v in equation.outvars]
-    assert max(sizes) == 2 * long * width
+    made = [v.aval for e in compat.equations(jaxpr.jaxpr) for v in e.outvars]
+    assert max(math.prod(array.shape) for array in made) == 2 * long * width
 
 
 # Forward mode and second order, on the dense kernel

@@ -57,7 +57,10 @@ DOT_PRODUCT = {
     [*((name, 2) for name in DOT_PRODUCT), ("plain", 6), ("all", 6), ("plain", 1), ("all", 1)],
 )
 def test_dot_product_attention_has_the_numbers_of_jax(name, K, rng):
-    """Outputs and gradients, residual too; a row that jax.nn would fill with a mean is told apart by the residual."""
+    """Outputs and gradients, residual too.
+
+    A row that jax.nn would fill with a mean is told apart by the residual.
+    """
     operands_ = operands(rng, np.float32, K=K, V=H)
     options = DOT_PRODUCT[name]
 

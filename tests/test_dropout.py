@@ -19,7 +19,10 @@ def operands(rng, dtype=np.float64, N=N, K=K, V=V):
 
 
 def drop(key, rate, shape=(B, 61, 3, 67)):
-    """Which weights `[B, N, T, S]` are kept, read off the output: uniform weights over one-hot values."""
+    """Which weights `[B, N, T, S]` are kept, read off the output.
+
+    The weights are uniform, over one-hot values.
+    """
     B, T, N, S = shape
     query, key_ = jnp.zeros((B, T, N, 2)), jnp.zeros((B, S, N, 2))
     value = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, N, S))
@@ -33,7 +36,10 @@ def drop(key, rate, shape=(B, 61, 3, 67)):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_at_its_rate_everywhere(rate):
-    """Every margin lies within 5 standard deviations of a binomial: a chance of 6e-7 for each of ~270 counts."""
+    """Every margin lies within 5 standard deviations of a binomial.
+
+    That leaves a chance of 6e-7 for each of ~270 counts.
+    """
     kept = drop(jax.random.key(7), rate)
     for axes in [(0, 1, 2, 3), (1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)]:
         share, size = kept.mean(axes), math.prod(kept.shape[axis] for axis in axes)

@@ -67,9 +67,8 @@ def test_merge_of_far_parts_neither_overflows_nor_loses_the_small(x64):
         output, lse = merge(
             [(one, np.full((1, 1), high)), (3 * one, np.full((1, 1), high - math.log(3)))]
         )
-        np.testing.assert_allclose(
-            output, 1.5 * one, rtol=1e-11
-        )  # an lse of 1e4 has an ulp of 2e-12
+        # An lse of 1e4 has an ulp of 2e-12
+        np.testing.assert_allclose(output, 1.5 * one, rtol=1e-11)
         np.testing.assert_allclose(lse, high + math.log(4 / 3), rtol=1e-14)
 
 

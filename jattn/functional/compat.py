@@ -226,6 +226,16 @@ def _or_none(tangent: Any) -> Any:
     return None if zero else tangent
 
 
+def ambient_precision() -> str | None:
+    """Of matrix products: what `jax.default_matmul_precision` holds now.
+
+    Example:
+      >>> ambient_precision() is None
+      True
+    """
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
 def kind_like(like: Any, shape: Sequence[int], dtype: Any) -> Any:
     """The kind of an array of this shape and dtype that varies as `like` does."""
     return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False)

@@ -48,13 +48,16 @@ def product(x: Array, y: Array, contract: tuple[int, int] = (-1, -1), dtype: Any
     halves = [d for d in (dtype, x.dtype, y.dtype) if d is not None and dtypes.is_half(d)]
     if not halves:
         return _product(x, y, contract, None)
-    precision = jax.config.jax_default_matmul_precision
-    options = {"contract": contract, "precision": precision, "dtype": jnp.dtype(halves[0])}
+    options = {
+        "contract": contract,
+        "precision": compat.ambient_precision(),
+        "dtype": jnp.dtype(halves[0]),
+    }
     return _half_product(x, y, **options)[0]
 
 
 def _product(x: Array, y: Array, contract: tuple[int, int], precision: str | None) -> Array:
-    over = tuple((x.ndim + axis,) for axis in contract)
+    over = (x.ndim + contract[0],), (x.ndim + contract[1],)
     lead = tuple(range(x.ndim - 2))
     at = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
     dtype = dtypes.accumulator(x.dtype)

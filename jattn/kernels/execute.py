@@ -12,6 +12,7 @@ from jattn.kernels.scoring import Operands, Scoring
 from jattn.request import Request, Result
 
 Kernel = Callable[[Scoring, Operands], Result]
+Tree: Any = Result  # of specs in the place of arrays
 
 
 def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
@@ -74,13 +75,13 @@ def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Reque
     return jax.shard_map(
         local,
         in_specs=(given,),
-        out_specs=Result(rows, rows, None),
+        out_specs=Tree(rows, rows, None),
         axis_names=set(axes),
         check_vma=False,
     )(operands)
 
 
-def _out_sharding(request: Request) -> Result:
+def _out_sharding(request: Request) -> Any:
     sharding = jax.typeof(request.query).sharding
     *lead, T, N, _ = sharding.spec
 
@@ -88,7 +89,7 @@ def _out_sharding(request: Request) -> Result:
         return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
     weights = placed(*lead, N, T, None) if request.return_weights else None
-    return Result(placed(*lead, T, N, None), placed(*lead, T, N), weights)
+    return Tree(placed(*lead, T, N, None), placed(*lead, T, N), weights)
 
 
 @functools.cache

@@ -152,8 +152,9 @@ def prepare(request: Request, grid: Grid, score: Pure, captures: Captures) -> tu
     is_masked, classes = request.mask is not None or grid.overlap, None
     if is_masked and grid.num_rows * grid.num_columns > 1:
         classes = captures.hoist(lambda held, *at: grid.classes(*held, *at), masking, *at[1:])
-    dropping = request.dropout_rate > 0
-    words = jax.random.key_data(request.dropout_key).ravel() if dropping else None
+    words = None
+    if request.dropout_key is not None and request.dropout_rate > 0:
+        words = jax.random.key_data(request.dropout_key).ravel()
     functions = score, modify, modify_masked, allowed, classes
     scoring = Scoring(grid, *functions, is_masked, request.dropout_rate, request.precision)
     operands = Operands(

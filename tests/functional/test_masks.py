@@ -1,4 +1,8 @@
-"""Masks: each against a loop, the laws of the algebra, sound classification, drawing, pytree behaviour, errors."""
+"""Masks.
+
+Each against a loop, the laws of the algebra, sound classification, drawing, pytree behaviour,
+errors.
+"""
 
 import functools
 
@@ -93,9 +97,8 @@ def test_a_mask_is_a_function_of_scalars(name):
     mask, single = CASES[name]
     entry = jax.jit(jax.vmap(lambda b, h, t, s: mask(b, h, t, s)))
     indices = np.indices((B, N, T, S)).reshape(4, -1)
-    if (
-        name == "dense, heads"
-    ):  # an array that differs between heads but not between examples: T = 5 is no batch axis
+    # An array that differs between heads but not between examples: T = 5 is no batch axis
+    if name == "dense, heads":
         assert bool(mask(0, 1, 2, 0)) == bool(ARRAY[0, 1, 2, 0])
     np.testing.assert_array_equal(entry(*indices).reshape(B, N, T, S), loop(single))
     assert mask(1, 0, 3, 2).shape == () and mask(1, 0, 3, 2).dtype == bool
@@ -175,11 +178,8 @@ def test_prefix_lm_is_causal_or_padding():
 # Classification: EMPTY means that nothing is allowed, FULL that everything is
 
 
-IN_DOUBT = {
-    "segments",
-    "callable",
-    "algebra",
-}  # the others know every block exactly, with slots as positions
+# The others know every block exactly, with slots as positions
+IN_DOUBT = {"segments", "callable", "algebra"}
 
 
 def assert_sound(kinds, allowed):
@@ -254,8 +254,8 @@ def test_classification_of_the_algebra():
     causal, near = masks.causal(), masks.padding(np.array(6))  # near cuts the block: PARTIAL
     for mask, kind in [
         (causal, EMPTY), (~causal, FULL), (near, PARTIAL), (~near, PARTIAL), (causal & near, EMPTY),
-        (causal | near, PARTIAL), (~causal & near, PARTIAL), (~causal | near, FULL), (~(~causal | near), EMPTY),
-        (masks.mask_mod(lambda b, h, i, j: i < j), PARTIAL),
+        (causal | near, PARTIAL), (~causal & near, PARTIAL), (~causal | near, FULL),
+        (~(~causal | near), EMPTY), (masks.mask_mod(lambda b, h, i, j: i < j), PARTIAL),
     ]:  # fmt: skip
         assert int(mask.classify(block).squeeze()) == kind, mask
 
@@ -281,9 +281,8 @@ def test_draw_picks_the_example_and_the_head():
 def test_every_mask_prints(name):
     mask = CASES[name][0]
     assert "█" in str(mask) or "·" in str(mask)
-    jax.eval_shape(
-        lambda mask: str(mask) and jnp.zeros(()), mask
-    )  # a traced mask prints without values
+    # A traced mask prints without values
+    jax.eval_shape(lambda mask: str(mask) and jnp.zeros(()), mask)
 
 
 def test_names_show_how_masks_are_combined():

@@ -1,4 +1,7 @@
-"""Modifiers: T5's buckets in exact integers, ALiBi's slopes, tables, published FlexAttention mods, errors."""
+"""Modifiers.
+
+T5's buckets in exact integers, ALiBi's slopes, tables, published FlexAttention mods, errors.
+"""
 
 import math
 
@@ -15,10 +18,10 @@ B, N, T, S = 2, 6, 5, 7
 
 
 def bucket(offset, num_buckets, max_distance, bidirectional):
-    """The bucket of key position − query position by the definition of T5, in Python integers without a logarithm.
+    """The bucket of key position − query position by the definition of T5.
 
-    near + ⌊log(d / near) / log(max / near) · far⌋ = near + k exactly while (d / near)^far ≥ (max /
-    near)^k.
+    In Python integers without a logarithm: near + ⌊log(d / near) / log(max / near) · far⌋ =
+    near + k exactly while (d / near)^far ≥ (max / near)^k.
     """
     first = 0
     if bidirectional:
@@ -50,11 +53,15 @@ def test_t5_buckets_are_exact_for_every_distance(num_buckets, max_distance, bidi
 
 
 def test_t5_buckets_of_the_published_model():
-    """By hand from Raffel et al.'s 32 buckets to 128: edges 8 · 16^(k/8), so 12, 16, 23, 32, 46, 64 and 91."""
+    """By hand from Raffel et al.'s 32 buckets to 128.
+
+    Edges 8 · 16^(k/8), so 12, 16, 23, 32, 46, 64 and 91.
+    """
     modifier = modifiers.t5_bias(np.arange(32, dtype=np.float32)[:, None])
     for distance, expected in [
-        (0, 0), (1, 1), (7, 7), (8, 8), (11, 8), (12, 9), (15, 9), (16, 10), (22, 10), (23, 11), (31, 11), (32, 12),
-        (45, 12), (46, 13), (63, 13), (64, 14), (90, 14), (91, 15), (127, 15), (128, 15), (10**6, 15),
+        (0, 0), (1, 1), (7, 7), (8, 8), (11, 8), (12, 9), (15, 9), (16, 10), (22, 10), (23, 11),
+        (31, 11), (32, 12), (45, 12), (46, 13), (63, 13), (64, 14), (90, 14), (91, 15), (127, 15),
+        (128, 15), (10**6, 15),
     ]:  # fmt: skip
         assert float(modifier(0.0, 0, 0, distance, 0)) == expected
         assert float(modifier(0.0, 0, 0, 0, distance)) == (expected + 16 if distance else 0)
@@ -124,7 +131,10 @@ def test_a_known_offset_beyond_the_table_is_an_error(length):
 
 
 def test_relative_bias_follows_positions_into_a_short_table():
-    """A cached step: one query at 1000 that sees the last keys only needs a table of those offsets."""
+    """A cached step.
+
+    One query at 1000 that sees the last keys only needs a table of those offsets.
+    """
     x = jnp.zeros((1, 3, 1, 2))
     table = np.array([9, 9, 9, 1, 2, 3, 4], np.float32)
     weights = jattn.attention_weights(
@@ -200,7 +210,8 @@ def test_modifiers_are_pytrees_whose_arrays_are_differentiated(rng, x64):
     x, bias = rng.standard_normal((3, B, T, N, 2)), rng.standard_normal((N, T, T))
     slopes, table, buckets = rng.random(N), rng.standard_normal((N, 9)), rng.standard_normal((8, N))
     made = (
-        modifiers.alibi(slopes), modifiers.relative_bias(table), modifiers.t5_bias(buckets, max_distance=3),
+        modifiers.alibi(slopes), modifiers.relative_bias(table),
+        modifiers.t5_bias(buckets, max_distance=3),
         modifiers.bias(bias), modifiers.soft_cap(np.array(2.0)),
     )  # fmt: skip
     assert [leaf.shape for leaf in jax.tree.leaves(made)] == [(N,), (N, 9), (8, N), (N, T, T), ()]
@@ -226,7 +237,10 @@ def test_modifiers_are_pytrees_whose_arrays_are_differentiated(rng, x64):
 
 
 def test_published_score_mods(rng):
-    """As FlexAttention's gallery writes them, `torch.` read as `jnp.`; users run under standard promotion."""
+    """As FlexAttention's gallery writes them, `torch.` read as `jnp.`.
+
+    Users run under standard promotion.
+    """
     x, bias = (
         rng.standard_normal((3, B, S, 4, 3)),
         jnp.asarray(rng.standard_normal(2 * S), jnp.float32),

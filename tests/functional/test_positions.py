@@ -1,4 +1,7 @@
-"""Position codes against their closed forms in float64, far positions and the relative properties among them."""
+"""Position codes against their closed forms in float64.
+
+Far positions and the relative properties are among them.
+"""
 
 import functools
 import math
@@ -39,9 +42,8 @@ def test_sinusoidal_encoding_takes_any_shape_and_precision(x64):
     batch = positions.sinusoidal_encoding(POSITIONS.reshape(2, 3), D)
     assert batch.shape == (2, 3, D) and batch.dtype == jnp.float64
     truth = [encoding(int(i), j, D) for i in POSITIONS for j in range(D)]
-    np.testing.assert_allclose(
-        batch.ravel(), truth, rtol=0, atol=1e-10
-    )  # an angle of 1e6 has an ulp of 1e-10
+    # An angle of 1e6 has an ulp of 1e-10
+    np.testing.assert_allclose(batch.ravel(), truth, rtol=0, atol=1e-10)
 
 
 def test_traced_positions_agree_within_the_rounding_of_their_angle():
@@ -54,7 +56,10 @@ def test_traced_positions_agree_within_the_rounding_of_their_angle():
 
 @pytest.mark.parametrize("offset", [0, 3, -2, 2.5, 1000])
 def test_a_rotation_shifts_the_encoding_from_anywhere(offset, x64):
-    """P[i + δ] = R(δ) P[i]: one matrix for every i, orthogonal, of determinant 1, R(a + b) = R(a) R(b)."""
+    """P[i + δ] = R(δ) P[i]: one matrix for every i.
+
+    It is orthogonal, of determinant 1, and R(a + b) = R(a) R(b).
+    """
     rotation = np.asarray(positions.sinusoidal_rotation(offset, D))
     for i in (0, 7, 1013):
         here, there = ([encoding(at, j, D) for j in range(D)] for at in (i, i + offset))
@@ -140,9 +145,8 @@ def test_rotary_under_jit_vmap_and_grad(rng, x64):
         jax.jit(jax.vmap(positions.rotary))(x, own), whole, rtol=1e-12, atol=1e-14
     )
     _, pull = jax.vjp(lambda x: positions.rotary(x, own), x)
-    np.testing.assert_allclose(
-        pull(whole)[0], x, rtol=1e-12, atol=1e-14
-    )  # a rotation's transpose undoes it
+    # A rotation's transpose undoes it
+    np.testing.assert_allclose(pull(whole)[0], x, rtol=1e-12, atol=1e-14)
 
 
 def test_relative_positions_are_differences(rng):

@@ -1,4 +1,4 @@
-"""Every score against loops over single pairs, with its parameters, dtypes, derivatives and errors."""
+"""Every score against loops over single pairs: parameters, dtypes, derivatives and errors."""
 
 import functools
 import math
@@ -131,9 +131,8 @@ def test_gradients_are_the_slopes_of_the_loop(name, rng, x64):
             lambda x, i: truth(*arguments[:i], x, *arguments[i + 1 :]), i=index
         )
         slopes = oracle.numerical_gradient(moved, arguments[index])
-        np.testing.assert_allclose(
-            gradient, slopes, rtol=1e-7, atol=1e-9
-        )  # central differences: ~1e-10
+        # Central differences: ~1e-10
+        np.testing.assert_allclose(gradient, slopes, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -157,7 +156,10 @@ def test_the_gaussian_of_close_points_keeps_its_digits():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_is_summed_in_float32(name, dtype, rng):
-    """Parameters of the same half precision are raised with the operands, under strict promotion too."""
+    """Parameters of the same half precision are raised with the operands.
+
+    Under strict promotion too.
+    """
     width = 509
     query, key = (jnp.asarray(rng.standard_normal((3, width)), dtype) for _ in range(2))
     shape = {"bilinear": (width, width)}.get(name, (width,))
@@ -256,6 +258,9 @@ def of(*shape, dtype=np.float32):
     ],
 )
 def test_bad_input_is_named(error, match, call):
-    """The last two: one weight per (example, head), and one per member of a group, are no weights per head."""
+    """The last two: weights of the wrong kind.
+
+    One weight per (example, head), and one per member of a group, are no weights per head.
+    """
     with pytest.raises(error, match=match):
         call()

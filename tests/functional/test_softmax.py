@@ -110,7 +110,10 @@ def test_a_nan_that_may_be_attended_to_is_not_hidden():
 
 
 def test_derivatives_are_those_of_the_closed_form(rng, x64):
-    """∂w_i/∂x_j = w_i (δ_ij − w_j) and its own derivative, forward and reverse, a masked entry among them."""
+    """∂w_i/∂x_j = w_i (δ_ij − w_j) and its own derivative, forward and reverse.
+
+    A masked entry is among them.
+    """
     scores, mask = rng.standard_normal(S), np.array([True, True, False, True, True])
     w, _ = loop(scores[None], mask)
     w, eye = w[0], np.eye(S)
@@ -145,9 +148,8 @@ def test_gradient_of_logsumexp_is_the_slope_of_the_loop(rng, x64):
     gradient = jax.grad(
         lambda scores: jnp.sin(softmax_and_logsumexp(scores, jnp.asarray(mask))[1]).sum()
     )(scores)
-    np.testing.assert_allclose(
-        gradient, slopes, rtol=1e-7, atol=1e-9
-    )  # central differences: ~1e-10
+    # Central differences: ~1e-10
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

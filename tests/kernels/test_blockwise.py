@@ -1,4 +1,7 @@
-"""What is particular to the blockwise kernel: its grid, its memory, and that it lowers for every platform."""
+"""What is particular to the blockwise kernel.
+
+Its grid, its memory, and that it lowers for every platform.
+"""
 
 import functools
 import subprocess
@@ -64,7 +67,10 @@ def test_rows_of_blocks_are_classified(mask, expected):
 
 
 def test_two_parts_of_two_examples_are_the_batch(monkeypatch, rng, x64):
-    """Every kind of captured array, with gradients: biases per example, lengths, positions, dropout, a user's mask."""
+    """Every kind of captured array, with gradients.
+
+    Biases per example, lengths, positions, dropout, a user's mask.
+    """
     query, key, value = (
         jnp.asarray(rng.standard_normal((2, 2, length, 3, 5))) for length in (7, 11, 11)
     )
@@ -157,7 +163,8 @@ shape = (1, length, 2, 16)
 def gradients(*operands):
     def loss(*operands):
         bias = jattn.modifiers.bias(jnp.zeros((1, 1, 1)))
-        return jattn.attend(*operands, mask=jattn.masks.causal(), modifier=bias, implementation=implementation).sum()
+        options = dict(modifier=bias, implementation=implementation)
+        return jattn.attend(*operands, mask=jattn.masks.causal(), **options).sum()
     return jax.grad(loss, argnums=(0, 1, 2))(*operands)
 
 operands = [jnp.ones(shape) for _ in range(3)]
@@ -176,6 +183,9 @@ def growth(implementation: str, length: int) -> int:
 
 @pytest.mark.slow
 def test_memory_grows_linearly_with_length_and_the_dense_kernel_fails_this():
-    """Four times the length: four times the memory if linear, sixteen times if not; eight lies between."""
+    """Four times the length.
+
+    Four times the memory if linear, sixteen times if not; eight lies between.
+    """
     assert growth("blockwise", 16384) < 8 * max(growth("blockwise", 4096), 8192)
     assert growth("dense", 4096) > 8 * growth("dense", 1024)

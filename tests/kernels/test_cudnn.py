@@ -1,4 +1,7 @@
-"""Which requests go to cuDNN, and how; its hardware is played by jax.nn's own code for other platforms."""
+"""Which requests go to cuDNN, and how.
+
+Its hardware is played by jax.nn's own code for other platforms.
+"""
 
 import functools
 
@@ -53,9 +56,8 @@ def test_what_cudnn_honours_exactly_is_its(asked, rng, S, options, expected):
         *(array.astype(jnp.float32) for array in arrays), implementation="dense", **options
     )
     assert came.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        came.astype(jnp.float32), truth, rtol=2**-7, atol=2**-7
-    )  # bfloat16 keeps 8 bits
+    # bfloat16 keeps 8 bits
+    np.testing.assert_allclose(came.astype(jnp.float32), truth, rtol=2**-7, atol=2**-7)
 
 
 REFUSED = {

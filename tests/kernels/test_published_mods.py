@@ -1,4 +1,7 @@
-"""The mods that FlexAttention's papers and examples publish run as they are, but for `torch.` read as `jnp.`."""
+"""The mods that FlexAttention's papers and examples publish run as they are.
+
+But for `torch.` read as `jnp.`.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -30,7 +30,7 @@ from jattn.kernels.blockwise.cuts import Cut, Index, add, block_shape, read
 from jattn.kernels.grid import Grid
 
 Array = jax.Array
-Term = Callable[..., tuple[Array, ...]]
+Term = Callable[..., Sequence[Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Sum:
 
     grid: Grid
     loops: tuple[int, ...]
-    terms: tuple[Term, Term]
+    terms: tuple[Term, ...]
     is_masked: bool
     classes: Cut | None
     operands: tuple[Cut, ...]
@@ -67,7 +67,7 @@ class Sum:
 
 
 def _run(*arrays: Array, sum: Sum) -> list[Array]:
-    classes, operands = (None, arrays) if sum.classes is None else (arrays[0], arrays[1:])
+    classes, operands = _split(sum, arrays)
     operands = tuple(compat.vary_alike(list(operands), classes))
     shapes = zip(sum.shapes, sum.dtypes, strict=True)
     totals = compat.vary_alike([jnp.zeros(*shape) for shape in shapes], (classes, operands))
@@ -78,10 +78,17 @@ def _run(*arrays: Array, sum: Sum) -> list[Array]:
 
     def over_rows(parts: tuple[Array, ...], i: Array, totals: list[Array]) -> list[Array]:
         at = Index(parts, i, jnp.zeros((), jnp.int32))
-        kinds = None if sum.classes is None else read(classes, sum.classes, sum.grid, at)[i]
+        kinds = None
+        if sum.classes is not None and classes is not None:
+            kinds = read(classes, sum.classes, sum.grid, at)[i]
         return _row(sum, operands, kinds, at, totals)
 
     return loop(0, math.prod(sum.loops), over_parts, totals)
+
+
+def _split(sum: Sum, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    """Classes, or None, and operands."""
+    return (None, arrays) if sum.classes is None else (arrays[0], arrays[1:])
 
 
 def _row(
@@ -296,12 +303,12 @@ def _one_by_one(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
 def _all_at_once(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
     """One more axis in each block. A block is EMPTY, or FULL, if it is so for all examples."""
     start = 0 if sum.classes is None else 1
-    cuts = (sum.classes, *sum.operands)[1 - start :]
+    cuts = sum.operands if sum.classes is None else (sum.classes, *sum.operands)
     moved = [
         x if axis is None else jnp.moveaxis(x, axis, len(cut.loops))
         for x, axis, cut in zip(arrays, axes, cuts, strict=True)
     ]
-    if start and axes[0] is not None:
+    if sum.classes is not None and axes[0] is not None:
         classes, axis = moved[0], len(sum.classes.loops)
         same = (classes == jnp.take(classes, jnp.array([0]), axis)).all(axis)
         moved[0] = jnp.where(same, classes.max(axis), jnp.asarray(PARTIAL, classes.dtype))

@@ -51,6 +51,7 @@ def tangent(
       tangents: of the operands; None for a tangent of zero.
     """
     output, maximum, log_total = results
+    structure: Any
     given, structure = jax.tree.flatten(operands)
     moving = structure.flatten_up_to(tangents)
     moved = tuple(k for k, one in enumerate(moving) if one is not None)
