@@ -28,11 +28,7 @@ VARIANTS = {
         "one_cpu_device": lambda: True,
     },
     # All examples in one
-    "blockwise in parts": {
-        "ROWS": 3,
-        "COLUMNS": (4, 4),
-        "one_cpu_device": lambda: True,
-    },
+    "blockwise in parts": {"ROWS": 3, "COLUMNS": (4, 4), "one_cpu_device": lambda: True},
 }
 
 

@@ -119,6 +119,12 @@ BAD = {
         (Q, KEY, VALUE),
         {"mask": of(B, T, S, dtype=bool)},
     ),
+    "mask of Hugging Face": (
+        ValueError,
+        r"mask must broadcast .*got shape \(2, 7\).*masks.padding\(lengths\).*mask\[:, None, None\]",
+        (Q, KEY, VALUE),
+        {"mask": of(B, S, dtype=bool)},
+    ),
     "mask too large": (
         ValueError,
         "mask must broadcast",
@@ -197,6 +203,18 @@ BAD = {
         "implementation must be None, or one or several of .*dense.*got 'flash'",
         (Q, KEY, VALUE),
         {"implementation": "flash"},
+    ),
+    "score that returns a number": (
+        TypeError,
+        r"score must return an array \[..., T, S\] = \(2, 2, 3, 5, 7\), got a float",
+        (Q, KEY, VALUE),
+        {"score": lambda query, key: 0.0},
+    ),
+    "kernel of another platform": (
+        NotImplementedError,
+        "cudnn: it runs on NVIDIA GPUs, not on cpu",
+        (Q, KEY, VALUE),
+        {"implementation": "cudnn"},
     ),
     "score of no kind": (TypeError, "score must be .*str", (Q, KEY, VALUE), {"score": "dot"}),
     "modifier of no kind": (
@@ -346,7 +364,10 @@ def test_explain_names_the_reason_of_each_kernel_that_is_passed_over():
 
 
 def test_memory_is_never_quadratic_unasked():
-    """Where only the dense kernel is left, over 2²⁷ scores are an error; by name they are a wish."""
+    """Where only the dense kernel is left, over 2²⁷ scores are an error.
+
+    By name they are a wish.
+    """
     arrays = of_size(12_000)
     by_default = functools.partial(jattn.attend, implementation=None)
 

@@ -173,3 +173,27 @@ def test_bad_input_of_dot_product_attention_is_named(error, match, options):
 def test_a_query_without_axes_is_named_before_its_lengths():
     with pytest.raises(ValueError, match="query must be"):
         jattn.dot_product_attention(of(N, H), KEY, VALUE, query_seq_lengths=np.array([1]))
+
+
+def test_the_residual_is_that_of_jax_in_dtype_and_without_gradient(rng):
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in operands(rng, np.float32, V=H)]
+
+    def residual(attend, query):
+        with jax.numpy_dtype_promotion("standard"):
+            return attend(query, *arrays[1:], return_residual=True)[1]
+
+    ours, theirs = jattn.dot_product_attention, reference
+    assert residual(ours, arrays[0]).dtype == residual(theirs, arrays[0]).dtype == jnp.bfloat16
+    for attend in (ours, theirs):
+        gradient = jax.grad(lambda q, f=attend: residual(f, q).astype(jnp.float32).sum())(arrays[0])
+        assert (gradient == 0).all()
+
+
+def test_a_bias_of_integers_is_that_of_jax(rng):
+    query, key, value = operands(rng, np.float32, V=H)
+    bias = rng.integers(-2, 3, (B, N, T, S))
+    with jax.numpy_dtype_promotion("standard"):
+        expected = reference(query, key, value, bias)
+    np.testing.assert_allclose(
+        jattn.dot_product_attention(query, key, value, bias), expected, rtol=1e-5, atol=1e-6
+    )

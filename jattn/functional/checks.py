@@ -105,6 +105,10 @@ def broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -
         hint = ""
         if len(came) == len(shape) - 1 and came[0] == shape[0]:
             hint = f"; one {name} per example needs a head axis: {name}[:, None]"
+        if name == "mask" and came == (shape[0], shape[-1]):
+            hint = (
+                "; for one row of keys per example, masks.padding(lengths) or mask[:, None, None]"
+            )
         raise ValueError(
             f"{name} must broadcast to {meaning} = {tuple(shape)}, got shape {came}{hint}"
         )

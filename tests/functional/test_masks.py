@@ -501,3 +501,73 @@ def fits(mask, lead=(B,)):
 def test_bad_input_is_named(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+# The ends of the integers
+
+
+FAR = np.array([-1, 0, 2**31 - 1], np.int32)
+
+
+@pytest.mark.parametrize("offset", [0, 1, -1, 2**31 - 1, -(2**31) + 1, np.array(2)])
+def test_causal_compares_positions_at_the_ends_of_int32(offset):
+    """Where a difference of positions would wrap around."""
+    block = Block((), 1, (0, 3), (0, 3), positions=(jnp.asarray(FAR), jnp.asarray(FAR)))
+    wide = FAR.astype(np.int64)
+    expected = wide[None, :] <= wide[:, None] + int(offset)
+    mask = masks.causal(offset)
+    np.testing.assert_array_equal(mask.rule(block)[0], expected)
+    window = (
+        masks.sliding_window(5, offset)
+        if np.all(offset >= -5)
+        else masks.sliding_window(2**31 - 1, offset)
+    )
+    left = 5 if np.all(offset >= -5) else 2**31 - 1
+    within = (wide[None, :] >= wide[:, None] - left) & expected
+    np.testing.assert_array_equal(window.rule(block)[0], within)
+
+
+@pytest.mark.parametrize(
+    "mask", [masks.causal(), masks.causal(7), masks.sliding_window(3, 2)], ids=repr
+)
+def test_classes_at_the_ends_of_int32_are_those_of_the_entries(mask):
+    low, high = jnp.asarray([-(2**31) + 1, -1, 0]), jnp.asarray([2**31 - 3, 2**31 - 1])
+    for q, k in ((low, high), (high, low), (low, low), (high, high)):
+        block = Block((), 1, (0, q.size), (0, k.size), positions=(q, k))
+        allowed = np.asarray(mask.rule(block))
+        truth = FULL if allowed.all() else PARTIAL if allowed.any() else EMPTY
+        assert int(mask.classify(block).reshape(())) in {truth, PARTIAL}
+
+
+def test_traced_ids_and_lengths_of_64_bits_are_not_cut_to_32(x64):
+    """2³² + 1 is another document than 1, and 2³² + 1 keys are more than one."""
+
+    @jax.jit
+    def drawn(ids, lengths):
+        return masks.segments(ids).to_array(2, 2), masks.padding(lengths).to_array(1, 3, batch=())
+
+    same, within = drawn(jnp.array([1, 2**32 + 1]), jnp.asarray(2**32 + 1))
+    np.testing.assert_array_equal(same, np.eye(2, dtype=bool))
+    assert within.all()
+
+
+def test_traced_positions_of_64_bits_are_not_cut_to_32(x64):
+    @jax.jit
+    def weights(q_pos, k_pos):
+        ones = jnp.ones((2, 1, 1))
+        return jattn.attention_weights(ones, ones, mask=masks.causal(), positions=(q_pos, k_pos))
+
+    came = weights(jnp.array([0, 2**33]), jnp.array([0, 2**32]))
+    np.testing.assert_array_equal(came[0], [[1, 0], [0.5, 0.5]])
+
+
+def test_the_lowest_int32_is_no_index():
+    with pytest.raises(ValueError, match="offset must lie in -2147483647 … 2147483647"):
+        masks.causal(-(2**31))
+
+
+def test_a_large_mask_is_printed_in_part():
+    text = str(masks.causal() & masks.padding(np.array(400)))
+    assert len(text) < 3000
+    assert text.splitlines()[0] == "causal() & padding(400)"
+    assert text.splitlines()[-1] == "… the first 32 of 400 queries, 32 of 400 keys"

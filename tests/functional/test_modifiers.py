@@ -372,3 +372,14 @@ def fits(modifier):
 def test_bad_input_is_named(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize(("q", "k"), [(-1, 2**31 - 1), (2**31 - 1, -1), (2**31 - 1, -(2**31) + 1)])
+def test_distances_beyond_int32_do_not_wrap_around(q, k):
+    """ALiBi has the distance; a table has no row for it; T5 has the last bucket."""
+    distance = abs(q - k)
+    assert float(modifiers.alibi(np.ones(1, np.float32))(0.0, 0, 0, q, k)) == -np.float32(distance)
+    assert jnp.isnan(modifiers.relative_bias(jnp.zeros(2001))(0.0, 0, 0, q, k))
+    table = jnp.arange(32.0)[:, None]
+    last = 31.0 if k > q else 15.0
+    assert float(modifiers.t5_bias(table)(0.0, 0, 0, q, k)) == last

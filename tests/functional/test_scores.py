@@ -264,3 +264,11 @@ def test_bad_input_is_named(error, match, call):
     """
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("size", [4e-38, 1e-30, 1.0, 9e37, 3e38])
+def test_the_cosine_of_vectors_near_the_ends_of_the_range(size):
+    """Their squares leave it, and so does the reciprocal of the largest entry."""
+    query, key = np.float32(size) * np.array([[0.6, 0.8]], np.float32), np.array([[1.0, 0.0]])
+    came = scores.cosine(query, key.astype(np.float32))
+    np.testing.assert_allclose(came, [[0.6]], rtol=1e-6)
