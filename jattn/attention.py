@@ -39,11 +39,11 @@ def attend(
         weights[t, s] = softmax over s of modifier(score(query[t, n], key[s, n // G]))
         output[t, n]  = Σ_s weights[t, s] · value[s, n // G]
 
-    for each head n, over the keys s that query t may attend to. A query with no such key gives output 0 and
-    log-sum-exp −inf; a score of −inf is as good as forbidden. Keys that no query may attend to,
-    and queries that may attend to nothing, affect neither output nor gradients, whatever they
-    hold. A finite number never affects a query that may not see it. NaN or inf in a key or value
-    that *some* query may see can reach other queries too, as in PyTorch: 0 · NaN is NaN.
+    for each head n, over the keys s that query t may attend to. A query with no such key gives
+    output 0 and log-sum-exp −inf; a score of −inf is as good as forbidden. Keys that no query may
+    attend to, and queries that may attend to nothing, affect neither output nor gradients, whatever
+    they hold. A finite number never affects a query that may not see it. NaN or inf in a key or
+    value that *some* query may see can reach other queries too, as in PyTorch: 0 · NaN is NaN.
 
     Args:
       query: `[..., T, N, H]`, floating point. float16 and bfloat16 are multiplied as they come and

@@ -108,8 +108,9 @@ class Request:
     @property
     def row_axes(self) -> tuple[str, ...]:
         """The explicit axes of a mesh over which queries are sharded along T."""
-        spec = jax.typeof(self.query).sharding.spec
-        axes = spec[-3] if compat.is_explicit(self.query) else None
+        if self.local_T == self.query.shape[-3]:
+            return ()
+        axes = jax.typeof(self.query).sharding.spec[-3]
         return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
     @property

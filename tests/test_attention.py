@@ -121,7 +121,7 @@ BAD = {
     ),
     "mask of Hugging Face": (
         ValueError,
-        r"mask must broadcast .*got shape \(2, 7\).*masks.padding\(lengths\).*mask\[:, None, None\]",
+        r"mask must broadcast .*got shape \(2, 7\).*padding\(lengths\).*mask\[:, None, None\]",
         (Q, KEY, VALUE),
         {"mask": of(B, S, dtype=bool)},
     ),

@@ -114,12 +114,12 @@ class Block:
 
     @property
     def q_range(self) -> tuple[Array, Array]:
-        """Lowest and highest query position of the block, each broadcastable to `[..., 1, 1, 1]`."""
+        """Lowest and highest query position, each broadcastable to `[..., 1, 1, 1]`."""
         return self._range(self.q_idx, self.rows, -2)
 
     @property
     def k_range(self) -> tuple[Array, Array]:
-        """Lowest and highest key position of the block, each broadcastable to `[..., 1, 1, 1]`."""
+        """Lowest and highest key position, each broadcastable to `[..., 1, 1, 1]`."""
         return self._range(self.k_idx, self.columns, -1)
 
     def _range(self, indices: Array, window: Range, axis: int) -> tuple[Array, Array]:

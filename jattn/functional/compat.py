@@ -143,8 +143,8 @@ def _apply(equation: Any, inputs: list[Any]) -> Sequence[Any]:
         inputs = vary_alike(inputs)
     elif any(not _fits(x, v.aval) for x, v in zip(inputs, equation.invars, strict=True)):
         raise NotImplementedError(
-            f"on a mesh, an array that a score, mask or modifier closes over goes into {name}: hold "
-            "it in a functools.partial or a value of jattn.masks or jattn.modifiers instead"
+            f"on a mesh, an array that a score, mask or modifier closes over goes into {name}: "
+            "hold it in a functools.partial or a value of jattn.masks or jattn.modifiers instead"
         )
     # Where results lie is left to the compiler
     placed = [key for key, value in params.items() if isinstance(value, jax.sharding.Sharding)]

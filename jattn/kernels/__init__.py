@@ -1,1 +1,1 @@
-"""Ways to compute the same attend, with the signature of `dense.attend`; what each must pass is `tests/contract.py`."""
+"""Ways to compute the same request; `tests/contract.py` holds what each must pass."""

@@ -1,4 +1,4 @@
-"""What kernels do to arrays, heads before lengths: query `[..., N, T, H]`, key `[..., K, S, H']`."""
+"""What kernels do to arrays, with heads before lengths: `[..., N, T, H]`, `[..., K, S, H']`."""
 
 from collections.abc import Callable
 from typing import Any

@@ -19,9 +19,10 @@ def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request)
     """Call a kernel.
 
     It is traced and compiled once for all calls that ask for the same, inside of `jit` and outside.
-    In a `jax.shard_map` its operands differ between devices all alike. On a mesh with explicit axes it runs as on one
-    with automatic axes, where loops need not agree on where each array lies; what comes out lies
-    as the query does. Where queries are sharded, each device takes its own, and all keys.
+    In a `jax.shard_map` its operands differ between devices all alike. On a mesh with explicit axes
+    it runs as on one with automatic axes, where loops need not agree on where each array lies; what
+    comes out lies as the query does. Where queries are sharded, each device takes its own, and all
+    keys.
     """
     operands = compat.vary_alike(operands)
     run = _compiled(run)
@@ -33,9 +34,9 @@ def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request)
 
     def unflattened(*leaves: Any) -> Result:
         given = jax.tree.unflatten(structure, leaves)
-        if scoring.grid.T == request.query.shape[-3]:
-            return run(scoring, given)
-        return _over_rows(run, scoring, given, request)
+        if scoring.grid.T < request.query.shape[-3]:
+            return _over_rows(run, scoring, given, request)
+        return run(scoring, given)
 
     return jax.sharding.auto_axes(unflattened, out_sharding=_out_sharding(request))(*leaves)
 
@@ -43,7 +44,10 @@ def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request)
 def mesh_refusal(request: Request) -> str | None:
     """Why no kernel of ours can run where the arrays lie; None if it can."""
     if request.mesh is not None and compat.has_manual_axes(request.mesh):
-        return "some axes of the mesh are manual, in a shard_map, and others explicit: JAX has no way from there; make all of them manual"
+        return (
+            "some axes of the mesh are manual, in a shard_map, and others explicit, from where JAX "
+            "has no way on: make all of them manual"
+        )
     return None
 
 

@@ -60,7 +60,8 @@ class Scoring:
       score: `(captured, query, key) -> [..., N, rows, columns]`.
       modify: `(captured, scores, biases, b, i, j, first) -> scores`, where every entry is allowed.
       modify_masked: the same with `allowed` after `biases`.
-      allowed: `(captured, b, i, j, first)`, boolean, broadcastable to the scores; and fresh, see `Grid`.
+      allowed: `(captured, b, i, j, first)`, boolean, broadcastable to the scores; and fresh,
+        see `Grid`.
       classes: `(captured, b, i, first) -> [num_columns]`, EMPTY, PARTIAL or FULL; None: all alike.
       is_masked: whether some entries do not count.
       dropout_rate: from 0 to 1.

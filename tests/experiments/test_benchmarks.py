@@ -116,8 +116,8 @@ def test_bad_options(option, value, least, capsys):
     assert f"--{option} must be at least {least}, got {value}" in capsys.readouterr().err
 
 
+@pytest.mark.torch
 def test_both_translators_find_the_same_and_what_is_timed_runs(monkeypatch):
-    pytest.importorskip("torch")
     from experiments.benchmarks import seq2seq
 
     monkeypatch.setattr(seq2seq, "LONGEST", 5)

@@ -82,8 +82,10 @@ def test_long_rows_are_rescaled_and_the_gradient_is_the_rescaled_row_s(x64, rng,
     )
 
 
+@pytest.mark.torch
 def test_training_follows_pytorch_s_rewritten_table(x64):
-    torch = pytest.importorskip("torch")
+    import torch
+
     embedding, rate = build(max_norm=1.0, padding_idx=0), 0.5
     reference = torch.nn.Embedding(C, D, padding_idx=0, max_norm=1.0, dtype=torch.float64)
     with torch.no_grad():

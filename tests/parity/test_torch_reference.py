@@ -9,13 +9,13 @@ import pytest
 from jattn.parity.fixtures import load
 from jattn.parity.systems import SYSTEMS
 
+pytestmark = pytest.mark.torch
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures"
 FIXTURES = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.safetensors"))]
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    pytest.importorskip("torch")
     from experiments.torch_reference.__main__ import recordings
 
     return recordings()
@@ -51,9 +51,9 @@ def test_the_table_names_references_that_exist(recorded):
 
 
 def test_packed_projections_of_torch_load_into_multi_head_attention():
-    torch = pytest.importorskip("torch")
     import jax
     import jax.numpy as jnp
+    import torch
     from flax import nnx
 
     from jattn import nn

@@ -92,7 +92,7 @@ def _term(
     at: Index,
     *blocks: Array,
 ) -> tuple[Array, Array]:
-    """A block's share in Σ t v + Σ p dv, `[*batch, rows, N, V]`, and in Σ t, `[*batch, rows, N]`."""
+    """A block's share in Σ t v + Σ p dv, `[*batch, rows, N, V]`, and Σ t, `[*batch, rows, N]`."""
     count = structure.num_leaves
     (maximum, log_total), given = blocks[:2], blocks[2 : 2 + count]
     changes = dict(zip(moved, blocks[2 + count :], strict=True))
