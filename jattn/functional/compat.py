@@ -30,6 +30,53 @@ def equations(jaxpr: Any) -> Iterator[Any]:
             yield from equations(inner)
 
 
+def what_it_does(closed: Any) -> Any:
+    """All that a jaxpr computes, hashable: equal for two that do the same.
+
+    Functions, such as the rules of a `jax.custom_jvp`, are equal only to themselves.
+
+    Raises:
+      TypeError: something that the jaxpr holds, such as an array, cannot be compared.
+
+    Example:
+      >>> two = [what_it_does(jax.make_jaxpr(lambda x: x + 1)(1)) for _ in range(2)]
+      >>> two[0] == two[1]
+      True
+    """
+    jaxpr = closed.jaxpr
+    numbers = {variable: n for n, variable in enumerate((*jaxpr.constvars, *jaxpr.invars))}
+
+    def known(variable: Any) -> Any:
+        if not isinstance(variable, Literal):
+            return numbers[variable]
+        if jnp.ndim(variable.val) > 0:
+            raise TypeError("an array")
+        return str(variable.aval), repr(variable.val)
+
+    steps = []
+    for equation in jaxpr.eqns:
+        inputs = tuple(map(known, equation.invars))
+        params = tuple((key, _comparable(value)) for key, value in sorted(equation.params.items()))
+        made = tuple(str(variable.aval) for variable in equation.outvars)
+        numbers |= {variable: len(numbers) + n for n, variable in enumerate(equation.outvars)}
+        steps.append((equation.primitive, inputs, params, made))
+    kinds = tuple(str(variable.aval) for variable in (*jaxpr.constvars, *jaxpr.invars))
+    return kinds, tuple(steps), tuple(map(known, jaxpr.outvars))
+
+
+def _comparable(value: Any) -> Any:
+    if hasattr(value, "eqns") or isinstance(value, ClosedJaxpr):
+        if getattr(value, "consts", ()):
+            raise TypeError("a jaxpr that holds arrays")
+        return what_it_does(value if hasattr(value, "jaxpr") else ClosedJaxpr(value, ()))
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_comparable, value))
+    if isinstance(value, dict):
+        return tuple((key, _comparable(each)) for key, each in sorted(value.items()))
+    hash(value)
+    return value
+
+
 def varying(array: Any) -> frozenset[str]:
     """The axes of an enclosing `jax.shard_map` over which a value differs between devices.
 
