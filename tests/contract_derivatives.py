@@ -62,6 +62,21 @@ PAIRINGS = {
 }
 
 
+FEW = [
+    "causal and ALiBi",
+    "padding and a bias",
+    "an example that sees nothing, and a modifier",
+    "dropout, a mask and a modifier",
+    "gaussian score a head, and no self",
+    "a score that captures",
+]
+
+
+def some(names, quick):
+    """Parameters of which all but a few are slow."""
+    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in names]
+
+
 def loss_of(name, kernel):
     """A scalar function of query, key, value and a parameter, through output and log-sum-exp."""
 
@@ -107,7 +122,7 @@ def two_derivatives(name, kernel, point, direction):
     return jax.jvp(loss, point, direction), forward_over_reverse(loss, point, direction)
 
 
-@pytest.mark.parametrize("name", PAIRINGS)
+@pytest.mark.parametrize("name", some(PAIRINGS, FEW))
 def test_first_and_second_derivatives_are_those_of_the_specification(kernel, name, rng):
     if kernel == "dense":
         pytest.skip("the specification is held to differences of its gradient")
@@ -117,17 +132,16 @@ def test_first_and_second_derivatives_are_those_of_the_specification(kernel, nam
 
 
 @pytest.mark.parametrize("way", [reverse_over_forward, reverse_over_reverse])
-@pytest.mark.parametrize("name", ["empty rows", "dropout, a mask and a modifier"])
+@pytest.mark.parametrize(
+    "name", some(["empty rows", "dropout, a mask and a modifier"], ["empty rows"])
+)
 def test_every_way_to_a_second_derivative_gives_the_same(kernel, name, way, rng):
     point, direction = arguments(rng), arguments(rng)
     came = jax.jit(functools.partial(way, loss_of(name, kernel)))(point, direction)
     assert_close(came, two_derivatives(name, kernel, point, direction)[1])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n != "causal and ALiBi")) for n in PAIRINGS],
-)
+@pytest.mark.parametrize("name", some(PAIRINGS, ["causal and ALiBi"]))
 def test_derivatives_are_the_slopes_of_gradients(kernel, name, rng):
     """Along one direction, by central differences of the gradient and of the loss."""
     point, direction = arguments(rng), arguments(rng)
@@ -151,6 +165,7 @@ def test_derivatives_are_the_slopes_of_gradients(kernel, name, rng):
     assert_close(slope, along(jax.jit(loss)), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_third_derivative(kernel, rng):
     point, direction = arguments(rng, N=2, K=1), arguments(rng, N=2, K=1)
 
@@ -192,10 +207,7 @@ def x_of_one(arguments):
     return jax.tree.map(lambda array: array[None], arguments)
 
 
-@pytest.mark.parametrize(
-    "transformed",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("scan", "cond"))) for n in TRANSFORMED],
-)
+@pytest.mark.parametrize("transformed", some(TRANSFORMED, ["eager", "remat"]))
 def test_hessian_vector_products_under(kernel, transformed, rng):
     point, direction = arguments(rng), arguments(rng)
     loss = loss_of("dropout, a mask and a modifier", kernel)
@@ -205,15 +217,7 @@ def test_hessian_vector_products_under(kernel, transformed, rng):
     assert_close(jax.tree.map(lambda a, b: a.reshape(b.shape), came, expected), expected)
 
 
-@pytest.mark.parametrize(
-    "mapped",
-    [
-        pytest.param(0, id="query", marks=pytest.mark.slow),
-        pytest.param(1, id="key"),
-        pytest.param(2, id="value", marks=pytest.mark.slow),
-        pytest.param(3, id="parameter"),
-    ],
-)
+@pytest.mark.parametrize("mapped", some(range(4), [1]), ids=["query", "key", "value", "parameter"])
 def test_hessian_vector_products_under_vmap_over_one_operand(kernel, mapped, rng):
     point, direction = arguments(rng), arguments(rng)
     loss = loss_of("causal and ALiBi", kernel)
