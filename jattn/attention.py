@@ -67,7 +67,8 @@ def attend(
         runs. None: "dense" up to 2²¹ scores (B · N · T · S on a device; symbols of `jax.export`
         count as few), from there on "blockwise"; never "dense" beyond 2²⁷ scores, unless
         weights are asked for. `jattn.explain` tells which, and why. dense and blockwise differ in
-        rounding, never in meaning, and have derivatives of every kind and order.
+        rounding, never in meaning, and have derivatives of every kind and order. (Through a score
+        with a `jax.custom_vjp` of its own, "blockwise" has reverse mode alone.)
       return_lse: also return the log-sum-exp of the scores, `[..., T, N]`, before dropout.
       return_weights: also return the weights, `[..., N, T, S]`, before dropout.
 

@@ -259,11 +259,13 @@ def _check_dropout(rate: Any, key: Any) -> None:
     if rate > 0 and key is None:
         raise ValueError(f"dropout_rate = {rate} needs a dropout_key, got None")
     if key is not None:
+        must = "dropout_key must be a JAX random key (jax.random.key)"
         try:
-            jax.random.key_data(key)
+            words = jax.random.key_data(key)
         except TypeError:
-            must = "dropout_key must be a JAX random key (jax.random.key)"
             raise TypeError(f"{must}, got {key!r}") from None
+        if words.ndim != 1:
+            raise ValueError(f"{must}, got several of shape {words.shape[:-1]}")
 
 
 def _as_precision(precision: Any) -> str | None:

@@ -16,7 +16,7 @@ import pytest
 
 import jattn
 from jattn import masks, modifiers, scores
-from jattn.functional.block import Block
+from jattn.functional.block import PARTIAL, Block
 from jattn.kernels.choose import KERNELS
 from jattn.kernels.dropout import random_bits
 from tests import oracle
@@ -437,6 +437,16 @@ def test_any_lengths(kernel, T, S, rng, x64):
     assert_is_truth(run(kernel, query, key, value, mask=masks.causal()), truth)
 
 
+def test_zero_lengths_with_a_mask_and_a_modifier(kernel, rng, x64):
+    query, key, value = operands(rng)
+    options = {"mask": masks.causal(), "modifier": loose(lambda x, b, h, i, j: x * 2)}
+    attend = functools.partial(jattn.attend, implementation=kernel, **options)
+    assert (attend(query, key[:, :0], value[:, :0]) == 0).all()
+    assert attend(query[:, :0], key, value).shape == (B, 0, 6, V)
+    gradient = jax.grad(lambda q: attend(q, key[0], value[0]).sum())
+    assert jax.vmap(gradient)(query[:0]).shape == (0, T, 6, 3)
+
+
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
 def test_any_leading_axes(kernel, lead, rng, x64):
     query, key, value = operands(rng, B=math.prod(lead))
@@ -459,6 +469,24 @@ def test_float64_stays_float64(kernel, rng, x64):
     assert {array.dtype for array in run(kernel, *operands(rng))} == {jnp.dtype("float64")}
 
 
+def test_a_score_wider_than_the_operands_keeps_its_precision(kernel, rng, x64):
+    query, key, value = operands(rng, dtype=np.float32)
+    weight = rng.standard_normal(H)
+
+    def score(query, key):
+        return jnp.einsum("...th,...sh,h->...ts", *(x.astype(float) for x in (query, key)), weight)
+
+    output, lse = jattn.attend(
+        query, key, value, score=score, implementation=kernel, return_lse=True
+    )
+    truth, truth_lse, _ = oracle.attend(
+        query, key, value, score=lambda q, k, h: float(q * k @ weight)
+    )
+    assert (output.dtype, lse.dtype) == (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(output, truth, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse, truth_lse, rtol=1e-12)
+
+
 def test_mixed_dtypes_follow_jax_promotion(kernel, rng):
     query, key, value = operands(rng, dtype=np.float32)
     with jax.numpy_dtype_promotion("standard"):
@@ -467,6 +495,24 @@ def test_mixed_dtypes_follow_jax_promotion(kernel, rng):
 
 
 # 7. Transformations; meshes are in contract_meshes.py, derivatives in contract_derivatives.py
+
+
+def test_without_jit_it_is_the_same(kernel, rng, x64):
+    query, key, value = operands(rng)
+    attend = functools.partial(jattn.attend, mask=masks.causal(1), implementation=kernel)
+    with jax.disable_jit():
+        came = attend(query, key, value)
+    np.testing.assert_allclose(came, jax.jit(attend)(query, key, value), rtol=1e-12)
+
+
+def test_bounds_of_a_mask_may_be_plain_numbers(kernel, rng, x64):
+    query, key, value = operands(rng)
+    lifted = masks.mask_mod(lambda b, h, i, j: j <= i, bounds=lambda *ends: PARTIAL)
+    came, expected = (
+        jattn.attend(query, key, value, mask=mask, implementation=kernel)
+        for mask in (lifted, masks.causal())
+    )
+    np.testing.assert_allclose(came, expected, rtol=1e-12)
 
 
 def test_jit_vmap_and_a_loop_agree(kernel, rng, x64):

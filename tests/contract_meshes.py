@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jattn
-from jattn import masks, modifiers
+from jattn import masks, modifiers, scores
 from jattn.kernels.blockwise import sizes
 from tests.cases import loose
 
@@ -258,6 +258,28 @@ def test_arrays_that_lie_on_an_explicit_mesh_which_is_not_in_use(kernel, rng):
     sharding = NamedSharding(jax.make_mesh((2,), ("batch",)), P("batch"))
     placed = [jax.device_put(array, sharding) for array in (query, key, value)]
     assert_close(np.asarray(attend(*placed)), np.asarray(attend(query, key, value)))
+
+
+@pytest.mark.parametrize("placed", [(), (1, 2)], ids=["nothing", "key and value"])
+def test_arrays_made_before_the_mesh_was_set(kernel, placed, rng):
+    given = list(arguments(rng)[:3])
+    attend = functools.partial(jattn.attend, mask=masks.causal(), implementation=kernel)
+    expected = attend(*given)
+    with jax.set_mesh(jax.make_mesh((2,), ("batch",))):
+        for k in placed:
+            given[k] = jax.device_put(given[k], P("batch"))
+        assert_close(np.asarray(attend(*given)), np.asarray(expected))
+
+
+def test_half_precision_products_differ_over_all_axes_of_both_operands():
+    query, key = jnp.ones((B, T, H), jnp.bfloat16), jnp.ones((S, H), jnp.bfloat16)
+
+    def product(key, query):
+        return scores.dot_product(jnp.broadcast_to(key, (B // 2, S, H)), query)
+
+    mapped = jax.shard_map(product, mesh=auto(2), in_specs=(P(), P("batch")), out_specs=P("batch"))
+    gradient = jax.grad(lambda k, q: mapped(k, q).sum())(key, query)
+    np.testing.assert_array_equal(gradient.astype(float), np.full((S, H), B * T))
 
 
 def test_automatic_sharding_of_batch_and_heads(kernel, rng):

@@ -198,6 +198,12 @@ BAD = {
         (Q, KEY, VALUE),
         {"dropout_rate": 0.5, "dropout_key": 3},
     ),
+    "several dropout keys": (
+        ValueError,
+        r"dropout_key must be a JAX random key .*got several of shape \(2,\)",
+        (Q, KEY, VALUE),
+        {"dropout_rate": 0.5, "dropout_key": np.zeros((2, 2), np.uint32)},
+    ),
     "implementation": (
         ValueError,
         "implementation must be None, or one or several of .*dense.*got 'flash'",
@@ -407,6 +413,26 @@ def test_symbolic_sizes_take_the_dense_kernel(axis):
     np.testing.assert_allclose(
         exported.call(known, known, known), attend(known, known, known), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": masks.causal(), "modifier": lambda x, b, h, i, j: x * 2},
+        {"modifier": modifiers.bias(np.ones((2, 1, 1), np.float32))},
+        {"modifier": modifiers.relative_bias(np.ones(99, np.float32))},
+        {"mask": np.ones((1, 1), bool)},
+    ],
+    ids=["modifier", "bias", "table", "array"],
+)
+def test_symbolic_sizes_of_everything_with_masks_and_modifiers(options):
+    b, t, s = jax.export.symbolic_shape("b, t, s")
+    shapes = [(b, t, 2, 8), (b, s, 2, 8), (b, s, 2, 8)]
+    exported = jax.export.export(jax.jit(lambda *a: jattn.attend(*a, **options)))(
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    )
+    known = [np.ones((3, n, 2, 8), np.float32) for n in (5, 7, 7)]
+    np.testing.assert_allclose(exported.call(*known), np.ones((3, 5, 2, 8)), rtol=1e-6)
 
 
 def test_an_eager_call_finds_what_was_compiled_for_an_equal_one(rng, compilations):

@@ -97,11 +97,8 @@ def broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -
       >>> broadcastable("mask", np.ones((1, 5, 7), bool), (2, 3, 5, 7), "[..., N, T, S]")
     """
     came = np.shape(array)
-    try:
-        fits = np.broadcast_shapes(came, shape) == tuple(shape)
-    except ValueError:
-        fits = False
-    if not fits:
+    pairs = zip(came[::-1], shape[::-1], strict=False)
+    if len(came) > len(shape) or not all(own in (1, size) for own, size in pairs):
         hint = ""
         if len(came) == len(shape) - 1 and came[0] == shape[0]:
             hint = f"; one {name} per example needs a head axis: {name}[:, None]"

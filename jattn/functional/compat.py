@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -51,7 +52,7 @@ def what_it_does(closed: Any) -> Any:
             return numbers[variable]
         if jnp.ndim(variable.val) > 0:
             raise TypeError("an array")
-        return str(variable.aval), repr(variable.val)
+        return str(variable.aval), np.asarray(variable.val).tobytes()
 
     steps = []
     for equation in jaxpr.eqns:
@@ -73,6 +74,8 @@ def _comparable(value: Any) -> Any:
         return type(value), tuple(map(_comparable, value))
     if isinstance(value, dict):
         return tuple((key, _comparable(each)) for key, each in sorted(value.items()))
+    if isinstance(value, (bool, int, float, complex)):  # 0 == False, and 0.0 == −0.0
+        return type(value), repr(value)
     hash(value)
     return value
 

@@ -380,7 +380,7 @@ class _Mod(Mask):
     def classify(self, block):
         if self.bounds is None:
             return jnp.asarray(PARTIAL)
-        return jnp.vectorize(self.bounds)(*block.q_range, *block.k_range)
+        return jnp.asarray(jnp.vectorize(self.bounds)(*block.q_range, *block.k_range))
 
     def __repr__(self):
         return f"mask_mod({getattr(self.function, '__name__', type(self.function).__name__)})"

@@ -64,11 +64,13 @@ class ScoreMod(Modifier):
 
 def _at_allowed(allowed: Array, *entries: Array) -> list[Array]:
     """Replace what stands at forbidden entries by what stands at the first allowed one."""
+    if 0 in allowed.shape:
+        return list(entries)
     first = jnp.unravel_index(jnp.argmax(allowed), allowed.shape)
     zero = jnp.zeros((), first[0].dtype)
 
     def replaced(array):
-        moves = [a > 1 and b > 1 for a, b in zip(array.shape, allowed.shape, strict=True)]
+        moves = [a != 1 and b != 1 for a, b in zip(array.shape, allowed.shape, strict=True)]
         if not any(moves):
             return array
         starts = [index if move else zero for index, move in zip(first, moves, strict=True)]
@@ -261,7 +263,8 @@ class _RelativeBias(Modifier):
         if np.ndim(self.table) == 2:
             _check_heads("relative_bias table", np.shape(self.table)[0], num_heads)
         longest = (np.shape(self.table)[-1] + 1) // 2
-        if max(T, S) > longest and not own_positions:
+        known = [n for n in (T, S) if isinstance(n, int)]
+        if max(known, default=0) > longest and not own_positions:
             raise ValueError(
                 f"relative_bias table holds offsets of lengths up to {longest}, "
                 f"got T = {T} and S = {S}"

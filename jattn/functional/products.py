@@ -45,9 +45,12 @@ def product(x: Array, y: Array, contract: tuple[int, int] = (-1, -1), dtype: Any
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
     lead = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     x, y = (jnp.broadcast_to(array, (*lead, *array.shape[-2:])) for array in (x, y))
+    x, y = compat.vary_alike((x, y))
     halves = [d for d in (dtype, x.dtype, y.dtype) if d is not None and dtypes.is_half(d)]
     if not halves:
         return _product(x, y, contract, None)
+    if compat.is_explicit((x, y)):  # JAX says where the result lies
+        return _product(x.astype(halves[0]), y.astype(halves[0]), contract, None)
     options = {
         "contract": contract,
         "precision": compat.ambient_precision(),

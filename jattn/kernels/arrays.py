@@ -56,7 +56,7 @@ def pool(weights: Array, value: Array) -> Array:
     """
     K, N = value.shape[-3], weights.shape[-3]
     grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=K)
-    pooled = product(grouped, value, (-1, -2))
+    pooled = product(grouped.astype(dtypes.accumulator(value.dtype)), value, (-1, -2))
     return rearrange(pooled, "... K (G T) V -> ... (K G) T V", G=N // K)
 
 

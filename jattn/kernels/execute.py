@@ -86,11 +86,10 @@ def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Reque
 
 
 def _out_sharding(request: Request) -> Any:
-    sharding = jax.typeof(request.query).sharding
-    *lead, T, N, _ = sharding.spec
+    *lead, T, N, _ = jax.typeof(request.query).sharding.spec
 
     def placed(*spec: Any) -> NamedSharding:
-        return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        return NamedSharding(request.mesh, PartitionSpec(*spec))
 
     weights = placed(*lead, N, T, None) if request.return_weights else None
     return Tree(placed(*lead, T, N, None), placed(*lead, T, N), weights)

@@ -155,7 +155,7 @@ def prepare(request: Request, grid: Grid, score: Pure, captures: Captures) -> tu
         classes = captures.hoist(lambda held, *at: grid.classes(*held, *at), masking, *at[1:])
     words = None
     if request.dropout_key is not None and request.dropout_rate > 0:
-        words = jax.random.key_data(request.dropout_key).ravel()
+        words = jax.random.key_data(request.dropout_key)
     functions = score, modify, modify_masked, allowed, classes
     scoring = Scoring(grid, *functions, is_masked, request.dropout_rate, request.precision)
     operands = Operands(
@@ -249,11 +249,7 @@ def _modify(
 
 
 def _in_parts(bias: Array, grid: Grid) -> Array:
-    """A bias as `[parts, *batch, N or 1, T or 1, S or 1]`, without the first axis if all share it.
-
-    A bias that is shared along some leading axes and not along others is repeated along them where
-    a block holds a part of the batch.
-    """
+    """A bias as `[parts, *batch, N or 1, T or 1, S or 1]`, or without `parts` if all share it."""
     bias = jnp.asarray(bias)
     bias = bias.reshape((1,) * (len(grid.lead) + 3 - bias.ndim) + bias.shape)
     if grid.examples is None:

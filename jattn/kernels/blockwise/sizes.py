@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from jattn.functional import compat
+from jattn.functional.modifiers import Bias, Modifier
 from jattn.kernels.captures import Captures, Pure
 from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import hoist_score
@@ -28,7 +30,7 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
     rows = block_size(T, ROWS)
     columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
     grid = Grid(tuple(lead), N, T, S, rows, columns, None)
-    if lead and one_cpu_device():
+    if lead and one_cpu_device() and not any(_is_shared_in_part(m) for m in request.modifiers):
         grid = dataclasses.replace(grid, examples=_examples(grid, 4 * N * rows * columns))
         try:
             return _small_enough(request, grid)
@@ -37,6 +39,15 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
             # it is plainly wrong, it says so again
             grid = dataclasses.replace(grid, examples=None)
     return _small_enough(request, grid)
+
+
+def _is_shared_in_part(modifier: Modifier) -> bool:
+    """Whether a bias is shared along some leading axes and not along others.
+
+    Parts of the batch would each need their own: it would be repeated along the former.
+    """
+    lead = np.shape(modifier.array)[:-3] if isinstance(modifier, Bias) else ()
+    return max(lead, default=1) > 1 and 1 in lead
 
 
 def _small_enough(request: Request, grid: Grid) -> tuple[Grid, Pure, Captures]:

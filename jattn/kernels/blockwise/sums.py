@@ -72,6 +72,9 @@ def _run(*arrays: Array, sum: Sum) -> list[Array]:
     shapes = zip(sum.shapes, sum.dtypes, strict=True)
     totals = compat.vary_alike([jnp.zeros(*shape) for shape in shapes], (classes, operands))
 
+    if 0 in sum.loops:
+        return totals
+
     def over_parts(flat: Array, totals: list[Array]) -> list[Array]:
         parts = tuple(jnp.unravel_index(flat, sum.loops))
         return loop(0, sum.grid.num_rows, functools.partial(over_rows, parts), totals)
@@ -176,7 +179,7 @@ def loop(first: Any, end: Any, body: Callable[[Array, Any], Any], carry: Any) ->
         return body(jnp.zeros((), jnp.int32), carry)
     first, end = jnp.asarray(first, jnp.int32), jnp.asarray(end, jnp.int32)
     return jax.lax.fori_loop(
-        first, end, lambda index, carry: body(index.astype(jnp.int32), carry), carry
+        first, end, lambda index, carry: body(jnp.asarray(index, jnp.int32), carry), carry
     )
 
 
@@ -275,6 +278,7 @@ def _transpose_of_term(
 
 
 def _batch(arrays: Sequence[Array], axes: Sequence[int | None], *, sum: Sum) -> Any:
+    arrays = compat.vary_alike(list(arrays))
     (size,) = {x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None}
     batch = _one_by_one if sizes.one_cpu_device() else _all_at_once
     return batch(size, arrays, axes, sum)
