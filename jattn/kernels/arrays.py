@@ -52,7 +52,7 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
 def pool(weights: Array, value: Array) -> Array:
     """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`.
 
-    Weights meet values as in `product`: those of half precision as they come, summed in float32.
+    Half-precision values are multiplied as they come, and sums are kept in float32: see `product`.
     """
     K, N = value.shape[-3], weights.shape[-3]
     grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=K)

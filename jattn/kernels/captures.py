@@ -1,7 +1,7 @@
 """Turn callables that capture arrays into pure functions of those arrays.
 
 A score, a mask or a modifier may close over anything: parameters, lengths, tracers of an enclosing
-`jit`, `grad` or `vmap`. A kernel that has loops and rules for derivatives of its own must see these
+`jit`, `grad` or `vmap`. A kernel with its own loops and derivative rules must see these
 arrays as operands, or gradients would not reach them.
 """
 
@@ -54,9 +54,9 @@ class Captures:
 
     Attributes:
       arrays: what is captured: float, integer, traced or not.
-      names: axes of an enclosing `jax.shard_map` over which all arrays are made to differ.
-      mesh: of explicit axes, which will be automatic; or None.
-      manual: axes of it over which a kernel itself will enter a `jax.shard_map`.
+      names: axes of an enclosing `jax.shard_map` over which the kernel will make all arrays vary.
+      mesh: a mesh with explicit axes, on which the kernel will run as if they were automatic.
+      manual: the axes of this mesh over which the kernel will enter a `jax.shard_map`.
     """
 
     def __init__(
@@ -111,7 +111,8 @@ class Captures:
                 compat.evaluate(closed, consts, leaves)[0] if consts else of_held(held, *arguments)
             )
 
-        # Traced again, so that nothing keeps alive what was captured
+        # Traced a second time: the first jaxpr refers to the tracers that were captured, and would
+        # keep them alive
         def trace(*shapes):
             return jax.make_jaxpr(rebound)(*shapes)
 
@@ -128,7 +129,8 @@ class Captures:
             if known is given:
                 return array
         array = jnp.asarray(given)
-        if isinstance(given, np.ndarray):  # not one that JAX made of it while 64 bits were enabled
+        # Of a NumPy array JAX may return one that it made earlier, with 64 bits enabled
+        if isinstance(given, np.ndarray):
             array = array.astype(jax.dtypes.canonicalize_dtype(given.dtype))
         self._given.append((given, array))
         return array

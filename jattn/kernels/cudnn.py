@@ -4,8 +4,8 @@ It takes what it honours exactly: scaled dot products of half-precision operands
 dropout, log-sum-exp or weights, under no mask, or under `causal()` with T = S. There every query
 sees a key and every key is seen, so that no rule about empty or hidden rows is in question.
 
-What it lacks: everything else; forward mode and second derivatives; a `vmap` that maps some
-operands and not others; any platform but CUDA. So it comes by name alone, or first of several
+It lacks everything else: forward mode, second derivatives, a `vmap` that maps some operands and
+not others, platforms other than CUDA. So it comes by name alone, or first of several
 names, `implementation=("cudnn", "blockwise")`.
 """
 

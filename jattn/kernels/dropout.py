@@ -15,8 +15,8 @@ Array = jax.Array
 def drop(weights: Array, block: Block, rate: float, words: Array) -> Array:
     """Zero each weight with probability `rate` and scale the others by 1 / (1 − rate).
 
-    Whether a weight is dropped depends on the key and on its example, head, query slot and key
-    slot alone.
+    Whether a weight is dropped depends on the random key and on its example, head, query slot and
+    key slot alone.
 
     Args:
       weights: `[..., N, rows, columns]` of the block.
@@ -41,9 +41,10 @@ def drop(weights: Array, block: Block, rate: float, words: Array) -> Array:
 def random_bits(words: Array, block: Block) -> Array:
     """Independent 32-bit words for the entries of a block, as a function of their slots.
 
-    JAX's threefry generator makes two words per example and head, whatever generator the key is
-    for: others give other numbers under `vmap`. A mixing hash, whose every output bit depends on
-    every input bit, extends them over rows and columns. Only the hash runs once per weight.
+    JAX's threefry generator makes two words per example and head, whatever generator the random key
+    is for: that of rbg gives other numbers under `vmap` than in a loop. A mixing hash, whose every
+    output bit depends on every input bit, extends them over rows and columns. Only the hash runs
+    once per weight.
 
     Returns:
       `[..., N, rows, columns]`, uint32.

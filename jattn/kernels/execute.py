@@ -12,17 +12,17 @@ from jattn.kernels.scoring import Operands, Scoring
 from jattn.request import Request, Result
 
 Kernel = Callable[[Scoring, Operands], Result]
-Tree: Any = Result  # of specs in the place of arrays
+Specs: Any = Result  # how each array of a result is sharded
 
 
 def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
     """Call a kernel.
 
     It is traced and compiled once for all calls that ask for the same, inside of `jit` and outside.
-    In a `jax.shard_map` its operands differ between devices all alike. On a mesh with explicit axes
-    it runs as on one with automatic axes, where loops need not agree on where each array lies; what
-    comes out lies as the query does. Where queries are sharded, each device takes its own, and all
-    keys.
+    In a `jax.shard_map`, all operands are made to vary over the same axes. On a mesh with explicit
+    axes it runs as on one with automatic axes, where loops need not agree on where each array lies;
+    what comes out lies as the query does. Where queries are sharded, each device takes its own, and
+    all keys.
     """
     operands = compat.vary_alike(operands)
     run = _compiled(run)
@@ -34,7 +34,7 @@ def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request)
 
     def unflattened(*leaves: Any) -> Result:
         given = jax.tree.unflatten(structure, leaves)
-        if scoring.grid.T < request.query.shape[-3]:
+        if scoring.grid.T < request.query.shape[-3]:  # the kernel wants a shard of the queries
             return _over_rows(run, scoring, given, request)
         return run(scoring, given)
 
@@ -61,7 +61,7 @@ def _gathered(rows: jax.Array) -> jax.Array:
 
 
 def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
-    """Keys and values are gathered once, before the loops; queries stay where they are."""
+    """Each device computes its own queries, over all keys."""
     axes = request.row_axes
     lead = (None,) * (request.query.ndim - 3)
 
@@ -79,7 +79,7 @@ def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Reque
     return jax.shard_map(
         local,
         in_specs=(given,),
-        out_specs=Tree(rows, rows, None),
+        out_specs=Specs(rows, rows, None),
         axis_names=set(axes),
         check_vma=False,
     )(operands)
@@ -92,7 +92,7 @@ def _out_sharding(request: Request) -> Any:
         return NamedSharding(request.mesh, PartitionSpec(*spec))
 
     weights = placed(*lead, N, T, None) if request.return_weights else None
-    return Tree(placed(*lead, T, N, None), placed(*lead, T, N), weights)
+    return Specs(placed(*lead, T, N, None), placed(*lead, T, N), weights)
 
 
 @functools.cache

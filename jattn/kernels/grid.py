@@ -18,9 +18,9 @@ Positions = tuple[Array, Array] | None
 class Grid:
     """Block (i, j) holds `rows` queries from `i · rows` and `columns` keys from `j · columns` on.
 
-    The last block of an axis ends where the axis ends, so that nothing is padded: it starts early,
-    and entries that the block before it holds too are not fresh. With `examples` a block belongs
-    to part b of the batch, so many examples.
+    The last block of an axis ends where the axis ends, so that nothing is padded: it starts early.
+    An entry that two blocks hold counts in the first of them; there it is fresh. With `examples` a
+    block belongs to part b of the batch, and a part holds that number of examples.
 
     Where queries are sharded over devices, each has a grid of its own, T of its own, and `first`,
     the slot of its first query, in every function here.
@@ -95,7 +95,7 @@ class Grid:
         return self.own_axes(fresh if mask is None else fresh & mask.rule(block))
 
     def classes(self, mask: Mask | None, positions: Positions, b: Any, i: Any, first: Any) -> Array:
-        """EMPTY, PARTIAL or FULL for the blocks of row i, over heads and examples: `[columns]`."""
+        """EMPTY, PARTIAL or FULL, over all heads and examples, in row i: `[num_columns]`."""
 
         def one(j):
             moved = (self.row_start(i) != i * self.rows) | (

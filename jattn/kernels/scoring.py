@@ -2,7 +2,7 @@
 
 For a block of the scores, or all of them at once:
 
-    query, key ← 0 where hidden           no query may see the key, or the query may see no key
+    query, key ← 0 where hidden           the query may see no key, or no query may see the key
     x ← score(query, key)                 both in the dtype in which they came
     x ← 0 where forbidden
     x ← modifier(x), 0 where forbidden    one modifier after another
@@ -53,16 +53,17 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """All of a request but its arrays: functions of a block, pure in what callables captured.
+    """A request without its arrays: functions of a block that take these as arguments.
 
     Attributes:
       grid: the blocks.
       score: `(captured, query, key) -> [..., N, rows, columns]`.
       modify: `(captured, scores, biases, b, i, j, first) -> scores`, where every entry is allowed.
       modify_masked: the same with `allowed` after `biases`.
-      allowed: `(captured, b, i, j, first)`, boolean, broadcastable to the scores; and fresh,
-        see `Grid`.
-      classes: `(captured, b, i, first) -> [num_columns]`, EMPTY, PARTIAL or FULL; None: all alike.
+      allowed: `(captured, b, i, j, first)`, which entries count: allowed by the mask, and
+        fresh (see `Grid`); broadcastable to the scores.
+      classes: `(captured, b, i, first) -> [num_columns]`, EMPTY, PARTIAL or FULL; None: all blocks
+        are PARTIAL if `is_masked`, else FULL.
       is_masked: whether some entries do not count.
       dropout_rate: from 0 to 1.
       precision: of matrix products, as `jax.default_matmul_precision` has it.
@@ -118,7 +119,9 @@ class Scoring:
         return dropped.reshape(weights.shape)
 
 
-def prepare(request: Request, grid: Grid, score: Pure, captures: Captures) -> tuple[Any, Operands]:
+def prepare(
+    request: Request, grid: Grid, score: Pure, captures: Captures
+) -> tuple["Scoring", Operands]:
     """Separate what a request's callables do from the arrays that they capture.
 
     Args:
@@ -195,7 +198,7 @@ def hoist_score(request: Request, grid: Grid, captures: Captures) -> Pure:
 
 
 def _opened(score: Any) -> tuple[Any, Any]:
-    """A score as a function of the arrays that its `functools.partial` holds, and these."""
+    """Split a `functools.partial`: a function from the arrays it holds to the score, and these."""
     if isinstance(score, functools.partial):
         options, structure = jax.tree.flatten((score.args, score.keywords))
         places = [place for place, option in enumerate(options) if hasattr(option, "dtype")]
@@ -214,7 +217,11 @@ def _opened(score: Any) -> tuple[Any, Any]:
 
 
 def _without_gradient(captured: list[Array], places: tuple[int, ...], when: Array) -> list[Array]:
-    """Where nothing is allowed there is no entry at which a modifier is known to be regular."""
+    """Captured arrays that get no gradient `when` the block has no allowed entry.
+
+    A user's modifier is evaluated at allowed entries alone (see `ScoreMod`). A block without any
+    contributes nothing, but its gradient might be 0 · NaN.
+    """
     gated = list(captured)
     for place in places:
         array = captured[place]

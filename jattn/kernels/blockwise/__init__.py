@@ -1,4 +1,4 @@
-"""Attention block by block, in memory linear in the lengths: forward, and derivatives of any kind.
+"""Attention block by block, in linear memory: forward, and derivatives of every kind and order.
 
     for part of the batch:                        grid.py, sizes.py
       for row i of blocks:                        ┌───┬───┬───┐
@@ -10,8 +10,8 @@
           fold into the row's sums                forward.py: output, lse
                                                   tangent.py: their derivatives
 
-No array of T × S elements exists but those that the caller brings, a mask or a bias as an array,
-and the gradient of such a bias.
+No array of T × S elements exists but those that the caller brings, such as a bias, and their
+gradients. (A class is kept for each block: a byte for some 100,000 scores.)
 
 The forward pass is an online softmax (forward.py). Its tangent is a sum over blocks (tangent.py),
 which is one operation with rules for its own tangent, transpose and batch (sums.py): so gradients,
@@ -69,7 +69,7 @@ def _run(scoring: Scoring, operands: Operands) -> Result:
 
 
 def _classes(scoring: Scoring, operands: Operands) -> Array | None:
-    """EMPTY, PARTIAL or FULL for every block: `[parts, num_rows, num_columns]`; None: all FULL."""
+    """EMPTY, PARTIAL or FULL for every block: `[parts, num_rows, num_columns]`; None: all alike."""
     if scoring.classes is None:
         return None
     grid, pure = scoring.grid, functools.partial(scoring.classes, operands.captured)
@@ -89,6 +89,7 @@ def _attend(
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
 def _derivative(scoring, primals, tangents):
+    """The rule for tangents; for higher orders JAX comes back to it through `_attend`."""
     classes, operands = primals
     names = "attend_output", "attend_lse", "attend_lse"
     results = tuple(map(checkpoint_name, _attend(scoring, classes, operands), names))
@@ -100,5 +101,5 @@ def _derivative(scoring, primals, tangents):
     if all(t is None for t in jax.tree.leaves(moved, is_leaf=lambda t: t is None)):
         return results, jax.tree.map(jnp.zeros_like, results)
     d_output, d_lse = tangent(scoring, classes, operands, results, moved)
-    # The log-sum-exp is their sum: let the logarithm have its tangent, and the maximum none
+    # The maximum and the logarithm add up to the log-sum-exp: all of its tangent goes to the latter
     return results, (d_output, jnp.zeros_like(results[1]), d_lse)

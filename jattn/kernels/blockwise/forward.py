@@ -25,12 +25,11 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """Output, largest score and logarithm of the sum over it, for every query.
 
-    The last two are kept apart: in their sum, the log-sum-exp, a large score would swallow the
-    logarithm.
+    Their sum is the log-sum-exp. They are kept apart, because a large score swallows the logarithm.
 
     Args:
       scoring: what to compute.
-      classes: of the blocks, `[parts, num_rows, num_columns]`; None: all FULL.
+      classes: of the blocks, `[parts, num_rows, num_columns]`; None: all alike.
       operands: query, key and value as `[parts, *batch, length, heads, width]`.
 
     Returns:
@@ -39,7 +38,8 @@ def forward(
       allowed key it is −1.
     """
     run = functools.partial(_forward, scoring)
-    if sizes.one_cpu_device():  # under vmap, too, each example pays for its own length
+    # Under vmap, too, each example pays for its own length; elsewhere all run as the longest does
+    if sizes.one_cpu_device():
         run = jax.custom_batching.sequential_vmap(run)
     return run(classes, operands)
 
@@ -79,6 +79,8 @@ def _row(
         m' = max(m, max_s x_s)
         l' = l e^(m − m') + Σ_s e^(x_s − m')
         o' = o e^(m − m') + Σ_s e^(x_s − m') value_s        and at the end, output = o / l
+
+    Dropout drops terms of o, not of l.
     """
     grid, of_scores = scoring.grid, scoring.score.jaxpr.out_avals[0].dtype
     lowest = jnp.finfo(of_scores).min  # in place of −inf, which has no difference from itself
@@ -144,7 +146,8 @@ def cut_of_bias(bias: Array, grid: Grid) -> Cut:
 def _step_of_values(value: Array, S: int) -> Array:
     """A power of two by which values are divided while they are summed, so that no sum overflows.
 
-    The weights of a row sum to at most S before they are divided by their sum.
+    The weights of a row sum to at most S before they are divided by their sum. (Values below S
+    times the smallest normal number lose digits.)
     """
     wide = jnp.finfo(dtypes.accumulator(value.dtype))
     if float(jnp.finfo(value.dtype).max) <= float(wide.max) / max(S, 1):

@@ -21,7 +21,9 @@ ROWS, SCORES = 512, 2**20
 COLUMNS = 128, 1024  # at least and at most
 # Additive scores have an intermediate of rows × columns × width: their blocks are smaller
 BLOCK_BYTES = 2**24
-LEAST = 32, 128  # rows and columns, where a block holds a part of the batch and where all of it
+# Blocks are halved while rows or columns exceed this: where a block holds a part of the batch, and
+# where it holds all of it
+LEAST = 32, 128
 
 
 def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
@@ -31,7 +33,7 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
     columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
     grid = Grid(tuple(lead), N, T, S, rows, columns, None)
     if lead and one_cpu_device() and not any(_is_shared_in_part(m) for m in request.modifiers):
-        grid = dataclasses.replace(grid, examples=_examples(grid, 4 * N * rows * columns))
+        grid = dataclasses.replace(grid, examples=_examples(grid))
         try:
             return _small_enough(request, grid)
         except Exception:
@@ -81,16 +83,16 @@ def _smaller(grid: Grid) -> Grid | None:
     return dataclasses.replace(grid, columns=block_size(grid.S, grid.columns // 2))
 
 
-def _examples(grid: Grid, bytes: int) -> int:
+def _examples(grid: Grid) -> int:
     """How many examples share a block."""
-    room = min(SCORES // (grid.num_heads * grid.rows * grid.columns), BLOCK_BYTES // bytes)
+    room = SCORES // (grid.num_heads * grid.rows * grid.columns)
     return nearest_divisor(math.prod(grid.lead), max(room, 1))
 
 
 def one_cpu_device() -> bool:
     """Whether parts of a batch run one after another, and each pays for its own length.
 
-    Where devices are many, or no CPU, all share a block.
+    Elsewhere all examples share a block.
     """
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
@@ -98,7 +100,7 @@ def one_cpu_device() -> bool:
 def block_size(length: int, largest: int) -> int:
     """The size of the fewest blocks of at most `largest` that cover an axis.
 
-    It is exact where the axis divides, else an even multiple of 16.
+    It is exact where the axis divides, else a multiple of 16 or of what `largest` shares with it.
 
     Example:
       >>> block_size(1000, 512), block_size(1040, 512), block_size(1031, 512), block_size(7, 512)

@@ -9,9 +9,11 @@ A term is a function of a block, nonlinear in some operands and perhaps linear i
     added where the term had read                                  (reverse mode)
     a batch of sums is a sum over one more axis                    (vmap)
 
-so that nothing has to be kept between blocks: each computes what it needs again, and memory is
-that of operands and results. Loops may have bounds that depend on data, because no loop is ever
-taken apart: this is one operation to JAX.
+so that nothing is kept between blocks: each computes again what it needs, and memory is that of
+operands and results. To JAX a sum is one operation. Its loops are never differentiated, so their
+bounds may depend on data: a row of blocks visits the columns that its mask leaves.
+
+What a callable captures is read whole by every block, and so its gradient is added whole.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ class Sum:
       classes: how the classes of blocks, `[parts, num_rows, num_columns]`, are cut; None: all are
         PARTIAL if masked, else FULL.
       operands: how each operand is cut.
-      results: how each result is.
+      results: how each result is cut.
       shapes: shape of each result.
       dtypes: dtype of each result.
     """
@@ -141,7 +143,9 @@ def over_columns(
     nothing: Any,
     sums: Any,
 ) -> Any:
-    """Fold the terms of a row's blocks into sums: EMPTY ones are skipped, FULL ones need no mask.
+    """Fold the terms of a row's blocks into sums.
+
+    Where there are several columns, EMPTY blocks are skipped and FULL ones need no mask.
 
     Args:
       grid: the blocks.
@@ -151,7 +155,7 @@ def over_columns(
       term: `(masked, at) -> parts`.
       fold: `(at, sums, parts) -> sums`.
       nothing: the parts of an EMPTY block.
-      sums: the first.
+      sums: what to fold into.
     """
     columns = grid.num_columns
     if classes is None or columns == 1:
@@ -165,7 +169,7 @@ def over_columns(
 
     def visit(j: Array, sums: Any) -> Any:
         here = at._replace(j=j)
-        # Only a block's own part passes through the branches: what does is copied
+        # A branch returns a block's own part, not the sums: XLA would copy them
         full, partial = (functools.partial(term, kind, here) for kind in (False, True))
         kind = classes[j].astype(jnp.int32)
         return fold(here, sums, jax.lax.switch(kind, [lambda: nothing, partial, full]))
@@ -176,7 +180,7 @@ def over_columns(
 def loop(first: Any, end: Any, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """`fori_loop` with int32 indices; one pass needs no loop."""
     if isinstance(end, int) and end == first + 1:
-        return body(jnp.zeros((), jnp.int32), carry)
+        return body(jnp.asarray(first, jnp.int32), carry)
     first, end = jnp.asarray(first, jnp.int32), jnp.asarray(end, jnp.int32)
     return jax.lax.fori_loop(
         first, end, lambda index, carry: body(jnp.asarray(index, jnp.int32), carry), carry
@@ -192,6 +196,7 @@ def _shapes(*kinds: Any, sum: Sum) -> list[Any]:
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, sum: Sum) -> Any:
+    """d Σ term(x) = Σ d term(x, dx): operands first, then the tangents of those that move."""
     start = 0 if sum.classes is None else 1
     moved = tuple(
         k - start for k, tangent in enumerate(tangents) if k >= start and tangent is not None
@@ -208,6 +213,7 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, sum: Sum) -> Any:
 
 
 def _tangent_of_term(term: Term, moved: tuple[int, ...], at: Index, *blocks: Array) -> Any:
+    """d term(x, dx) of a block, where operands `moved` have the last blocks as tangents."""
     primals, tangents = blocks[: -len(moved)], blocks[-len(moved) :]
 
     def of_moved(*inner):
@@ -225,6 +231,11 @@ def _tangent_of_term(term: Term, moved: tuple[int, ...], at: Index, *blocks: Arr
 def _transpose(
     cotangents: Sequence[Any], *arrays: Any, kinds: Sequence[Any], sum: Sum
 ) -> Sequence[Any]:
+    """(Σ term)ᵀ = Σ termᵀ: known operands first, then cotangents, cut as the results were.
+
+    A part is added where the term had read that operand. Of the tangent of attention, this is the
+    backward pass.
+    """
     start = 0 if sum.classes is None else 1
     operands = arrays[start:]
     places = [k for k, operand in enumerate(operands) if operand is None]
@@ -262,6 +273,7 @@ def _transpose_of_term(
     at: Index,
     *blocks: Array,
 ) -> Any:
+    """termᵀ of a block: cotangents of its linear operands from those of the results asked for."""
     given, cotangents = blocks[: len(known)], blocks[len(known) :]
 
     def of_linear(*inner):
@@ -315,7 +327,8 @@ def _all_at_once(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
     if sum.classes is not None and axes[0] is not None:
         classes, axis = moved[0], len(sum.classes.loops)
         same = (classes == jnp.take(classes, jnp.array([0]), axis)).all(axis)
-        moved[0] = jnp.where(same, classes.max(axis), jnp.asarray(PARTIAL, classes.dtype))
+        one_of_them = classes.max(axis)
+        moved[0] = jnp.where(same, one_of_them, jnp.asarray(PARTIAL, classes.dtype))
     mapped = tuple(None if axis is None else 0 for axis in axes[start:])
     places = [len(cut.loops) for cut in sum.results]
     batched = dataclasses.replace(

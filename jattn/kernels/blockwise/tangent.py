@@ -1,18 +1,22 @@
 """The tangent of attention as a sum over blocks; gradients are its transpose, taken by JAX.
 
-With scores x, weights p = e^(x − lse), values v, and output o = Σ p v of a query:
+Of a query with scores x, weights p = e^(x − lse), values v and output o = Σ p v, the tangents are
 
-    t = p · dx                                   each weight's share in the change
-    d_output = Σ t v + Σ p dv − o Σ t
-    d_lse    = Σ t
+    c = p · dx                                   a key's share in the change
+    d_output = Σ c v + Σ p dv − o Σ c
+    d_lse    = Σ c
 
-Nothing of size T × S is kept: each block computes its weights again from the log-sum-exp. So do the
-transposed sum, which gives
+summed over keys. (With dropout D, D(c) and D(p) multiply v and dv.) Nothing of size T × S is kept:
+each block computes its weights again, from the scores, their maximum and the logarithm of the sum.
 
-    d_value_s = Σ_t p d_output_t,    dx = p (d_output · v − d_output · o + d_lse)
+The transpose of this sum does the same. With cotangents ō of the output and l̄ of the lse it gives
 
-and from dx, through the score, gradients of query and key and of all that was captured; and the
-tangents and transposes of these, as often as one likes.
+    v̄ = Σ p ō,    x̄ = p (ō · v − ō · o + l̄)
+
+summed over queries for v̄, and from x̄, through the score, gradients of query, key and all that was
+captured. ō · o, a number for each query, is taken once, outside of the loops. Kept for it are the
+operands and the results of the forward pass. Tangents and transposes of these sums are such sums
+again: so come Hessian-vector products and all higher orders.
 """
 
 import functools
@@ -45,7 +49,7 @@ def tangent(
 
     Args:
       scoring: what was computed.
-      classes: of the blocks; None: all FULL.
+      classes: of the blocks; None: all alike.
       operands: as in `forward`.
       results: output, maximum and log_total, from there.
       tangents: of the operands; None for a tangent of zero.
@@ -76,11 +80,12 @@ def tangent(
         shapes=(output.shape, maximum.shape),
         dtypes=(output.dtype, maximum.dtype),
     )
-    some = log_total >= 0  # else the row is empty: all its weights are 0, whatever stands here
+    some = log_total >= 0  # else the row is empty, and all its weights are 0
     statistics = maximum, hide(log_total, some)
     pooled, d_lse = over_blocks(classes, *statistics, *given, *(moving[k] for k in moved))
     # Zeros there already, but not for a NaN cotangent
     pooled, d_lse = hide(pooled, some[..., None]), hide(d_lse, some)
+    # Its transpose is ō · o, once for each query
     return pooled - output * d_lse[..., None].astype(output.dtype), d_lse
 
 
@@ -92,7 +97,7 @@ def _term(
     at: Index,
     *blocks: Array,
 ) -> tuple[Array, Array]:
-    """A block's share in Σ t v + Σ p dv, `[*batch, rows, N, V]`, and Σ t, `[*batch, rows, N]`."""
+    """A block's share in Σ c v + Σ p dv, `[*batch, rows, N, V]`, and Σ c, `[*batch, rows, N]`."""
     count = structure.num_leaves
     (maximum, log_total), given = blocks[:2], blocks[2 : 2 + count]
     changes = dict(zip(moved, blocks[2 + count :], strict=True))
