@@ -50,8 +50,10 @@ def attend(
         summed in float32.
       key: `[..., S, K, H']`; N is a multiple of K, and query head n uses key head n // (N / K).
       value: `[..., S, K, V]`.
-      score: `(query [..., T, H], key [..., S, H']) -> [..., T, S]`, pairwise; see `jattn.scores`.
-        It sees query and key in the dtype that they have together, in every kernel.
+      score: `(query [..., T, H], key [..., S, H']) -> [..., T, S]`; see `jattn.scores`. It must be
+        pairwise: entry [t, s] depends on query t and key s alone. One that is not gives other
+        numbers in each kernel, and nothing tells. It sees query and key in the dtype that they have
+        together, in every kernel.
       mask: a value of `jattn.masks`, a callable `(b, h, q_idx, k_idx) -> bool`, or a boolean array
         broadcastable to `[..., N, T, S]`, as NumPy broadcasts: two axes are `[T, S]`, shared by all
         examples, even where B = T. True = may attend. For lengths there is `masks.padding`.
@@ -133,7 +135,7 @@ def explain(
     Example:
       >>> x = jax.ShapeDtypeStruct((1, 5, 3, 4), jnp.float32)
       >>> print(explain(x, x, x, implementation=("blockwise", "dense"), return_weights=True))
-      blockwise  passed over: it never has all weights at once: return_weights
+      blockwise  passed over: it never has all weights at once, for return_weights: "dense" has
       dense      runs: 75 scores on a device
     """
     lines: list[Any] = []

@@ -210,8 +210,15 @@ def as_mask(mask: MaskLike) -> masks.Mask | None:
     """
     if mask is None or isinstance(mask, masks.Mask):
         return mask
+    if isinstance(mask, modifiers.Modifier):
+        raise TypeError("mask is a modifier of scores: pass it as modifier=")
+    if isinstance(mask, (list, tuple)) and any(isinstance(each, masks.Mask) for each in mask):
+        raise TypeError("mask must be one mask, got several: combine them with & or |")
     if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
         return masks.dense(mask)
+    if not callable(mask):
+        must = "mask must be a value of jattn.masks, a callable or a boolean array"
+        raise TypeError(f"{must}, got {type(mask).__name__}")
     _check_called("mask", mask, masks)
     return masks.mask_mod(mask)
 
@@ -223,6 +230,8 @@ def _as_modifiers(modifier: ModifierLike) -> tuple[modifiers.Modifier, ...]:
         return ()
     if isinstance(modifier, modifiers.Modifier):
         return (modifier,)
+    if isinstance(modifier, masks.Mask):
+        raise TypeError("modifier is a mask: pass it as mask=")
     if not callable(modifier):
         use = "jattn.modifiers.bias" if hasattr(modifier, "dtype") else "a callable"
         came = type(modifier).__name__

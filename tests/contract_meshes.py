@@ -271,6 +271,24 @@ def test_arrays_made_before_the_mesh_was_set(kernel, placed, rng):
         assert_close(np.asarray(attend(*given)), np.asarray(expected))
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (1, 4)])
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_sharded_sequence_eagerly_and_on_a_mesh_that_is_not_in_use(kernel, shape, jit, rng):
+    query, key, value, *_ = arguments(rng)
+    attend = functools.partial(jattn.attend, mask=masks.causal(), implementation=kernel)
+    called = jax.jit(attend) if jit else attend
+    mesh, spec = jax.make_mesh(shape, ("data", "seq")), P(None, "seq")
+    rows = query, *(x[:, :4] for x in (key, value))
+    expected = attend(*rows)
+    placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array in rows]
+    assert_close(np.asarray(called(*placed)), np.asarray(expected))
+    with jax.set_mesh(mesh):
+        gradient = jax.grad(lambda *x: jnp.sin(called(*x)).sum(), (0, 1, 2))
+        came = jax.tree.map(np.asarray, gradient(*placed))
+    plain = jax.grad(lambda *x: jnp.sin(attend(*x)).sum(), (0, 1, 2))(*rows)
+    assert_close(came, jax.tree.map(np.asarray, plain))
+
+
 def test_half_precision_products_differ_over_all_axes_of_both_operands():
     query, key = jnp.ones((B, T, H), jnp.bfloat16), jnp.ones((S, H), jnp.bfloat16)
 

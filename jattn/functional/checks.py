@@ -3,6 +3,7 @@
 They run at trace time: inside jit they cost nothing.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,6 +148,42 @@ def index(**arrays: Any) -> None:
         integers(**{name: array})
         why = "the range of int32, in which indices are compared"
         in_range(name, array, -(2**31) + 1, 2**31 - 1, why)
+
+
+def entrywise(name: str, takes: str, function: Any, *entries: Any) -> Any:
+    """A user's function on scalars, evaluated on every entry, with errors that name the argument.
+
+    Args:
+      name: of the argument, `"mask"` or `"modifier"`.
+      takes: what the function must take, such as `"(b, h, q_idx, k_idx)"`.
+      function: on scalars.
+      *entries: arrays that broadcast.
+
+    Example:
+      >>> entrywise("mask", "(q_idx, k_idx)", lambda i, j: j <= i, jnp.arange(2), jnp.arange(2))
+      Array([ True,  True], dtype=bool)
+    """
+    try:
+        inspect.signature(function).bind(*entries)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a function of {takes}: {error}") from None
+    except ValueError:  # one that does not tell
+        pass
+
+    def checked(*scalars):
+        result = function(*scalars)
+        if not isinstance(result, (bool, int, float)) and not hasattr(result, "dtype"):
+            raise TypeError(f"{name} must return a number, got {type(result).__name__}")
+        if np.ndim(result):
+            one = f"{name} must return one number for each entry, shape ()"
+            raise ValueError(f"{one}, got shape {np.shape(result)}")
+        return result
+
+    try:
+        return jnp.vectorize(checked)(*entries)
+    except jax.errors.TracerBoolConversionError as error:
+        branch = f"{name} branches on a traced value with if, and, or, not: use jnp.where, & and |"
+        raise TypeError(branch) from error
 
 
 def _dtype(array: Any) -> Any:

@@ -130,9 +130,12 @@ class Mask:
 
 def _as_mask(mask: Any) -> Mask:
     if not isinstance(mask, Mask):
-        raise TypeError(
-            f"a mask combines with masks only, got {type(mask).__name__}; see mask_mod and dense"
+        way = (
+            "call it first, or lift it with masks.mask_mod"
+            if callable(mask)
+            else "masks.dense(array)"
         )
+        raise TypeError(f"a mask combines with masks only, got {type(mask).__name__}: {way}")
     return mask
 
 

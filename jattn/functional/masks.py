@@ -169,7 +169,10 @@ def dense(array: Any) -> Mask:
     """
     array = array if hasattr(array, "dtype") else np.asarray(array)
     if array.dtype != bool:
-        raise TypeError(f"a mask array must be boolean (True = may attend), got {array.dtype}")
+        raise TypeError(
+            f"a mask array must be boolean (True = may attend), got {array.dtype}: use "
+            "mask.astype(bool), or modifiers.bias for what is added to scores"
+        )
     return _Dense(array)
 
 
@@ -372,7 +375,8 @@ class _Mod(Mask):
     bounds: Any
 
     def rule(self, block):
-        allowed = jnp.vectorize(self.function)(block.b, block.h, block.q_idx, block.k_idx)
+        entries = block.b, block.h, block.q_idx, block.k_idx
+        allowed = checks.entrywise("mask", "(b, h, q_idx, k_idx)", self.function, *entries)
         if allowed.dtype != bool:
             raise TypeError(f"a mask_mod must return a boolean, got {allowed.dtype}")
         return allowed

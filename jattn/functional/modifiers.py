@@ -56,7 +56,8 @@ class ScoreMod(Modifier):
         entries = (scores, block.b, block.h, block.q_idx, block.k_idx)
         if block.allowed is not None:
             entries = _at_allowed(block.allowed, *entries)
-        changed = jnp.vectorize(self.function)(*entries)
+        takes = "(score, b, h, q_idx, k_idx)"
+        changed = checks.entrywise("modifier", takes, self.function, *entries)
         if not jnp.issubdtype(changed.dtype, jnp.floating):
             raise TypeError(f"a modifier must return a floating-point score, got {changed.dtype}")
         return changed.astype(scores.dtype)

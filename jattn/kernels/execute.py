@@ -29,7 +29,9 @@ def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request)
     if request.mesh is None:
         return run(scoring, operands)
     leaves, structure = jax.tree.flatten(
-        operands._replace(key=_gathered(operands.key), value=_gathered(operands.value))
+        operands._replace(
+            key=_gathered(operands.key, request.mesh), value=_gathered(operands.value, request.mesh)
+        )
     )
 
     def unflattened(*leaves: Any) -> Result:
@@ -51,13 +53,13 @@ def mesh_refusal(request: Request) -> str | None:
     return None
 
 
-def _gathered(rows: jax.Array) -> jax.Array:
+def _gathered(rows: jax.Array, mesh: Any) -> jax.Array:
     """Keys or values, each device with all of them: once, and not in a loop."""
     spec = list(jax.typeof(rows).sharding.spec)
     if spec[-3] is None:
         return rows
     spec[-3] = None
-    return jax.sharding.reshard(rows, PartitionSpec(*spec))
+    return jax.sharding.reshard(rows, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
@@ -76,13 +78,14 @@ def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Reque
     whole, rows = PartitionSpec(), PartitionSpec(*lead, axes)
     given = jax.tree.map(lambda _: whole, operands)
     given = given._replace(query=rows, biases=[of_bias(bias) for bias in operands.biases])
-    return jax.shard_map(
+    sharded = jax.shard_map(
         local,
         in_specs=(given,),
         out_specs=Specs(rows, rows, None),
         axis_names=set(axes),
         check_vma=False,
-    )(operands)
+    )
+    return jax.jit(sharded)(operands)  # eagerly, a shard_map over some axes alone is refused
 
 
 def _out_sharding(request: Request) -> Any:

@@ -42,7 +42,7 @@ Array = jax.Array
 def refuses(request: Request) -> str | None:
     """Why this kernel cannot do what is asked; None if it can."""
     if request.return_weights:
-        return "it never has all weights at once: return_weights"
+        return 'it never has all weights at once, for return_weights: "dense" has'
     if request.is_symbolic:
         return "its loops need lengths that are numbers, not symbols"
     return mesh_refusal(request)
