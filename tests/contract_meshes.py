@@ -94,7 +94,7 @@ def test_shard_map_over_the_batch(kernel, devices, check_vma, rng):
     assert_close(derivatives(sharded)(*given), derivatives(one)(*given))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_shard_map_over_keys_merges_to_the_whole(kernel, check_vma, rng):
     """A ring in small: each device has some keys, and all queries; partial results are gathered."""
     query, key, value, *_ = arguments(rng)
@@ -272,7 +272,7 @@ def test_arrays_made_before_the_mesh_was_set(kernel, placed, rng):
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (1, 4)])
-@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sharded_sequence_eagerly_and_on_a_mesh_that_is_not_in_use(kernel, shape, jit, rng):
     query, key, value, *_ = arguments(rng)
     attend = functools.partial(jattn.attend, mask=masks.causal(), implementation=kernel)
