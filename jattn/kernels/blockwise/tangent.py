@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.kernels import arrays
-from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen
+from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen, queries_seen
 from jattn.kernels.blockwise.cuts import Cut, Index
 from jattn.kernels.blockwise.forward import LINES, OF_KEYS, OF_QUERIES, cut_of_bias
 from jattn.kernels.blockwise.sums import Sum
@@ -83,8 +83,6 @@ def tangent(
     some = log_total >= 0  # else the row is empty, and all its weights are 0
     statistics = maximum, hide(log_total, some)
     pooled, d_lse = over_blocks(classes, *statistics, *given, *(moving[k] for k in moved))
-    # Zeros there already, but not for a NaN cotangent
-    pooled, d_lse = hide(pooled, some[..., None]), hide(d_lse, some)
     # Its transpose is ō · o, once for each query
     return pooled - output * d_lse[..., None].astype(output.dtype), d_lse
 
@@ -130,4 +128,6 @@ def _term(
         pooled = arrays.pool(dropped(shares, *place), value)
         if VALUE in moved:
             pooled = pooled + arrays.pool(dropped(weights, *place), d_value)
+    # Zeros already where a query sees nothing, but not for a NaN cotangent
+    pooled = hide(pooled, queries_seen(allowed))
     return heads_last(pooled), heads_last(d_lse)[..., 0]
