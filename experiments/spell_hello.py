@@ -31,7 +31,8 @@ from experiments.training import command, pictures
 from experiments.training.checkpoints import Checkpoint
 from experiments.training.loop import Recipe, train
 from experiments.training.runs import Run
-from jattn.models import char_rnn, seq2seq
+from jattn.models import char_rnn
+from jattn.models.tokens import cross_entropy
 
 NAME = "spell_hello"
 SOURCE, TARGET = "hello", "ohlol"
@@ -100,7 +101,7 @@ def losses(model: Spellers, batch: Any) -> tuple[jax.Array, jax.Array]:
     """
     source, target = batch
     logits = model(source)
-    return jax.vmap(lambda own: seq2seq.loss(own, target))(logits), jnp.argmax(logits, axis=-1)
+    return jax.vmap(lambda own: cross_entropy(own, target))(logits), jnp.argmax(logits, axis=-1)
 
 
 def loss(model: Spellers, batch: Any) -> jax.Array:

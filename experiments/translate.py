@@ -34,8 +34,9 @@ from experiments.training import command, pictures
 from experiments.training.checkpoints import Checkpoint, restore
 from experiments.training.loop import Recipe, train
 from experiments.training.runs import Run
-from jattn.models import luong, seq2seq
+from jattn.models import bahdanau, luong
 from jattn.models.encoder_decoder import EncoderDecoder
+from jattn.models.tokens import cross_entropy
 
 NAME = "translate"
 EVALUATION_BATCH = 256
@@ -136,9 +137,9 @@ class Translator:
         rngs = nnx.Rngs(settings.seed)
         model: EncoderDecoder
         if settings.model == "luong":
-            model = luong.Luong(luong.Config(**sizes), rngs=rngs)
+            model = luong.LuongTranslator(luong.Config(**sizes), rngs=rngs)
         else:
-            model = seq2seq.Seq2Seq(seq2seq.Config(**sizes), rngs=rngs)
+            model = bahdanau.BahdanauTranslator(bahdanau.Config(**sizes), rngs=rngs)
         return cls(model, source, target, characters["max_length"], settings.beam)
 
     def __call__(
@@ -188,7 +189,7 @@ def load(settings: Settings) -> Split:
 def loss(model: EncoderDecoder, batch: Any) -> jax.Array:
     """Mean negative log-likelihood of a target character or end; the batch is a traced `Batch`."""
     logits = model(batch.source, batch.target_in, lengths=batch.source_lengths)
-    return seq2seq.loss(logits, batch.target_out, lengths=batch.target_lengths)
+    return cross_entropy(logits, batch.target_out, lengths=batch.target_lengths)
 
 
 def fit(

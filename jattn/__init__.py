@@ -7,7 +7,7 @@ from jattn.attention import attend as attend
 from jattn.attention import attention_weights as attention_weights
 from jattn.attention import dot_product_attention as dot_product_attention
 from jattn.attention import explain as explain
-from jattn.attention import merge as merge
+from jattn.attention import merge_partials as merge_partials
 
 # the pieces: each a module of pure functions
 from jattn.functional import heads as heads

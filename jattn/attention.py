@@ -197,7 +197,7 @@ def attention_weights(
     return weights
 
 
-def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+def merge_partials(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Combine attention over disjoint parts of the keys into attention over all of them, exactly.
 
         lse = log Σ_i exp(lse_i),  output = Σ_i exp(lse_i − lse) · output_i
@@ -217,7 +217,7 @@ def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     Example:
       >>> q, k = jnp.ones((1, 1, 2)), jnp.arange(8.0).reshape(4, 1, 2)
       >>> halves = [attend(q, half, half, return_lse=True) for half in (k[:2], k[2:])]
-      >>> bool(jnp.allclose(merge(halves)[0], attend(q, k, k)))
+      >>> bool(jnp.allclose(merge_partials(halves)[0], attend(q, k, k)))
       True
     """
     parts = [(jnp.asarray(output), jnp.asarray(lse)) for output, lse in parts]
@@ -291,7 +291,7 @@ def dot_product_attention(
     """
     query, key, value = (jnp.asarray(array) for array in (query, key, value))
     check_operands(query=query, key=key, value=value)
-    parts: list[masks.Mask] = [] if mask is None else [masks.dense(mask)]
+    parts: list[masks.Mask] = [] if mask is None else [masks.from_array(mask)]
     if is_causal:
         parts.append(masks.causal())
     if local_window_size is not None:
@@ -302,7 +302,7 @@ def dot_product_attention(
     if query_seq_lengths is not None:
         lengths = _lengths("query_seq_lengths", query_seq_lengths, query)
         slots = jnp.arange(query.shape[-3], dtype=jnp.int32).reshape((1,) * lengths.ndim + (-1,))
-        parts.append(masks.dense(rearrange(slots < lengths[..., None], "... T -> ... 1 T 1")))
+        parts.append(masks.from_array(rearrange(slots < lengths[..., None], "... T -> ... 1 T 1")))
     if bias is not None and not jnp.issubdtype(jnp.asarray(bias).dtype, jnp.floating):
         checks.integers(bias=bias)
         bias = jnp.asarray(bias, dtypes.accumulator(query.dtype))

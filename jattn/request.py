@@ -215,7 +215,7 @@ def as_mask(mask: MaskLike) -> masks.Mask | None:
     if isinstance(mask, (list, tuple)) and any(isinstance(each, masks.Mask) for each in mask):
         raise TypeError("mask must be one mask, got several: combine them with & or |")
     if hasattr(mask, "dtype") or isinstance(mask, (list, tuple)):
-        return masks.dense(mask)
+        return masks.from_array(mask)
     if not callable(mask):
         must = "mask must be a value of jattn.masks, a callable or a boolean array"
         raise TypeError(f"{must}, got {type(mask).__name__}")

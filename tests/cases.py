@@ -110,7 +110,7 @@ MASKS = {
     "padding per query": (masks.padding(PER_QUERY), lambda b, h, t, s: s < PER_QUERY[b, t]),
     "prefix": (masks.prefix_lm(LENGTHS), lambda b, h, t, s: s <= t or s < LENGTHS[b]),
     "segments": (masks.segments(Q_IDS, K_IDS), lambda b, h, t, s: Q_IDS[b, t] == K_IDS[b, s]),
-    "dense": (masks.dense(ARRAY), lambda b, h, t, s: ARRAY[b, 0, t, s]),
+    "dense": (masks.from_array(ARRAY), lambda b, h, t, s: ARRAY[b, 0, t, s]),
     "array": (ARRAY, lambda b, h, t, s: ARRAY[b, 0, t, s]),
     "callable": (
         lambda b, h, q_idx, k_idx: (q_idx + k_idx + h + b) % 3 > 0,
@@ -121,7 +121,7 @@ MASKS = {
         | masks.padding(LENGTHS) & masks.mask_mod(lambda b, h, i, j: h > j),
         lambda b, h, t, s: (s <= t + 1 and s == t) or (s < LENGTHS[b] and h > s),
     ),
-    "nothing": (masks.dense(np.zeros((1, 1), bool)), lambda b, h, t, s: False),
+    "nothing": (masks.from_array(np.zeros((1, 1), bool)), lambda b, h, t, s: False),
 }
 
 SLOPES = np.array([0.5, 0.25, 0.2, 0.1, 0.05, 0.3])

@@ -279,7 +279,7 @@ def test_hidden_rows_reach_neither_output_nor_gradients(kernel, name, rng, x64):
     query, key, value = operands(rng)
     score, _ = score_cases(6, rng)[name]
     hidden_query = np.arange(T) == 1
-    mask = masks.padding(LENGTHS) & masks.dense(~hidden_query[:, None])
+    mask = masks.padding(LENGTHS) & masks.from_array(~hidden_query[:, None])
     cotangents = (rng.standard_normal((B, T, 6, V)), rng.standard_normal((B, T, 6)))
 
     @jax.jit
@@ -700,7 +700,7 @@ def attend_and_gradients(kernel, query, key, value, **options):
 
 @pytest.mark.parametrize(
     "mask",
-    [masks.sliding_window(T + S, T + S), masks.dense(np.ones((1, 1), bool)), masks.causal(S)],
+    [masks.sliding_window(T + S, T + S), masks.from_array(np.ones((1, 1), bool)), masks.causal(S)],
     ids=repr,
 )
 def test_a_mask_that_allows_all_is_no_mask(kernel, mask, rng, x64):
@@ -720,17 +720,17 @@ def test_grouped_heads_are_repeated_heads(kernel, rng, x64):
 
 def test_merging_the_halves_of_the_keys_is_the_whole(kernel, rng, x64):
     query, key, value = operands(rng)
-    mask = masks.dense(ARRAY)
+    mask = masks.from_array(ARRAY)
 
     def halves(query, key, value):
         parts = []
         for start, stop in ((0, 3), (3, 7)):
-            part = masks.dense(ARRAY[..., start:stop])
+            part = masks.from_array(ARRAY[..., start:stop])
             rows = key[:, start:stop], value[:, start:stop]
             parts.append(
                 jattn.attend(query, *rows, mask=part, implementation=kernel, return_lse=True)
             )
-        return jattn.merge(parts)
+        return jattn.merge_partials(parts)
 
     def whole(query, key, value):
         return jattn.attend(query, key, value, mask=mask, implementation=kernel, return_lse=True)

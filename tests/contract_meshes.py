@@ -111,7 +111,7 @@ def test_shard_map_over_keys_merges_to_the_whole(kernel, check_vma, rng):
         outputs, lses = jax.shard_map(
             local, mesh=auto(2), in_specs=specs, out_specs=P("batch"), check_vma=check_vma
         )(query, key, value)
-        return jattn.merge([(outputs[k], lses[k]) for k in (0, 1)])
+        return jattn.merge_partials([(outputs[k], lses[k]) for k in (0, 1)])
 
     def plain(query, key, value):
         options = {"mask": masks.causal(-1), "implementation": kernel, "return_lse": True}

@@ -35,7 +35,7 @@ def of(*shape, dtype=np.float32):
 
 Q, KEY, VALUE = of(B, T, N, H), of(B, S, K, H), of(B, S, K, V)
 KEYED = {"dropout_rate": 0.5, "dropout_key": None}
-UNFIT = masks.dense(of(S, T, dtype=bool))
+UNFIT = masks.from_array(of(S, T, dtype=bool))
 
 
 BAD = {
@@ -578,7 +578,7 @@ def test_forward_mode_is_reverse_mode_and_the_slope_of_the_loop(rng, x64):
 
 def test_the_hessian_is_symmetric_and_the_slope_of_the_gradient(rng, x64):
     query, key, value = (array[0, :2] for array in operands(rng, N=2, K=1, V=2))
-    mask = masks.dense(np.array([[True, False], [False, False]]))  # an empty row among them
+    mask = masks.from_array(np.array([[True, False], [False, False]]))  # an empty row among them
 
     def loss(query):
         output, lse = jattn.attend(

@@ -41,7 +41,7 @@ def make(mask, lengths, ids, array):
         case "segments":
             return masks.segments(*ids)
         case "dense":
-            return masks.dense(array)
+            return masks.from_array(array)
     return masks.mask_mod(lambda b, h, q_idx, k_idx: (b + h + q_idx + k_idx) % 3 > 0)
 
 

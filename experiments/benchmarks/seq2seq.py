@@ -25,7 +25,8 @@ from experiments import BadInput
 from experiments.benchmarks.timing import Run, machine, measure, ratio
 from jattn.interop import to_flax
 from jattn.interop.torch_layouts import SEQ2SEQ
-from jattn.models.seq2seq import Config, Seq2Seq, loss
+from jattn.models.bahdanau import BahdanauTranslator, Config
+from jattn.models.tokens import cross_entropy
 
 WIDTH, LONGEST = 4, 24
 
@@ -54,14 +55,14 @@ def of_jattn(
     weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], config: Config
 ) -> dict[str, Run]:
     """One training step, and one search."""
-    model = Seq2Seq(config, rngs=nnx.Rngs(0))
+    model = BahdanauTranslator(config, rngs=nnx.Rngs(0))
     nnx.update(model, to_flax(weights, model, SEQ2SEQ))
     graph, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
     arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
     def loss_of(model: Any) -> jax.Array:
         logits = model(arrays["source"], arrays["target"], lengths=arrays["lengths"])
-        return loss(logits, arrays["target"])
+        return cross_entropy(logits, arrays["target"])
 
     @jax.jit
     def step(state: nnx.State) -> Any:

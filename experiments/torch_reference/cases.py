@@ -342,16 +342,22 @@ def luong_cases() -> list[Case]:
     }
     padded: Inputs = tokens | {"lengths": np.array([4, 6, 1])}
     return [
-        Case(32, "luong", luong.Luong, model, tokens),
-        Case(32, "luong_lengths", luong.Luong, model, padded),
-        Case(32, "luong_reversed", luong.Luong, model | {"reverse_source": True}, tokens),
-        Case(32, "luong_reversed_lengths", luong.Luong, model | {"reverse_source": True}, padded),
-        Case(32, "luong_prediction", luong.Luong, model | {"feed": "prediction"}, padded),
-        Case(32, "luong_no_attention", luong.Luong, model | {"attention": False}, padded),
+        Case(32, "luong", luong.LuongTranslator, model, tokens),
+        Case(32, "luong_lengths", luong.LuongTranslator, model, padded),
+        Case(32, "luong_reversed", luong.LuongTranslator, model | {"reverse_source": True}, tokens),
+        Case(
+            32,
+            "luong_reversed_lengths",
+            luong.LuongTranslator,
+            model | {"reverse_source": True},
+            padded,
+        ),
+        Case(32, "luong_prediction", luong.LuongTranslator, model | {"feed": "prediction"}, padded),
+        Case(32, "luong_no_attention", luong.LuongTranslator, model | {"attention": False}, padded),
         Case(
             32,
             "luong_no_attention_prediction",
-            luong.Luong,
+            luong.LuongTranslator,
             model | {"attention": False, "feed": "prediction"},
             padded,
         ),

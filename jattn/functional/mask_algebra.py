@@ -133,7 +133,7 @@ def _as_mask(mask: Any) -> Mask:
         way = (
             "call it first, or lift it with masks.mask_mod"
             if callable(mask)
-            else "masks.dense(array)"
+            else "masks.from_array(array)"
         )
         raise TypeError(f"a mask combines with masks only, got {type(mask).__name__}: {way}")
     return mask

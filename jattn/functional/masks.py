@@ -6,8 +6,8 @@ A mask is a small value that can be evaluated on any block of the score matrix, 
 array has to exist. Python integers in it are static; arrays (lengths, ids) are pytree leaves and
 may be traced.
 
-`causal`, `sliding_window`, `no_self` and callables see positions; `padding`, `segments` and `dense`
-see array slots. The two are the same unless the caller of `attend` passes positions.
+`causal`, `sliding_window`, `no_self` and callables see positions; `padding`, `segments` and
+`from_array` see array slots. The two are the same unless the caller of `attend` passes positions.
 
 Example:
   >>> print(causal() & no_self())
@@ -152,7 +152,7 @@ def no_self() -> Mask:
     return _NoSelf()
 
 
-def dense(array: Any) -> Mask:
+def from_array(array: Any) -> Mask:
     """A boolean array, True = may attend.
 
     Args:
@@ -162,8 +162,8 @@ def dense(array: Any) -> Mask:
       TypeError: the array is not boolean.
 
     Example:
-      >>> print(dense(np.array([[True, False], [True, True]])))
-      dense([2, 2])
+      >>> print(from_array(np.array([[True, False], [True, True]])))
+      from_array([2, 2])
       █ ·
       █ █
     """
@@ -366,7 +366,7 @@ class _Dense(Mask):
         return shape[:-3], N, T, S
 
     def __repr__(self):
-        return f"dense({list(np.shape(self.array))})"
+        return f"from_array({list(np.shape(self.array))})"
 
 
 @pytree

@@ -113,7 +113,7 @@ SEQ2SEQ = (
     *within(RECURRENT, "decoder.rnn", "decoder.gru"),
     *within(LINEAR, "decoder.dense", "decoder.out"),
 )
-"""The Bahdanau encoder-decoder in its usual PyTorch names ↔ `jattn.models.Seq2Seq`."""
+"""The Bahdanau encoder-decoder in its usual PyTorch names ↔ `jattn.models.BahdanauTranslator`."""
 
 CHAR_RNN = (
     *within(EMBEDDING, "embedding", "embedding"),
@@ -134,7 +134,7 @@ LUONG = (
     *within(LINEAR, "decoder.W_u", "decoder.combine"),
     *within(LINEAR, "decoder.W_v", "decoder.out"),
 )
-"""The encoder-decoder of Luong's equations in their letters ↔ `jattn.models.Luong`."""
+"""The encoder-decoder of Luong's equations in their letters ↔ `jattn.models.LuongTranslator`."""
 
 CLASSIFIER = (
     *within(EMBEDDING, "embedding", "embedding"),

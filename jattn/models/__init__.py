@@ -1,10 +1,12 @@
 """Whole models, one readable file each, and ways to decode from them."""
 
+from jattn.models import bahdanau as bahdanau
 from jattn.models import char_rnn as char_rnn
 from jattn.models import classifier as classifier
 from jattn.models import decoding as decoding
 from jattn.models import luong as luong
-from jattn.models import seq2seq as seq2seq
+from jattn.models import tokens as tokens
+from jattn.models.bahdanau import BahdanauTranslator as BahdanauTranslator
 from jattn.models.char_rnn import CharCell as CharCell
 from jattn.models.char_rnn import CharRNN as CharRNN
 from jattn.models.char_rnn import EmbeddedCharRNN as EmbeddedCharRNN
@@ -12,5 +14,4 @@ from jattn.models.classifier import Classifier as Classifier
 from jattn.models.decoding import Decoded as Decoded
 from jattn.models.decoding import beam_search as beam_search
 from jattn.models.decoding import greedy as greedy
-from jattn.models.luong import Luong as Luong
-from jattn.models.seq2seq import Seq2Seq as Seq2Seq
+from jattn.models.luong import LuongTranslator as LuongTranslator

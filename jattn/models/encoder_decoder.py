@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from jattn.functional import checks, masks
 from jattn.models import decoding
+from jattn.models.tokens import validated_tokens
 
 Array = jax.Array
 _BEAM = ("width", "length_penalty")
@@ -64,7 +64,7 @@ class EncoderDecoder(nnx.Module):
         """
         checks.shapes(source=(source, "B S"), target_in=(target_in, "B T"))
         self._check(source, lengths, return_weights)
-        known("target_in", target_in, self.config.target_vocabulary)
+        validated_tokens("target_in", target_in, self.config.target_vocabulary)
         memory, state = self._read(source, lengths, deterministic)
         logits, weights = self.decoder(target_in, state, memory, deterministic=deterministic)
         return (logits, weights) if return_weights else logits
@@ -134,7 +134,7 @@ class EncoderDecoder(nnx.Module):
 
     def _check(self, source: Array, lengths: Array | None, return_weights: bool) -> None:
         S = checks.shapes(source=(source, "B S"))["S"]
-        known("source", source, self.config.source_vocabulary)
+        validated_tokens("source", source, self.config.source_vocabulary)
         if lengths is not None:
             checks.shapes(source=(source, "B S"), lengths=(lengths, "B"))
             checks.integers(lengths=lengths)
@@ -172,43 +172,6 @@ def _decode(graphdef, parameters, source, lengths, *, return_weights, max_length
     return found, jnp.where(inside[..., None], weights, 0)
 
 
-def loss(logits: Array, targets: Array, *, lengths: Array | None = None) -> Array:
-    """The mean negative log-likelihood of the real target tokens.
-
-        −(1/n) Σ log softmax(logits)[target]   over the n real tokens
-
-    Args:
-      logits: `[..., T, C]`, floating point.
-      targets: token ids `[..., T]`: what each step should predict, the end token included.
-      lengths: integers `[...]`, how many targets of each sequence are real; None: all.
-
-    Returns:
-      A scalar in nats; NaN if no token is real.
-
-    Raises:
-      ValueError: a shape does not fit, an id is not in the vocabulary (under jit: NaN), or a length
-        lies outside 0 … T.
-      TypeError: logits are not floating point, or targets or lengths are not integers.
-
-    Example:
-      >>> logits, targets = jnp.zeros((1, 3, 4)), jnp.array([[2, 1, 0]])
-      >>> loss(logits, targets, lengths=jnp.array([2])).round(3)  # log 4
-      Array(1.386, dtype=float32)
-    """
-    sizes = checks.shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
-    checks.floating(logits=logits)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, known("targets", targets, sizes["C"])
-    )
-    if lengths is None:
-        return jnp.mean(losses)
-    checks.shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
-    checks.integers(lengths=lengths)
-    checks.in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
-    lengths = jnp.asarray(lengths).astype(jnp.int32)
-    return jnp.mean(losses, where=jnp.arange(sizes["T"], dtype=jnp.int32) < lengths[..., None])
-
-
 def check_config(config: Any, *sizes: str) -> None:
     """Check the sizes of a model's config, its dropout rate and its special ids.
 
@@ -223,22 +186,6 @@ def check_config(config: Any, *sizes: str) -> None:
         checks.in_range(
             name, getattr(config, name), 0, config.target_vocabulary - 1, "the last target id"
         )
-
-
-def embed(name: str, tokens: Array, embedding: nnx.Embed) -> Array:
-    """The rows of token ids, checked as by `known`."""
-    return embedding(known(name, tokens, embedding.num_embeddings))
-
-
-def known(name: str, tokens: Array, vocabulary: int) -> Array:
-    """Check token ids; where they cannot be seen, a negative one becomes too large.
-
-    So it yields NaN and not a row.
-    """
-    checks.integers(**{name: tokens})
-    checks.in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
-    tokens = jnp.asarray(tokens).astype(jnp.int32)
-    return jnp.where(tokens < 0, vocabulary, tokens)
 
 
 def per_step(module: nnx.Module, steps: int, *, random: bool) -> tuple[Any, Any]:

@@ -13,8 +13,9 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.functional import checks, masks
-from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, embed, per_step
-from jattn.nn.attention import BilinearAttention
+from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, per_step
+from jattn.models.tokens import embed
+from jattn.nn.pooling import BilinearAttention
 from jattn.nn.recurrent import LSTM
 from jattn.nn.recurrent_cells import LSTMCell
 
@@ -23,7 +24,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of a `Luong` translator, its form, and its special token ids.
+    """The sizes of a `LuongTranslator` translator, its form, and its special token ids.
 
     Attributes:
       source_vocabulary: number of source ids.
@@ -263,7 +264,7 @@ class Decoder(nnx.Module):
         return jnp.tanh(self.combine(jnp.concatenate([context[:, 0], h], axis=-1))), weights[:, 0]
 
 
-class Luong(EncoderDecoder):
+class LuongTranslator(EncoderDecoder):
     """Luong's translator; its `Decoder` begins in a projection of the last state of its `Encoder`.
 
     Without attention there are no weights to return.
@@ -276,7 +277,7 @@ class Luong(EncoderDecoder):
     Paper: Luong et al. 2015, https://arxiv.org/abs/1508.04025
 
     Example:
-      >>> model = Luong(Config(11, 13, 3, 5), rngs=nnx.Rngs(0))
+      >>> model = LuongTranslator(Config(11, 13, 3, 5), rngs=nnx.Rngs(0))
       >>> source, lengths = jnp.array([[3, 4, 5], [6, 7, 0]]), jnp.array([3, 2])
       >>> model(source, jnp.ones((2, 4), int), lengths=lengths).shape
       (2, 4, 13)

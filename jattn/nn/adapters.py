@@ -114,7 +114,7 @@ def _refuse(options: dict[str, Any]) -> None:
 
 
 def _both(own: MaskLike, given: Array | None, is_causal: bool) -> masks.Mask | None:
-    parts = [as_mask(own), None if given is None else masks.dense(given.astype(bool))]
+    parts = [as_mask(own), None if given is None else masks.from_array(given.astype(bool))]
     parts = [part for part in (*parts, masks.causal() if is_causal else None) if part is not None]
     return functools.reduce(operator.and_, parts) if parts else None
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jattn.attention import attend
 from jattn.functional import checks
 from jattn.functional.heads import merge_heads, split_heads
-from jattn.nn.attention import _Dropout, project
+from jattn.nn.pooling import _Dropout, project
 from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array

@@ -10,7 +10,7 @@ from flax import nnx
 from jattn.attention import attend
 from jattn.functional import checks, scores
 from jattn.functional.heads import merge_heads, split_heads
-from jattn.nn.attention import DotProductAttention, project
+from jattn.nn.pooling import DotProductAttention, project
 from jattn.request import MaskLike
 
 Array = jax.Array

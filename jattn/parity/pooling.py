@@ -90,7 +90,7 @@ def mask_of(arguments: Arguments, inputs: Arrays) -> masks.Mask:
         "padding": lambda: masks.padding(inputs["lengths"]),
         "prefix_lm": lambda: masks.prefix_lm(inputs["lengths"]),
         "segments": lambda: masks.segments(inputs["query_ids"], inputs["key_ids"]),
-        "dense": lambda: masks.dense(rearrange(inputs["dense"], "b t s -> b 1 t s")),
+        "dense": lambda: masks.from_array(rearrange(inputs["dense"], "b t s -> b 1 t s")),
         "causal & padding": lambda: causal & masks.padding(inputs["lengths"]),
         "~window | causal & ~no_self": lambda: ~window | causal & masks.no_self(),
     }
@@ -192,7 +192,7 @@ SYSTEMS = (
             "jattn.masks.segments",
             "jattn.masks.prefix_lm",
             "jattn.masks.sliding_window",
-            "jattn.masks.dense",
+            "jattn.masks.from_array",
         ),
         paper="Dong et al. 2024",
         link="https://arxiv.org/abs/2412.05496",

@@ -7,7 +7,7 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.interop import torch_layouts as layouts
-from jattn.models import seq2seq
+from jattn.models import bahdanau
 from jattn.nn.embedding import Embedding
 from jattn.nn.recurrent import GRU, LSTM, RNN
 from jattn.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
@@ -26,9 +26,11 @@ def recurrent_module(arguments: Arguments, dtype: Any) -> nnx.Module:
     return kinds[arguments["kind"]](**options, param_dtype=dtype, rngs=nnx.Rngs(0))
 
 
-def seq2seq_module(arguments: Arguments, dtype: Any) -> nnx.Module:
+def bahdanau_module(arguments: Arguments, dtype: Any) -> nnx.Module:
     """Row 31: from its config."""
-    return seq2seq.Seq2Seq(seq2seq.Config(**arguments), param_dtype=dtype, rngs=nnx.Rngs(0))
+    return bahdanau.BahdanauTranslator(
+        bahdanau.Config(**arguments), param_dtype=dtype, rngs=nnx.Rngs(0)
+    )
 
 
 def recur(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
@@ -92,11 +94,11 @@ SYSTEMS = (
         31,
         "Bahdanau encoder-decoder",
         functions=(),
-        modules=("jattn.models.Seq2Seq",),
+        modules=("jattn.models.BahdanauTranslator",),
         paper="Bahdanau et al. 2015",
         link="https://arxiv.org/abs/1409.0473",
         reference="recurrent.Seq2Seq",
-        build=seq2seq_module,
+        build=bahdanau_module,
         call=translate,
         rules=layouts.SEQ2SEQ,
     ),

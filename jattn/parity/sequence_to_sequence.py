@@ -22,7 +22,7 @@ def char_module(arguments: Arguments, dtype: Any) -> nnx.Module:
 
 def luong_module(arguments: Arguments, dtype: Any) -> nnx.Module:
     """Row 32: from its config."""
-    return luong.Luong(luong.Config(**arguments), param_dtype=dtype, rngs=nnx.Rngs(0))
+    return luong.LuongTranslator(luong.Config(**arguments), param_dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def spell(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
@@ -57,10 +57,10 @@ SYSTEMS = (
         32,
         "Luong encoder-decoder",
         functions=("jattn.scores.bilinear",),
-        modules=("jattn.models.Luong",),
+        modules=("jattn.models.LuongTranslator",),
         paper="Luong et al. 2015",
         link="https://arxiv.org/abs/1508.04025",
-        reference="luong.Luong",
+        reference="luong.LuongTranslator",
         build=luong_module,
         call=translate_luong,
         rules=layouts.LUONG,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments import spell_hello
 from experiments.training.runs import Run
-from jattn.models import seq2seq
+from jattn.models.tokens import cross_entropy
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_every_step_is_recorded_as_the_model_was_after_it(finished_run):
     model = spell_hello.Spellers(0)
     logits = model(spell_hello.numbers("hello"))
     for title, own in zip(spell_hello.NETWORKS, logits, strict=True):
-        loss = seq2seq.loss(own, spell_hello.numbers("ohlol"))
+        loss = cross_entropy(own, spell_hello.numbers("ohlol"))
         np.testing.assert_allclose(rows[0]["losses"][title], loss, rtol=1e-5)
         assert rows[0]["texts"][title] == "".join("ehlo"[i] for i in np.argmax(own[0], axis=-1))
 
@@ -67,7 +67,7 @@ def test_one_optimizer_teaches_each_as_if_alone():
     )
     gradient = lambda loss, model: spell_hello.nnx.jit(spell_hello.nnx.grad(loss))(model)  # noqa: E731
     together = gradient(lambda model: spell_hello.loss(model, batch), model)["embedding"]
-    alone = gradient(lambda model: seq2seq.loss(model(batch[0]), batch[1]), model.embedding)
+    alone = gradient(lambda model: cross_entropy(model(batch[0]), batch[1]), model.embedding)
     for one, other in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 

@@ -214,8 +214,8 @@ def test_damaged_checkpoint(copied_run, capsys):
 
 def test_checkpoint_of_another_experiment(copied_run, capsys):
     state = copied_run.checkpoints
-    model = translate.seq2seq.Seq2Seq(
-        translate.seq2seq.Config(5, 5, 2, 3), rngs=translate.nnx.Rngs(0)
+    model = translate.bahdanau.BahdanauTranslator(
+        translate.bahdanau.Config(5, 5, 2, 3), rngs=translate.nnx.Rngs(0)
     )
     state.save(300, translate.nnx.state(model), {"experiment": "other"})
     assert "is not a run of this experiment" in fails(

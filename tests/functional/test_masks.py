@@ -45,10 +45,13 @@ CASES = {
     "prefix": (masks.prefix_lm(LENGTHS), lambda b, h, t, s, i, j: j <= i or s < LENGTHS[b]),
     "segments": (masks.segments(Q_IDS, K_IDS), lambda b, h, t, s, i, j: Q_IDS[b, t] == K_IDS[b, s]),
     "no self": (masks.no_self(), lambda b, h, t, s, i, j: i != j),
-    "dense": (masks.dense(ARRAY), lambda b, h, t, s, i, j: ARRAY[b, h, t, s]),
-    "dense, shared": (masks.dense(ARRAY[0, 0]), lambda b, h, t, s, i, j: ARRAY[0, 0, t, s]),
-    "dense, keys": (masks.dense(ARRAY[:, :1, :1]), lambda b, h, t, s, i, j: ARRAY[b, 0, 0, s]),
-    "dense, heads": (masks.dense(ARRAY[0, :, :, :1]), lambda b, h, t, s, i, j: ARRAY[0, h, t, 0]),
+    "dense": (masks.from_array(ARRAY), lambda b, h, t, s, i, j: ARRAY[b, h, t, s]),
+    "dense, shared": (masks.from_array(ARRAY[0, 0]), lambda b, h, t, s, i, j: ARRAY[0, 0, t, s]),
+    "dense, keys": (masks.from_array(ARRAY[:, :1, :1]), lambda b, h, t, s, i, j: ARRAY[b, 0, 0, s]),
+    "dense, heads": (
+        masks.from_array(ARRAY[0, :, :, :1]),
+        lambda b, h, t, s, i, j: ARRAY[0, h, t, 0],
+    ),
     "callable": (
         masks.mask_mod(lambda b, h, q_idx, k_idx: (q_idx + 2 * k_idx + h + b) % 3 > 0),
         lambda b, h, t, s, i, j: (i + 2 * j + h + b) % 3 > 0,
@@ -108,7 +111,7 @@ def test_what_to_array_keeps_of_the_leading_axes():
     assert masks.causal().to_array(T, S).shape == (T, S)
     assert masks.padding(np.array(3)).to_array(T, S).shape == (T, S)
     assert masks.padding(LENGTHS).to_array(T, S).shape == (B, 1, T, S)
-    assert masks.dense(ARRAY).to_array(T, S, num_heads=N).shape == (B, N, T, S)
+    assert masks.from_array(ARRAY).to_array(T, S, num_heads=N).shape == (B, N, T, S)
     assert masks.causal().to_array(0, 3).shape == (0, 3) and masks.causal().to_array(
         3, 0
     ).shape == (3, 0)
@@ -306,7 +309,11 @@ def test_python_integers_are_static_and_arrays_are_leaves():
         == []
     )
     assert (
-        len(jax.tree.leaves(masks.padding(LENGTHS) & ~masks.dense(ARRAY) | masks.segments(Q_IDS)))
+        len(
+            jax.tree.leaves(
+                masks.padding(LENGTHS) & ~masks.from_array(ARRAY) | masks.segments(Q_IDS)
+            )
+        )
         == 4
     )
     mask = masks.padding(np.array([1, 2])) & masks.causal(1)
@@ -325,7 +332,7 @@ def test_python_integers_are_static_and_arrays_are_leaves():
 def test_masks_pass_through_jit_and_scan_and_vmap(rng):
     key, value = (rng.standard_normal((S, N, 3)).astype(np.float32) for _ in range(2))
     query = rng.standard_normal((T, N, 3)).astype(np.float32)
-    mask = (masks.padding(LENGTHS) | masks.causal(OFFSETS)) & masks.dense(ARRAY)
+    mask = (masks.padding(LENGTHS) | masks.causal(OFFSETS)) & masks.from_array(ARRAY)
 
     def one(mask):
         return jattn.attend(query, key, value, mask=mask)
@@ -422,8 +429,8 @@ def fits(mask, lead=(B,)):
             "k_ids must be integers, got float64",
             lambda: masks.segments(Q_IDS, np.zeros(3)),
         ),
-        (TypeError, "boolean.*got float64", lambda: masks.dense(np.zeros((T, S)))),
-        (TypeError, "boolean.*got int", lambda: masks.dense(np.zeros((T, S), int))),
+        (TypeError, "boolean.*got float64", lambda: masks.from_array(np.zeros((T, S)))),
+        (TypeError, "boolean.*got int", lambda: masks.from_array(np.zeros((T, S), int))),
         (TypeError, "mask_mod lifts a callable.*got ndarray", lambda: masks.mask_mod(ARRAY)),
         (
             TypeError,
@@ -479,17 +486,17 @@ def fits(mask, lead=(B,)):
         (
             ValueError,
             r"got shape \(2, 5, 7\); one mask per example",
-            lambda: fits(masks.dense(ARRAY[:, 0])),
+            lambda: fits(masks.from_array(ARRAY[:, 0])),
         ),
         (
             ValueError,
             r"\(2, 3, 5, 7\), got shape \(7, 5\)",
-            lambda: fits(masks.no_self() | masks.dense(ARRAY[0, 0].T)),
+            lambda: fits(masks.no_self() | masks.from_array(ARRAY[0, 0].T)),
         ),
         (
             ValueError,
             r"got shape \(2, 2, 3, 5, 7\)",
-            lambda: fits(masks.dense(ARRAY[None][[0, 0]])),
+            lambda: fits(masks.from_array(ARRAY[None][[0, 0]])),
         ),
         (
             ValueError,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jattn.models.luong import Config, Luong
+from jattn.models.luong import Config, LuongTranslator
 
 CONFIG = Config(17, 13, embedding_features=3, hidden_features=5)
 B, S, T = 2, 7, 4
@@ -24,7 +24,7 @@ FORMS = {
 
 
 def build(dtype=jnp.float64, **form):
-    return Luong(dataclasses.replace(CONFIG, **form), param_dtype=dtype, rngs=nnx.Rngs(0))
+    return LuongTranslator(dataclasses.replace(CONFIG, **form), param_dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def data(seed=0):

@@ -108,7 +108,7 @@ def test_its_own_mask_and_modifier_join_those_of_flax(rng):
     adapted = attention_fn(mask=masks.causal(1), modifier=modifiers.soft_cap(2.0))
     came = adapted(query, key, value, bias, MASK[..., :T])
     expected = jattn.attend(
-        query, key, value, mask=masks.causal(1) & masks.dense(MASK[..., :T]),
+        query, key, value, mask=masks.causal(1) & masks.from_array(MASK[..., :T]),
         modifier=(modifiers.soft_cap(2.0), modifiers.bias(bias)),
     )  # fmt: skip
     np.testing.assert_array_equal(came, expected)

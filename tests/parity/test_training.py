@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jattn.interop import to_flax, to_torch
-from jattn.models import seq2seq
+from jattn.models.tokens import cross_entropy as token_loss
 from jattn.parity.fixtures import load
 from jattn.parity.systems import SYSTEMS
 
@@ -24,7 +24,7 @@ def squared_error(outputs, labels):
 
 
 def cross_entropy(outputs, labels):
-    return seq2seq.loss(outputs["logits"], labels["target"], lengths=labels.get("lengths"))
+    return token_loss(outputs["logits"], labels["target"], lengths=labels.get("lengths"))
 
 
 LOSSES = {"squared_error": squared_error, "cross_entropy": cross_entropy}

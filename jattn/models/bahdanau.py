@@ -12,9 +12,9 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.functional import checks, masks
-from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, embed, per_step
-from jattn.models.encoder_decoder import loss as loss
-from jattn.nn.attention import AdditiveAttention
+from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, per_step
+from jattn.models.tokens import embed
+from jattn.nn.pooling import AdditiveAttention
 from jattn.nn.recurrent import GRU
 
 Array = jax.Array
@@ -22,7 +22,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of a `Seq2Seq` and its special token ids.
+    """The sizes of a `BahdanauTranslator` and its special token ids.
 
     Attributes:
       source_vocabulary: number of source ids.
@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
         return self.gru.step(projected, state, deterministic=off), weights[:, 0]
 
 
-class Seq2Seq(EncoderDecoder):
+class BahdanauTranslator(EncoderDecoder):
     """Bahdanau's translator: `Encoder`, and a `Decoder` whose states begin as the encoder's end.
 
     Args:
@@ -228,7 +228,7 @@ class Seq2Seq(EncoderDecoder):
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
     Example:
-      >>> model = Seq2Seq(Config(11, 13, 3, 5), rngs=nnx.Rngs(0))
+      >>> model = BahdanauTranslator(Config(11, 13, 3, 5), rngs=nnx.Rngs(0))
       >>> source, lengths = jnp.array([[3, 4, 5], [6, 7, 0]]), jnp.array([3, 2])
       >>> model(source, jnp.ones((2, 4), int), lengths=lengths).shape
       (2, 4, 13)

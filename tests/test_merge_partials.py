@@ -1,4 +1,4 @@
-"""merge: the closed form, empty and far parts, gradients, errors."""
+"""merge_partials: the closed form, empty and far parts, gradients, errors."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 
-merge = jax.jit(jattn.merge)
+merge_partials = jax.jit(jattn.merge_partials)
 B, T, S, N, K, H, V = 2, 5, 7, 6, 2, 3, 11
 
 
@@ -25,7 +25,7 @@ def test_merge_is_the_closed_form_for_many_parts(rng, x64):
     parts = [part(rng) for _ in range(7)]
     outputs, lses = (np.stack(arrays) for arrays in zip(*parts, strict=True))
     total = np.exp(lses).sum(0)
-    output, lse = merge(parts)
+    output, lse = merge_partials(parts)
     np.testing.assert_allclose(
         output,
         (np.exp(lses)[..., None] * outputs).sum(0) / total[..., None],
@@ -33,22 +33,25 @@ def test_merge_is_the_closed_form_for_many_parts(rng, x64):
         atol=1e-14,
     )
     np.testing.assert_allclose(lse, np.log(total), rtol=1e-12)
-    for again in (merge(parts[::-1]), merge([merge(parts[:3]), merge(parts[3:])])):
+    for again in (
+        merge_partials(parts[::-1]),
+        merge_partials([merge_partials(parts[:3]), merge_partials(parts[3:])]),
+    ):
         np.testing.assert_allclose(again[0], output, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(again[1], lse, rtol=1e-12)
-    for same in zip(merge(parts[:1]), parts[0], strict=True):
+    for same in zip(merge_partials(parts[:1]), parts[0], strict=True):
         np.testing.assert_allclose(*same, rtol=1e-15)
 
 
 def test_empty_parts_add_nothing_and_take_no_gradient(rng, x64):
     output, lse = part(rng)
     empty, mixed = np.full(lse.shape, -np.inf), np.where(rng.random(lse.shape) < 0.5, lse, -np.inf)
-    merged = merge([(0 * output, empty), (output, mixed), (0 * output, empty)])
+    merged = merge_partials([(0 * output, empty), (output, mixed), (0 * output, empty)])
     np.testing.assert_array_equal(merged[0], np.where(np.isneginf(mixed)[..., None], 0, output))
     np.testing.assert_array_equal(merged[1], mixed)
 
     def loss(parts):
-        output, lse = merge(parts)
+        output, lse = merge_partials(parts)
         return jnp.sin(output).sum() + jnp.where(jnp.isneginf(lse), 0, jnp.sin(lse)).sum()
 
     gradient = jax.jit(jax.grad(loss))([(0 * output, empty), (output, mixed)])
@@ -64,7 +67,7 @@ def test_empty_parts_add_nothing_and_take_no_gradient(rng, x64):
 def test_merge_of_far_parts_neither_overflows_nor_loses_the_small(x64):
     one = np.ones((1, 1, 1))
     for high in (1e4, -1e4):
-        output, lse = merge(
+        output, lse = merge_partials(
             [(one, np.full((1, 1), high)), (3 * one, np.full((1, 1), high - math.log(3)))]
         )
         # An lse of 1e4 has an ulp of 2e-12
@@ -75,7 +78,7 @@ def test_merge_of_far_parts_neither_overflows_nor_loses_the_small(x64):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_merge_keeps_the_dtypes_of_attend(dtype):
     parts = [(jnp.ones((T, N, V), dtype), jnp.zeros((T, N)))] * 2
-    output, lse = merge(parts)
+    output, lse = merge_partials(parts)
     assert output.dtype == dtype and lse.dtype == jnp.float32
     np.testing.assert_allclose(lse, math.log(2), rtol=1e-6)
 
@@ -104,4 +107,4 @@ def test_merge_keeps_the_dtypes_of_attend(dtype):
 )
 def test_bad_parts_are_named(error, match, parts):
     with pytest.raises(error, match=match):
-        jattn.merge(parts)
+        jattn.merge_partials(parts)

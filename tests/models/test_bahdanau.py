@@ -8,8 +8,8 @@ import optax
 import pytest
 from flax import nnx
 
-from jattn.models import seq2seq
-from jattn.models.seq2seq import Config, Seq2Seq
+from jattn.models.bahdanau import BahdanauTranslator, Config
+from jattn.models.tokens import cross_entropy
 
 CONFIG = Config(17, 13, embedding_features=3, hidden_features=5, num_layers=2)
 B, S, T = 2, 7, 4
@@ -19,7 +19,7 @@ TOLERANCE = 40 * 13 * np.finfo(np.float64).eps
 
 
 def build(config=CONFIG, **options):
-    return Seq2Seq(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+    return BahdanauTranslator(config, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
 
 
 @nnx.jit
@@ -226,7 +226,7 @@ def test_every_hypothesis_of_a_beam_scores_as_the_loop_says(x64):
 @pytest.mark.parametrize("layer", ["attention", "recurrent"])
 def test_every_step_drops_other_units(layer):
     """Without dropout all steps are alike: equal inputs, and a state that remembers nothing."""
-    model = Seq2Seq(dataclasses.replace(CONFIG, dropout_rate=0.5), rngs=nnx.Rngs(0))
+    model = BahdanauTranslator(dataclasses.replace(CONFIG, dropout_rate=0.5), rngs=nnx.Rngs(0))
     model.decoder.attention.query.kernel[...] *= 0
     for cell in model.decoder.gru.layers:
         cell.hidden_kernel[...] *= 0
@@ -251,7 +251,7 @@ def test_every_step_drops_other_units(layer):
 
 
 def test_train_and_eval_switch_dropout_and_evaluation_draws_nothing():
-    model = Seq2Seq(dataclasses.replace(CONFIG, dropout_rate=0.5), rngs=nnx.Rngs(0))
+    model = BahdanauTranslator(dataclasses.replace(CONFIG, dropout_rate=0.5), rngs=nnx.Rngs(0))
     source, target_in = data()
     model.eval()
     plain, _ = force(model, source, target_in)
@@ -282,7 +282,7 @@ def test_jit_and_vmap_agree_with_the_batch(x64):
 def test_it_learns_to_reverse():
     """Reversing needs the alignment: the last source token comes first."""
     config = Config(8, 8, embedding_features=16, hidden_features=32)
-    model = Seq2Seq(config, rngs=nnx.Rngs(0))
+    model = BahdanauTranslator(config, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     rng = np.random.default_rng(0)
 
@@ -292,7 +292,7 @@ def test_it_learns_to_reverse():
             [jnp.full((len(target), 1), config.start, target.dtype), target[:, :-1]], axis=1
         )
         loss, gradient = nnx.value_and_grad(
-            lambda model: seq2seq.loss(model(source, target_in), target)
+            lambda model: cross_entropy(model(source, target_in), target)
         )(model)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
             optimizer.update(model, gradient)
@@ -309,7 +309,10 @@ def test_it_learns_to_reverse():
 
 
 def test_bfloat16_runs():
-    model, (source, target_in) = Seq2Seq(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), data()
+    model, (source, target_in) = (
+        BahdanauTranslator(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+        data(),
+    )
     assert jax.eval_shape(lambda: model(source, target_in, lengths=LENGTHS)).dtype == jnp.bfloat16
     found = jax.eval_shape(lambda: model.greedy(source, lengths=LENGTHS, max_length=3))
     assert found.scores.dtype == jnp.float32
@@ -328,19 +331,19 @@ def test_loss_is_the_mean_over_real_tokens(x64, rng):
     ]
     eps = np.finfo(np.float64).eps
     np.testing.assert_allclose(
-        seq2seq.loss(logits, targets, lengths=lengths), np.mean(terms), rtol=20 * eps
+        cross_entropy(logits, targets, lengths=lengths), np.mean(terms), rtol=20 * eps
     )
     full = np.full(3, 5)
     np.testing.assert_allclose(
-        seq2seq.loss(logits, targets), seq2seq.loss(logits, targets, lengths=full), rtol=20 * eps
+        cross_entropy(logits, targets), cross_entropy(logits, targets, lengths=full), rtol=20 * eps
     )
-    gradient = jax.grad(lambda logits: seq2seq.loss(logits, targets, lengths=lengths))(logits)
+    gradient = jax.grad(lambda logits: cross_entropy(logits, targets, lengths=lengths))(logits)
     assert not gradient[1].any() and not gradient[2, 2:].any() and gradient[2, :2].all()
 
 
 @pytest.mark.parametrize("token", [-1, 7])
 def test_an_unknown_target_that_jit_cannot_see_gives_no_number(token):
-    assert np.isnan(jax.jit(seq2seq.loss)(jnp.zeros((1, 2, 7)), jnp.array([[1, token]])))
+    assert np.isnan(jax.jit(cross_entropy)(jnp.zeros((1, 2, 7)), jnp.array([[1, token]])))
 
 
 @pytest.mark.parametrize("token", [-1, 17])
@@ -369,7 +372,7 @@ def test_an_unknown_source_that_jit_cannot_see_gives_no_number(x64, token):
     ],
 )
 def test_bad_input_is_named(error, message, arguments):
-    model, (source, target_in) = Seq2Seq(CONFIG, rngs=nnx.Rngs(0)), data()
+    model, (source, target_in) = BahdanauTranslator(CONFIG, rngs=nnx.Rngs(0)), data()
     options = {"source": source, "target_in": target_in, **arguments}
     with pytest.raises(error, match=message):
         model(**options)
@@ -381,7 +384,7 @@ def test_bad_input_is_named(error, message, arguments):
 
 
 def test_bad_searches_are_named():
-    model, (source, _) = Seq2Seq(CONFIG, rngs=nnx.Rngs(0)), data()
+    model, (source, _) = BahdanauTranslator(CONFIG, rngs=nnx.Rngs(0)), data()
     with pytest.raises(ValueError, match="max_length"):
         model.greedy(source, max_length=0)
     with pytest.raises(ValueError, match="width"):
@@ -393,7 +396,7 @@ def test_bad_searches_are_named():
 )
 def test_bad_configs_are_named(name):
     with pytest.raises(ValueError, match=name):
-        Seq2Seq(dataclasses.replace(CONFIG, **{name: -1}), rngs=nnx.Rngs(0))
+        BahdanauTranslator(dataclasses.replace(CONFIG, **{name: -1}), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +412,7 @@ def test_bad_configs_are_named(name):
 )
 def test_loss_names_bad_input(error, message, arguments):
     with pytest.raises(error, match=message):
-        seq2seq.loss(
+        cross_entropy(
             **{
                 "logits": np.ones((2, 3, 7), np.float32),
                 "targets": np.ones((2, 3), int),

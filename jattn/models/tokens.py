@@ -1,0 +1,80 @@
+"""Token ids: checked, embedded, and predicted."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jattn.functional import checks
+
+Array = jax.Array
+
+
+def validated_tokens(name: str, tokens: Array, vocabulary: int) -> Array:
+    """Token ids as int32, checked to lie in 0 … vocabulary − 1.
+
+    Under jit their values are unknown. There an id outside the range becomes `vocabulary`, so that
+    a lookup in mode "fill" gives NaN and never the row of another token.
+
+    Args:
+      name: of the argument, for errors.
+      tokens: integers of any shape.
+      vocabulary: the number of ids.
+
+    Raises:
+      ValueError: an id lies outside the vocabulary.
+      TypeError: tokens are not integers.
+
+    Example:
+      >>> validated_tokens("tokens", jnp.array([0, 4]), 5)
+      Array([0, 4], dtype=int32)
+    """
+    checks.integers(**{name: tokens})
+    checks.in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
+    tokens = jnp.asarray(tokens)
+    if tokens.dtype.itemsize < 4:  # the vocabulary need not fit in a narrower type
+        tokens = tokens.astype(jnp.int32)
+    inside = (tokens >= 0) & (tokens < vocabulary)
+    return jnp.where(inside, tokens, vocabulary).astype(jnp.int32)
+
+
+def embed(name: str, tokens: Array, embedding: nnx.Embed) -> Array:
+    """The rows of token ids, checked by `validated_tokens`."""
+    return embedding(validated_tokens(name, tokens, embedding.num_embeddings))
+
+
+def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None) -> Array:
+    """The mean negative log-likelihood of the real target tokens.
+
+        −(1/n) Σ log softmax(logits)[target]   over the n real tokens
+
+    Args:
+      logits: `[..., T, C]`, floating point.
+      targets: token ids `[..., T]`: what each step should predict, the end token included.
+      lengths: integers `[...]`, how many targets of each sequence are real; None: all.
+
+    Returns:
+      A scalar in nats; NaN if no token is real.
+
+    Raises:
+      ValueError: a shape does not fit, an id is not in the vocabulary (under jit: NaN), or a length
+        lies outside 0 … T.
+      TypeError: logits are not floating point, or targets or lengths are not integers.
+
+    Example:
+      >>> logits, targets = jnp.zeros((1, 3, 4)), jnp.array([[2, 1, 0]])
+      >>> cross_entropy(logits, targets, lengths=jnp.array([2])).round(3)  # log 4
+      Array(1.386, dtype=float32)
+    """
+    sizes = checks.shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
+    checks.floating(logits=logits)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, validated_tokens("targets", targets, sizes["C"])
+    )
+    if lengths is None:
+        return jnp.mean(losses)
+    checks.shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
+    checks.integers(lengths=lengths)
+    checks.in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
+    lengths = jnp.asarray(lengths).astype(jnp.int32)
+    return jnp.mean(losses, where=jnp.arange(sizes["T"], dtype=jnp.int32) < lengths[..., None])
