@@ -123,7 +123,7 @@ def contenders(settings: Settings) -> dict[str, dict[str, Run]]:
     try:
         import torch
 
-        from experiments.torch_reference.recurrent import Seq2Seq as Reference
+        from experiments.torch_reference.recurrent import BahdanauTranslator as Reference
     except ImportError:
         raise BadInput(
             "this compares with PyTorch, which is not installed: pip install -e '.[torch]'"

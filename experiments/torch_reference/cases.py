@@ -306,11 +306,11 @@ def seq2seq_cases() -> list[Case]:
         "target_in": ids([1, 16, 2, 9], [1, 5, 5, 11], [1, 8, 0, 0]),
     }
     return [
-        Case(31, "seq2seq", recurrent.Seq2Seq, model, tokens),
+        Case(31, "seq2seq", recurrent.BahdanauTranslator, model, tokens),
         Case(
             31,
             "seq2seq_lengths",
-            recurrent.Seq2Seq,
+            recurrent.BahdanauTranslator,
             model,
             tokens | {"lengths": np.array([4, 6, 1])},
         ),

@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         return outputs | ({"weights": torch.stack(weights, dim=1)} if self.attention else {})
 
 
-class Luong(nn.Module):
+class LuongTranslator(nn.Module):
     """Row 32; `attention=False` is the plain LSTM encoder-decoder."""
 
     def __init__(

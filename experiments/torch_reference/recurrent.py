@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         return {"logits": torch.stack(logits, dim=1), "weights": torch.stack(weights, dim=1)}
 
 
-class Seq2Seq(nn.Module):
+class BahdanauTranslator(nn.Module):
     """Row 31; the popular encoder runs over the padding: that is `lengths=None`."""
 
     def __init__(

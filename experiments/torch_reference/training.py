@@ -103,7 +103,10 @@ def translation() -> Training:
     labels = {"target": target, "lengths": np.array([4, 3, 2])}
     adam = {"name": "adam", "learning_rate": 0.02, "max_norm": 0.5}
     return Training(
-        Case(31, "seq2seq", recurrent.Seq2Seq, model, inputs), labels, "cross_entropy", adam
+        Case(31, "seq2seq", recurrent.BahdanauTranslator, model, inputs),
+        labels,
+        "cross_entropy",
+        adam,
     )
 
 
