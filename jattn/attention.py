@@ -224,7 +224,7 @@ def merge_partials(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     if not parts:
         raise ValueError("parts must hold at least one (output, lse) pair, got none")
     for index, (output, lse) in enumerate(parts):
-        checks.floating(
+        checks.assert_floating(
             **{f"the output of parts[{index}]": output, f"the lse of parts[{index}]": lse}
         )
         if output.shape != parts[0][0].shape or lse.shape != output.shape[:-1]:
@@ -304,7 +304,7 @@ def dot_product_attention(
         slots = jnp.arange(query.shape[-3], dtype=jnp.int32).reshape((1,) * lengths.ndim + (-1,))
         parts.append(masks.from_array(rearrange(slots < lengths[..., None], "... T -> ... 1 T 1")))
     if bias is not None and not jnp.issubdtype(jnp.asarray(bias).dtype, jnp.floating):
-        checks.integers(bias=bias)
+        checks.assert_integers(bias=bias)
         bias = jnp.asarray(bias, dtypes.accumulator(query.dtype))
     results = attend(
         query,
@@ -330,9 +330,9 @@ def _window(size: int | tuple[int, int]) -> masks.Mask:
 
 
 def _lengths(name: str, lengths: Any, rows: Array) -> Array:
-    checks.integers(**{name: lengths})
+    checks.assert_integers(**{name: lengths})
     expected, came = rows.shape[:-3], np.shape(lengths)
     if came != expected:
         raise ValueError(f"{name} must have one length per example, shape {expected}, got {came}")
-    checks.in_range(name, lengths, 0, rows.shape[-3], "the length of the array")
+    checks.assert_in_range(name, lengths, 0, rows.shape[-3], "the length of the array")
     return dtypes.lengths(lengths)

@@ -159,10 +159,10 @@ class Result(NamedTuple):
 
 def check_operands(**operands: Array) -> checks.Sizes:
     """Check dtypes and shapes of query, key and value and return the size of every letter."""
-    checks.floating(**operands)
+    checks.assert_floating(**operands)
     patterns = {"query": "... T N H", "key": "... S K H'", "value": "... S K V"}
     given = {name: (array, patterns[name]) for name, array in operands.items()}
-    sizes = checks.shapes(swap_axes=(-3, -2), **given)
+    sizes = checks.assert_shapes(swap_axes=(-3, -2), **given)
     N, K, T, S = (sizes[letter] for letter in "NKTS")
     if min(N, K, sizes["H"], sizes["H'"]) < 1:
         came = [x.shape for x in operands.values()]
@@ -255,7 +255,7 @@ def _as_positions(
     if not isinstance(positions, (tuple, list)) or len(positions) != 2:
         raise ValueError("positions must be a pair (q_positions, k_positions)")
     for name, array, length in zip(("query", "key"), positions, (T, S), strict=True):
-        checks.index(**{f"{name} positions": array})
+        checks.assert_index(**{f"{name} positions": array})
         if np.shape(array) not in {(length,), (*lead, length)}:
             expected, came = f"{(length,)} or {(*lead, length)}", np.shape(array)
             raise ValueError(f"{name} positions must have shape {expected}, got {came}")
@@ -264,7 +264,7 @@ def _as_positions(
 
 
 def _check_dropout(rate: Any, key: Any) -> None:
-    checks.probability(dropout_rate=rate)
+    checks.assert_probability(dropout_rate=rate)
     if rate > 0 and key is None:
         raise ValueError(f"dropout_rate = {rate} needs a dropout_key, got None")
     if key is not None:

@@ -177,5 +177,5 @@ def _cut(array: Array, axis: int, window: Range) -> Array:
     if isinstance(start, int) and start == 0 and size == array.shape[axis]:
         return array
     most, of_array = array.shape[axis] - size, f"axis {axis} of an array {array.shape}"
-    checks.in_range("a block's start", start, 0, most, of_array)
+    checks.assert_in_range("a block's start", start, 0, most, of_array)
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)

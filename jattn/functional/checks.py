@@ -1,6 +1,7 @@
-"""These checks raise errors that name the argument, what was expected and what came.
+"""Chex's asserts under the names of arguments: shapes, ranks, dtypes and known values.
 
-They run at trace time: inside jit they cost nothing.
+Each raises an ordinary `ValueError` or `TypeError` that names the argument, what was expected and
+what came. They run at trace time: inside jit they cost nothing.
 """
 
 import inspect
@@ -16,7 +17,7 @@ Array = jax.Array
 Sizes = dict[str, Any]
 
 
-def shapes(swap_axes: tuple[int, int] | None = None, **arguments: tuple[Any, str]) -> Sizes:
+def assert_shapes(swap_axes: tuple[int, int] | None = None, **arguments: tuple[Any, str]) -> Sizes:
     """Check shapes against patterns and return the size of every letter.
 
     In a pattern `"..."` is one shape that all arguments share.
@@ -33,7 +34,8 @@ def shapes(swap_axes: tuple[int, int] | None = None, **arguments: tuple[Any, str
       ValueError: naming the argument whose rank or sizes do not fit those before it.
 
     Example:
-      >>> shapes(query=(np.zeros((2, 5, 3)), "... T H"), key=(np.zeros((2, 7, 3)), "... S H"))
+      >>> query, key = np.zeros((2, 5, 3)), np.zeros((2, 7, 3))
+      >>> assert_shapes(query=(query, "... T H"), key=(key, "... S H"))
       {'...': (2,), 'T': 5, 'H': 3, 'S': 7}
     """
     try:
@@ -89,17 +91,18 @@ def _fits_when_swapped(arguments: Mapping[str, tuple[Any, str]], axes: tuple[int
     return ""
 
 
-def broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -> None:
+def assert_broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -> None:
     """Raise a `ValueError` unless `array` broadcasts to exactly `shape`.
 
     `meaning` spells the shape in letters.
 
     Example:
-      >>> broadcastable("mask", np.ones((1, 5, 7), bool), (2, 3, 5, 7), "[..., N, T, S]")
+      >>> assert_broadcastable("mask", np.ones((1, 5, 7), bool), (2, 3, 5, 7), "[..., N, T, S]")
     """
     came = np.shape(array)
-    pairs = zip(came[::-1], shape[::-1], strict=False)
-    if len(came) > len(shape) or not all(own in (1, size) for own, size in pairs):
+    try:
+        chex.assert_is_broadcastable(came, shape, exception_type=ValueError)
+    except ValueError:
         hint = ""
         if len(came) == len(shape) - 1 and came[0] == shape[0]:
             hint = f"; one {name} per example needs a head axis: {name}[:, None]"
@@ -109,45 +112,41 @@ def broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning: str) -
             )
         raise ValueError(
             f"{name} must broadcast to {meaning} = {tuple(shape)}, got shape {came}{hint}"
-        )
+        ) from None
 
 
-def floating(**arguments: Any) -> None:
+def assert_floating(**arguments: Any) -> None:
     """Raise a `TypeError` that names the first argument which is not floating point.
 
     Every argument must be an array of real floating-point numbers.
 
     Example:
-      >>> floating(query=np.zeros(3))
+      >>> assert_floating(query=np.zeros(3))
     """
-    for name, array in arguments.items():
-        if not jnp.issubdtype(_dtype(array), jnp.floating):
-            raise TypeError(f"{name} must be floating point, got {_dtype(array)}")
+    _assert_type(float, "floating point", arguments)
 
 
-def integers(**arguments: Any) -> None:
+def assert_integers(**arguments: Any) -> None:
     """Raise a `TypeError` that names the first argument which is not an array of integers.
 
     Example:
-      >>> integers(lengths=np.array([3, 5]))
+      >>> assert_integers(lengths=np.array([3, 5]))
     """
-    for name, array in arguments.items():
-        if not jnp.issubdtype(_dtype(array), jnp.integer):
-            raise TypeError(f"{name} must be integers, got {_dtype(array)}")
+    _assert_type(int, "integers", arguments)
 
 
-def index(**arrays: Any) -> None:
+def assert_index(**arrays: Any) -> None:
     """Raise an error that names the first argument which is no integers, or beyond 32 bits.
 
     The lowest number, −2³¹, is left out, so that every index may be negated.
 
     Example:
-      >>> index(positions=np.array([3, 5]))
+      >>> assert_index(positions=np.array([3, 5]))
     """
     for name, array in arrays.items():
-        integers(**{name: array})
+        assert_integers(**{name: array})
         why = "the range of int32, in which indices are compared"
-        in_range(name, array, -(2**31) + 1, 2**31 - 1, why)
+        assert_in_range(name, array, -(2**31) + 1, 2**31 - 1, why)
 
 
 def entrywise(name: str, takes: str, function: Any, *entries: Any) -> Any:
@@ -186,8 +185,13 @@ def entrywise(name: str, takes: str, function: Any, *entries: Any) -> Any:
         raise TypeError(branch) from error
 
 
-def _dtype(array: Any) -> Any:
-    return array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
+def _assert_type(expected: type, meaning: str, arguments: Mapping[str, Any]) -> None:
+    for name, given in arguments.items():
+        array = given if hasattr(given, "dtype") else np.asarray(given)
+        try:
+            chex.assert_type(array, expected, exception_type=TypeError)
+        except TypeError:
+            raise TypeError(f"{name} must be {meaning}, got {array.dtype}") from None
 
 
 def concrete(array: Any) -> np.ndarray | None:
@@ -209,13 +213,13 @@ def concrete(array: Any) -> np.ndarray | None:
     return np.asarray(array)
 
 
-def in_range(name: str, array: Any, low: int, high: int, why: str) -> None:
+def assert_in_range(name: str, array: Any, low: int, high: int, why: str) -> None:
     """Raise a `ValueError` if a known value of `array` lies outside `low … high`.
 
     Both ends are allowed; `why` names the bound.
 
     Example:
-      >>> in_range("lengths", [3, 5], 0, 7, "S")
+      >>> assert_in_range("lengths", [3, 5], 0, 7, "S")
     """
     values = concrete(array)
     if values is None or values.size == 0 or (values.min() >= low and values.max() <= high):
@@ -224,13 +228,13 @@ def in_range(name: str, array: Any, low: int, high: int, why: str) -> None:
     raise ValueError(f"{name} must lie in {low} … {high} ({why}), got {worst}")
 
 
-def probability(**rates: Any) -> None:
+def assert_probability(**rates: Any) -> None:
     """Raise an error that names the first argument which is not a number from 0 to 1.
 
     It is a `TypeError` if the argument is not a Python number, else a `ValueError`.
 
     Example:
-      >>> probability(dropout_rate=0.1)
+      >>> assert_probability(dropout_rate=0.1)
     """
     for name, rate in rates.items():
         if isinstance(rate, bool) or not isinstance(rate, (int, float, np.integer, np.floating)):
@@ -239,11 +243,11 @@ def probability(**rates: Any) -> None:
             raise ValueError(f"{name} must lie in 0 … 1, got {rate}")
 
 
-def positive(**numbers: Any) -> None:
+def assert_positive(**numbers: Any) -> None:
     """Raise a `ValueError` that names the first argument which is not an integer of at least 1.
 
     Example:
-      >>> positive(num_heads=8)
+      >>> assert_positive(num_heads=8)
     """
     for name, number in numbers.items():
         if not isinstance(number, (int, np.integer)) or number < 1:

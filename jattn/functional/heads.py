@@ -19,7 +19,7 @@ def split_heads(x: Array, num_heads: int) -> Array:
       >>> split_heads(jnp.zeros((2, 5, 12)), 3).shape
       (2, 5, 3, 4)
     """
-    checks.shapes(x=(x, "... T D"))
+    checks.assert_shapes(x=(x, "... T D"))
     _check_divisible("the last axis of x", x.shape[-1], "num_heads", num_heads)
     return rearrange(x, "... T (N H) -> ... T N H", N=num_heads)
 
@@ -34,7 +34,7 @@ def merge_heads(x: Array) -> Array:
       >>> merge_heads(jnp.zeros((2, 5, 3, 4))).shape
       (2, 5, 12)
     """
-    checks.shapes(x=(x, "... T N H"))
+    checks.assert_shapes(x=(x, "... T N H"))
     return rearrange(x, "... T N H -> ... T (N H)")
 
 
@@ -52,7 +52,7 @@ def group_heads(x: Array, num_kv_heads: int) -> Array:
       >>> group_heads(jnp.zeros((5, 6, 4)), 2).shape
       (5, 2, 3, 4)
     """
-    checks.shapes(x=(x, "... T N H"))
+    checks.assert_shapes(x=(x, "... T N H"))
     _check_divisible("the number of heads of x", x.shape[-2], "num_kv_heads", num_kv_heads)
     return rearrange(x, "... T (K G) H -> ... T K G H", K=num_kv_heads)
 
@@ -67,7 +67,7 @@ def ungroup_heads(x: Array) -> Array:
       >>> ungroup_heads(jnp.zeros((5, 2, 3, 4))).shape
       (5, 6, 4)
     """
-    checks.shapes(x=(x, "... T K G H"))
+    checks.assert_shapes(x=(x, "... T K G H"))
     return rearrange(x, "... T K G H -> ... T (K G) H")
 
 
@@ -84,8 +84,8 @@ def repeat_kv(x: Array, num_heads: int) -> Array:
       >>> repeat_kv(jnp.array([[[1.0], [2.0]]]), 4)[0, :, 0]
       Array([1., 1., 2., 2.], dtype=float32)
     """
-    checks.shapes(x=(x, "... S K H"))
-    checks.positive(num_heads=num_heads)
+    checks.assert_shapes(x=(x, "... S K H"))
+    checks.assert_positive(num_heads=num_heads)
     _check_divisible("num_heads", num_heads, "the number of heads of x", x.shape[-2])
     return repeat(x, "... S K H -> ... S (K G) H", G=num_heads // x.shape[-2])
 
@@ -102,7 +102,7 @@ def fold_heads(x: Array) -> Array:
       >>> fold_heads(jnp.zeros((2, 5, 3, 4))).shape
       (6, 5, 4)
     """
-    checks.shapes(x=(x, "B T N H"))
+    checks.assert_shapes(x=(x, "B T N H"))
     return rearrange(x, "B T N H -> (B N) T H")
 
 
@@ -116,7 +116,7 @@ def unfold_heads(x: Array, num_heads: int) -> Array:
       >>> unfold_heads(jnp.zeros((6, 5, 4)), 3).shape
       (2, 5, 3, 4)
     """
-    checks.shapes(x=(x, "B T H"))
+    checks.assert_shapes(x=(x, "B T H"))
     _check_divisible("the first axis of x", x.shape[0], "num_heads", num_heads)
     return rearrange(x, "(B N) T H -> B T N H", N=num_heads)
 
@@ -129,14 +129,14 @@ def repeat_lengths(lengths: Array, num_heads: int) -> Array:
       Array([3, 3, 5, 5], dtype=int32)
     """
     lengths = jnp.asarray(lengths)
-    checks.integers(lengths=lengths)
-    checks.positive(num_heads=num_heads)
+    checks.assert_integers(lengths=lengths)
+    checks.assert_positive(num_heads=num_heads)
     if lengths.ndim not in (1, 2):
         raise ValueError(f"lengths must be [B] or [B, T], got shape {lengths.shape}")
     return repeat(lengths, "B ... -> (B N) ...", N=num_heads)
 
 
 def _check_divisible(name: str, size: int, divisor_name: str, divisor: int) -> None:
-    checks.positive(**{divisor_name.replace(" ", "_"): divisor})
+    checks.assert_positive(**{divisor_name.replace(" ", "_"): divisor})
     if size % divisor:
         raise ValueError(f"{name} ({size}) must be divisible by {divisor_name} ({divisor})")

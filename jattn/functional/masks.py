@@ -285,7 +285,7 @@ class _Padding(Mask):
             per_example, per_query = f"[...] = {lead}", f"[..., T] = {(*lead, T)}"
             expected = f"{per_example} (one per example) or {per_query} (one per query)"
             raise ValueError(f"padding lengths must be {expected}, got shape {shape}")
-        checks.in_range("padding lengths", self.lengths, 0, S, "S, the number of keys")
+        checks.assert_in_range("padding lengths", self.lengths, 0, S, "S, the number of keys")
 
     def extent(self):
         lengths = checks.concrete(self.lengths)
@@ -358,7 +358,7 @@ class _Dense(Mask):
         return _classified(empty=~any_, full=all_)
 
     def check(self, lead, num_heads, T, S):
-        checks.broadcastable("mask", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
+        checks.assert_broadcastable("mask", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
 
     def extent(self):
         shape = np.shape(self.array)
@@ -399,13 +399,13 @@ def _integer(name: str, value: Any) -> Any:
         isinstance(value, (int, np.integer)) or hasattr(value, "dtype")
     ):
         raise TypeError(f"{name} must be an integer or an array of integers, got {value!r}")
-    checks.index(**{name: value})
+    checks.assert_index(**{name: value})
     return int(value) if isinstance(value, (int, np.integer)) else value
 
 
 def _integers(name: str, value: Any) -> Any:
     value = value if hasattr(value, "dtype") else np.asarray(value)
-    checks.index(**{name: value})
+    checks.assert_index(**{name: value})
     return value
 
 

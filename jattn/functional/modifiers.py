@@ -121,8 +121,8 @@ def alibi(slopes: Array) -> Modifier:
       >>> float(alibi(alibi_slopes(8))(0.0, 0, 0, 5, 3))
       -1.0
     """
-    checks.floating(slopes=slopes)
-    checks.shapes(slopes=(slopes, "N"))
+    checks.assert_floating(slopes=slopes)
+    checks.assert_shapes(slopes=(slopes, "N"))
     return _Alibi(slopes)
 
 
@@ -171,7 +171,7 @@ def relative_bias(table: Array) -> Modifier:
       >>> float(relative_bias(jnp.array([0.0, 1.0, 2.0]))(0.0, 0, 0, 1, 0))
       2.0
     """
-    checks.floating(table=table)
+    checks.assert_floating(table=table)
     if np.ndim(table) not in (1, 2) or np.shape(table)[-1] % 2 == 0:
         raise ValueError(f"table must be [2 L − 1] or [N, 2 L − 1], got shape {np.shape(table)}")
     return _RelativeBias(table)
@@ -197,8 +197,8 @@ def t5_bias(table: Array, *, bidirectional: bool = True, max_distance: int = 128
       >>> float(t5_bias(jnp.arange(32.0)[:, None])(0.0, 0, 0, 3, 0))
       3.0
     """
-    checks.floating(table=table)
-    num_buckets = checks.shapes(table=(table, "buckets N"))["buckets"]
+    checks.assert_floating(table=table)
+    num_buckets = checks.assert_shapes(table=(table, "buckets N"))["buckets"]
     near = num_buckets // (4 if bidirectional else 2)
     if near < 1 or (bidirectional and num_buckets % 2) or max_distance <= near:
         raise ValueError(
@@ -221,7 +221,7 @@ def bias(array: Array) -> Modifier:
       >>> float(bias(jnp.array([[0.0, 7.0]]))(1.0, 0, 0, 0, 1))
       8.0
     """
-    checks.floating(bias=array)
+    checks.assert_floating(bias=array)
     return Bias(array)
 
 
@@ -315,7 +315,7 @@ class Bias(Modifier):
 
     def check(self, lead, num_heads, T, S, own_positions):
         """The array must broadcast to the scores."""
-        checks.broadcastable("bias", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
+        checks.assert_broadcastable("bias", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
 
 
 def _check_heads(name: str, came: int, num_heads: int) -> None:

@@ -106,8 +106,8 @@ def rotary(
       array([-0.3 ,  1.38], dtype=float32)
     """
     x = jnp.asarray(x)
-    sizes = checks.shapes(x=(x, "... T N H"))
-    checks.floating(x=x)
+    sizes = checks.assert_shapes(x=(x, "... T N H"))
+    checks.assert_floating(x=x)
     lead, T = sizes["..."], sizes["T"]
     if positions is not None and np.shape(positions) not in {(T,), (*lead, T)}:
         raise ValueError(
@@ -139,12 +139,12 @@ def relative_positions(q_positions: int | Array, k_positions: int | Array) -> Ar
       Array([[ 0, -1, -2],
              [ 1,  0, -1]], dtype=int32)
     """
-    checks.integers(q_positions=q_positions, k_positions=k_positions)
+    checks.assert_integers(q_positions=q_positions, k_positions=k_positions)
     q_idx, k_idx = (
         jnp.asarray(_as_positions(positions), jnp.int32) for positions in (q_positions, k_positions)
     )
-    checks.shapes(q_positions=(q_idx, "... T"))
-    checks.shapes(k_positions=(k_idx, "... S"))
+    checks.assert_shapes(q_positions=(q_idx, "... T"))
+    checks.assert_shapes(k_positions=(k_idx, "... S"))
     return q_idx[..., :, None] - k_idx[..., None, :]
 
 

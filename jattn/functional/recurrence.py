@@ -105,8 +105,8 @@ def _check(name: str, state: Array, number: int, **gates: Array) -> None:
     expected = jax.ShapeDtypeStruct((*lead, number * F), bool)
     for gate, array in gates.items():
         named: dict[str, Any] = {"expected": (expected, "... gates"), gate: (array, "... gates")}
-        checks.shapes(**named)
-    checks.floating(**{name: state}, **gates)
+        checks.assert_shapes(**named)
+    checks.assert_floating(**{name: state}, **gates)
 
 
 def advance(

@@ -237,9 +237,9 @@ def _pair(
 ) -> tuple[Array, Array]:
     """Check a query and a key and promote both to one dtype, at least float32 where `widen`."""
     query, key = jnp.asarray(query), jnp.asarray(key)
-    checks.floating(query=query, key=key)
-    checks.shapes(query=(query, "... T H"))
-    checks.shapes(key=(key, "... S H"))
+    checks.assert_floating(query=query, key=key)
+    checks.assert_shapes(query=(query, "... T H"))
+    checks.assert_shapes(key=(key, "... S H"))
     if same_width and query.shape[-1] != key.shape[-1]:
         shapes = f"got shapes {query.shape} and {key.shape}"
         raise ValueError(f"query and key must have one width H, {shapes}")
@@ -275,7 +275,7 @@ def _per_head(weight: Any, query: Array, key: Array, shape: tuple[int, ...]) -> 
     Grouped, these are `[..., K, G]`; axes along which the weight is shared have size 1.
     """
     weight = jnp.asarray(weight)
-    checks.floating(weight=weight)
+    checks.assert_floating(weight=weight)
     grouped = query.ndim > 3 and query.ndim == key.ndim and key.shape[-3] == 1 < query.shape[-3]
     heads = query.shape[-4:-2] if grouped else query.shape[-3:-2]
     if weight.shape == shape:

@@ -40,14 +40,14 @@ def masked_softmax(
              [[0.5, 0.5, 0. , 0. ]]], dtype=float32)
     """
     scores = jnp.asarray(scores)
-    checks.floating(scores=scores)
-    checks.shapes(scores=(scores, "... S" if lengths is None else "... T S"))
+    checks.assert_floating(scores=scores)
+    checks.assert_shapes(scores=(scores, "... S" if lengths is None else "... T S"))
     allowed = None
     if mask is not None:
         allowed = jnp.asarray(mask)
         if allowed.dtype != bool:
             raise TypeError(f"mask must be boolean (True = may attend), got {allowed.dtype}")
-        checks.broadcastable("mask", allowed, scores.shape, "the scores [..., T, S]")
+        checks.assert_broadcastable("mask", allowed, scores.shape, "the scores [..., T, S]")
         allowed = allowed.reshape((1,) * (scores.ndim - allowed.ndim) + allowed.shape)
     if lengths is not None:
         within = _within(lengths, scores)
@@ -57,13 +57,13 @@ def masked_softmax(
 
 def _within(lengths: Any, scores: Array) -> Array:
     lengths = jnp.asarray(lengths)
-    checks.integers(lengths=lengths)
+    checks.assert_integers(lengths=lengths)
     *lead, T, S = scores.shape
     if lengths.shape not in {tuple(lead), (*lead, T)}:
         raise ValueError(
             f"lengths must be [...] = {tuple(lead)} or [..., T] = {(*lead, T)}, got {lengths.shape}"
         )
-    checks.in_range("lengths", lengths, 0, S, "S, the number of keys")
+    checks.assert_in_range("lengths", lengths, 0, S, "S, the number of keys")
     per_row = lengths if lengths.ndim == scores.ndim - 1 else lengths[..., None]
     slots = jnp.arange(S, dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (S,))
     return slots < dtypes.lengths(per_row)[..., None]

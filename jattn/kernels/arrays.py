@@ -45,7 +45,7 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
     if scores.shape != expected:
         each = f"score must return [..., T, S] for each head, {expected}"
         raise ValueError(f"{each}, got {scores.shape}")
-    checks.floating(**{"the result of score": scores})
+    checks.assert_floating(**{"the result of score": scores})
     return scores.reshape(*lead, N, T, S).astype(dtypes.accumulator(scores.dtype))
 
 

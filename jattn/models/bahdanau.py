@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
         """
-        checks.shapes(
+        checks.assert_shapes(
             target_in=(target_in, "B T"), state=(state, "B L F"), memory=(memory.value, "B S F")
         )
         off = self.deterministic if deterministic is None else deterministic

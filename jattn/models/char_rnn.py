@@ -44,7 +44,7 @@ class Config:
     num_layers: int = 2
 
     def __post_init__(self):
-        checks.positive(**vars(self))
+        checks.assert_positive(**vars(self))
 
 
 class CharCell(nnx.Module):
@@ -142,7 +142,7 @@ class EmbeddedCharRNN(nnx.Module):
 
 
 def _sizes(tokens: Array) -> tuple[int, int]:
-    sizes = checks.shapes(tokens=(tokens, "B T"))
+    sizes = checks.assert_shapes(tokens=(tokens, "B T"))
     if not sizes["T"]:
         raise ValueError(f"tokens must hold at least one step, got shape {jnp.shape(tokens)}")
     return sizes["B"], sizes["T"]

@@ -40,7 +40,7 @@ class LastStep(nnx.Module):
     """
 
     def __init__(self, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        checks.positive(features=features)
+        checks.assert_positive(features=features)
         self.features = features
 
     def __call__(
@@ -65,9 +65,9 @@ class LastStep(nnx.Module):
         x = sequence(x, self.features)
         *leading, S, _ = x.shape
         lengths = jnp.full(leading, S) if lengths is None else lengths
-        checks.shapes(x=(x, "... S D"), lengths=(lengths, "..."))
-        checks.integers(lengths=lengths)
-        checks.in_range("lengths", lengths, 1, S, "S, the number of steps")
+        checks.assert_shapes(x=(x, "... S D"), lengths=(lengths, "..."))
+        checks.assert_integers(lengths=lengths)
+        checks.assert_in_range("lengths", lengths, 1, S, "S, the number of steps")
         last = jnp.arange(1, S + 1, dtype=jnp.int32) == jnp.asarray(lengths, jnp.int32)[..., None]
         context = jnp.sum(x, axis=-2, where=last[..., None])
         return (context, last.astype(context.dtype)) if return_weights else context
@@ -114,11 +114,11 @@ class Config:
 
     def __post_init__(self):
         sizes = ("vocabulary", "classes", "embedding_features", "hidden_features", "num_layers")
-        checks.positive(**{name: getattr(self, name) for name in sizes})
-        checks.probability(dropout_rate=self.dropout_rate)
+        checks.assert_positive(**{name: getattr(self, name) for name in sizes})
+        checks.assert_probability(dropout_rate=self.dropout_rate)
         if self.padding_idx is not None:
-            checks.integers(padding_idx=self.padding_idx)
-            checks.in_range(
+            checks.assert_integers(padding_idx=self.padding_idx)
+            checks.assert_in_range(
                 "padding_idx",
                 self.padding_idx,
                 0,
@@ -215,13 +215,13 @@ class Classifier(nnx.Module):
             raise ValueError(
                 "return_weights needs a config with a pooling; without one there are no weights"
             )
-        T = checks.shapes(tokens=(tokens, "... T"))["T"]
+        T = checks.assert_shapes(tokens=(tokens, "... T"))["T"]
         embedded = self.dropout(self.embedding(tokens), deterministic=deterministic)
         outputs, state = self.network(embedded, lengths=lengths, deterministic=deterministic)
         context, weights = self._final(state), None
         if self.pooling is not None:
             context, weights = self.pooling(outputs, lengths=lengths, return_weights=True)
-        checks.shapes(
+        checks.assert_shapes(
             tokens=(tokens, "... T"), out=(self.out.kernel, "F C"), context=(context, "... F")
         )
         logits = self.out(self.dropout(context, deterministic=deterministic))

@@ -225,8 +225,8 @@ def _check(
     step: Step, carry: Carry, start: Array, end: int, max_length: int
 ) -> tuple[Array, jax.ShapeDtypeStruct]:
     start = jnp.asarray(start)
-    checks.shapes(start=(start, "B"))
-    checks.integers(start=start)
+    checks.assert_shapes(start=(start, "B"))
+    checks.assert_integers(start=start)
     for path, leaf in jax.tree_util.tree_leaves_with_path(carry):
         if jnp.shape(leaf)[:1] != start.shape:
             name = f"carry{jax.tree_util.keystr(path)}"
@@ -237,10 +237,12 @@ def _check(
     described = jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), carry)
     if described != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after):
         raise ValueError(f"step must return a carry like the one it gets: {described}, got {after}")
-    checks.shapes(start=(start, "B"), logits=(logits, "B C"))
-    checks.floating(logits=logits)
-    checks.in_range("end", end, 0, logits.shape[1] - 1, "C - 1, the last id of the vocabulary")
-    checks.positive(max_length=max_length)
+    checks.assert_shapes(start=(start, "B"), logits=(logits, "B C"))
+    checks.assert_floating(logits=logits)
+    checks.assert_in_range(
+        "end", end, 0, logits.shape[1] - 1, "C - 1, the last id of the vocabulary"
+    )
+    checks.assert_positive(max_length=max_length)
     return start.astype(jnp.int32), logits
 
 

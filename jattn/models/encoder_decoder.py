@@ -62,7 +62,7 @@ class EncoderDecoder(nnx.Module):
             jit: NaN); or the weights are asked of a model without attention.
           TypeError: ids or lengths are not integers.
         """
-        checks.shapes(source=(source, "B S"), target_in=(target_in, "B T"))
+        checks.assert_shapes(source=(source, "B S"), target_in=(target_in, "B T"))
         self._check(source, lengths, return_weights)
         validated_tokens("target_in", target_in, self.config.target_vocabulary)
         memory, state = self._read(source, lengths, deterministic)
@@ -133,12 +133,12 @@ class EncoderDecoder(nnx.Module):
         return self.decoder.remember(outputs, lengths), state
 
     def _check(self, source: Array, lengths: Array | None, return_weights: bool) -> None:
-        S = checks.shapes(source=(source, "B S"))["S"]
+        S = checks.assert_shapes(source=(source, "B S"))["S"]
         validated_tokens("source", source, self.config.source_vocabulary)
         if lengths is not None:
-            checks.shapes(source=(source, "B S"), lengths=(lengths, "B"))
-            checks.integers(lengths=lengths)
-            checks.in_range("lengths", lengths, 1, S, "S, the number of source positions")
+            checks.assert_shapes(source=(source, "B S"), lengths=(lengths, "B"))
+            checks.assert_integers(lengths=lengths)
+            checks.assert_in_range("lengths", lengths, 1, S, "S, the number of source positions")
 
     def _decode(
         self, source: Array, lengths: Array | None, *, return_weights: bool, **options: Any
@@ -179,11 +179,11 @@ def check_config(config: Any, *sizes: str) -> None:
       ValueError: a size is not positive, the rate is none, or a special id is not in the target
         vocabulary.
     """
-    checks.positive(**{name: getattr(config, name) for name in sizes})
-    checks.probability(dropout_rate=config.dropout_rate)
+    checks.assert_positive(**{name: getattr(config, name) for name in sizes})
+    checks.assert_probability(dropout_rate=config.dropout_rate)
     for name in ("pad", "start", "end"):
-        checks.integers(**{name: getattr(config, name)})
-        checks.in_range(
+        checks.assert_integers(**{name: getattr(config, name)})
+        checks.assert_in_range(
             name, getattr(config, name), 0, config.target_vocabulary - 1, "the last target id"
         )
 

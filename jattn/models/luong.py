@@ -139,7 +139,7 @@ class Encoder(nnx.Module):
             return sequences
         if lengths is None:
             return jnp.flip(sequences, axis=1)
-        checks.shapes(source=(sequences, "B S D"), lengths=(lengths, "B"))
+        checks.assert_shapes(source=(sequences, "B S D"), lengths=(lengths, "B"))
         steps = jnp.arange(sequences.shape[1], dtype=jnp.int32)
         mirrored = jnp.asarray(lengths).astype(jnp.int32)[:, None] - 1 - steps
         order = jnp.where(mirrored >= 0, mirrored, steps)
@@ -218,7 +218,7 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
         """
-        checks.shapes(
+        checks.assert_shapes(
             target_in=(target_in, "B T"), state=(state.h, "B F"), memory=(memory.value, "B S width")
         )
         off = self.dropout.deterministic if deterministic is None else deterministic

@@ -29,8 +29,8 @@ def validated_tokens(name: str, tokens: Array, vocabulary: int) -> Array:
       >>> validated_tokens("tokens", jnp.array([0, 4]), 5)
       Array([0, 4], dtype=int32)
     """
-    checks.integers(**{name: tokens})
-    checks.in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
+    checks.assert_integers(**{name: tokens})
+    checks.assert_in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
     tokens = jnp.asarray(tokens)
     if tokens.dtype.itemsize < 4:  # the vocabulary need not fit in a narrower type
         tokens = tokens.astype(jnp.int32)
@@ -66,15 +66,15 @@ def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None
       >>> cross_entropy(logits, targets, lengths=jnp.array([2])).round(3)  # log 4
       Array(1.386, dtype=float32)
     """
-    sizes = checks.shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
-    checks.floating(logits=logits)
+    sizes = checks.assert_shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
+    checks.assert_floating(logits=logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, validated_tokens("targets", targets, sizes["C"])
     )
     if lengths is None:
         return jnp.mean(losses)
-    checks.shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
-    checks.integers(lengths=lengths)
-    checks.in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
+    checks.assert_shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
+    checks.assert_integers(lengths=lengths)
+    checks.assert_in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
     lengths = jnp.asarray(lengths).astype(jnp.int32)
     return jnp.mean(losses, where=jnp.arange(sizes["T"], dtype=jnp.int32) < lengths[..., None])

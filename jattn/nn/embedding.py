@@ -61,14 +61,14 @@ class Embedding(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(num_embeddings=num_embeddings, features=features)
+        checks.assert_positive(num_embeddings=num_embeddings, features=features)
         for name, number in (("max_norm", max_norm), ("norm_type", norm_type)):
             if number is not None and not number > 0:
                 raise ValueError(f"{name} must be positive, got {number!r}")
         table = jax.random.normal(rngs.params(), (num_embeddings, features), param_dtype)
         if padding_idx is not None:
-            checks.integers(padding_idx=padding_idx)
-            checks.in_range(
+            checks.assert_integers(padding_idx=padding_idx)
+            checks.assert_in_range(
                 "padding_idx",
                 padding_idx,
                 -num_embeddings,
@@ -140,8 +140,8 @@ class Embedding(nnx.Module):
 
         So it has no row, rather than one from the end.
         """
-        checks.integers(tokens=tokens)
-        checks.in_range("tokens", tokens, 0, len(self.embedding) - 1, "the last id")
+        checks.assert_integers(tokens=tokens)
+        checks.assert_in_range("tokens", tokens, 0, len(self.embedding) - 1, "the last id")
         tokens = jnp.asarray(tokens).astype(jnp.int32)
         return jnp.where(tokens < 0, np.int32(len(self.embedding)), tokens)
 

@@ -71,7 +71,9 @@ class MultiHeadAttention(nnx.Module):
     ):
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        checks.positive(num_heads=num_heads, features=features, num_kv_heads=self.num_kv_heads)
+        checks.assert_positive(
+            num_heads=num_heads, features=features, num_kv_heads=self.num_kv_heads
+        )
         for name, size, by, divisor in (
             ("features", features, "num_heads", num_heads),
             ("num_heads", num_heads, "num_kv_heads", self.num_kv_heads),
@@ -82,10 +84,10 @@ class MultiHeadAttention(nnx.Module):
         key_features = query_features if key_features is None else key_features
         value_features = key_features if value_features is None else value_features
         out_features = features if out_features is None else out_features
-        checks.positive(
+        checks.assert_positive(
             query_features=query_features, key_features=key_features, value_features=value_features
         )
-        checks.positive(out_features=out_features)
+        checks.assert_positive(out_features=out_features)
         kv_width = features // num_heads * self.num_kv_heads
         linear = functools.partial(
             nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs

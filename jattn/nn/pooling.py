@@ -24,7 +24,7 @@ class _Dropout(nnx.Module):
     """The dropout of attention weights: its rate, its random stream, and its switch."""
 
     def __init__(self, rate: float, rngs: nnx.Rngs | None):
-        checks.probability(dropout_rate=rate)
+        checks.assert_probability(dropout_rate=rate)
         if rate > 0 and rngs is None:
             raise ValueError(f"dropout_rate = {rate} needs rngs, got None")
         self.rate = rate
@@ -71,7 +71,9 @@ class _Pooling(nnx.Module):
         Returns:
           `[..., T, V]`, or a tuple of it and the weights.
         """
-        checks.shapes(query=(query, "... T Dq"), key=(key, "... S Dk"), value=(value, "... S V"))
+        checks.assert_shapes(
+            query=(query, "... T Dq"), key=(key, "... S Dk"), value=(value, "... S V")
+        )
         result = attend(
             *(jnp.asarray(array)[..., None, :] for array in (query, key, value)),
             score=self._score(), mask=mask, return_weights=return_weights,
@@ -178,7 +180,7 @@ class BilinearAttention(_Pooling):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(query_features=query_features, key_features=key_features)
+        checks.assert_positive(query_features=query_features, key_features=key_features)
         initializer = initializers.lecun_normal()
         self.weight = nnx.Param(
             initializer(rngs.params(), (query_features, key_features), param_dtype)
@@ -228,7 +230,7 @@ class AdditiveAttention(_Pooling):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(
+        checks.assert_positive(
             query_features=query_features,
             key_features=key_features,
             hidden_features=hidden_features,
@@ -328,7 +330,7 @@ def project(name: str, linear: Callable[[Array], Array], x: Array) -> Array:
       >>> project("query", nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))).shape
       (5, 2)
     """
-    checks.floating(**{name: x})
+    checks.assert_floating(**{name: x})
     expected = linear.in_features  # type: ignore[attr-defined]
     if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != expected:
         raise ValueError(f"{name} must be [..., length, {expected}], got shape {jnp.shape(x)}")

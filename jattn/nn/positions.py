@@ -34,7 +34,7 @@ class SinusoidalPositions(nnx.Module):
     def __init__(self, features: int, *, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
         # An odd width is an error here rather than in the first call
         sinusoidal_encoding(0, features)
-        checks.probability(dropout_rate=dropout_rate)
+        checks.assert_probability(dropout_rate=dropout_rate)
         if dropout_rate > 0 and rngs is None:
             raise ValueError(f"dropout_rate = {dropout_rate} needs rngs, got None")
         self.features = features
@@ -73,7 +73,7 @@ class LearnedPositions(nnx.Module):
     def __init__(
         self, max_length: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        checks.positive(max_length=max_length, features=features)
+        checks.assert_positive(max_length=max_length, features=features)
         initializer = initializers.normal(0.02)
         self.embedding = nnx.Param(initializer(rngs.params(), (max_length, features), param_dtype))
 
@@ -87,7 +87,7 @@ class LearnedPositions(nnx.Module):
 
 
 def _length(x: Array, features: int) -> int:
-    checks.floating(x=x)
+    checks.assert_floating(x=x)
     if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != features:
         raise ValueError(f"x must be [..., T, {features}], got shape {jnp.shape(x)}")
     return jnp.shape(x)[-2]

@@ -30,10 +30,10 @@ class _Network(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        checks.positive(
+        checks.assert_positive(
             in_features=in_features, hidden_features=hidden_features, num_layers=num_layers
         )
-        checks.probability(dropout_rate=dropout_rate)
+        checks.assert_probability(dropout_rate=dropout_rate)
         self.layers: nnx.List[Cell] = nnx.List()
         self.backward_layers: nnx.List[Cell] = nnx.List()
         width = in_features
@@ -111,7 +111,7 @@ class _Network(nnx.Module):
             raise ValueError("a network with bidirectional=True has no single step")
         first = self.layers[0]
         parts = first.unpack(state)
-        checks.shapes(
+        checks.assert_shapes(
             network=(first.sizes(len(self.layers)), "R D P F"),
             **first.patterns(parts, "... R"),
             projected=(projected, "... gates"),
@@ -140,23 +140,25 @@ class _Network(nnx.Module):
         """
         first = self.layers[0]
         own = (first.sizes(len(self.layers) + len(self.backward_layers)), "R D P F")
-        sizes = checks.shapes(network=own, inputs=(inputs, "... T D"))
+        sizes = checks.assert_shapes(network=own, inputs=(inputs, "... T D"))
         T = sizes["T"]
-        checks.floating(inputs=inputs)
+        checks.assert_floating(inputs=inputs)
         if T == 0:
             raise ValueError(f"inputs must hold at least one step, got shape {jnp.shape(inputs)}")
         if state is None:
             shapes = [(*sizes["..."], sizes["R"], sizes[letter]) for letter in first.letters]
             state = first.pack(tuple(jnp.zeros(shape, jnp.result_type(inputs)) for shape in shapes))
         parts = first.unpack(state)
-        checks.shapes(network=own, inputs=(inputs, "... T D"), **first.patterns(parts, "... R"))
-        checks.floating(**first.names(parts))
+        checks.assert_shapes(
+            network=own, inputs=(inputs, "... T D"), **first.patterns(parts, "... R")
+        )
+        checks.assert_floating(**first.names(parts))
         inputs, *same = _promoted(inputs, *parts, first.input_kernel[...])
         if lengths is None:
             return inputs, tuple(same), None, None
-        checks.shapes(inputs=(inputs, "... T D"), lengths=(lengths, "..."))
-        checks.integers(lengths=lengths)
-        checks.in_range("lengths", lengths, 1, T, "T, the number of steps")
+        checks.assert_shapes(inputs=(inputs, "... T D"), lengths=(lengths, "..."))
+        checks.assert_integers(lengths=lengths)
+        checks.assert_in_range("lengths", lengths, 1, T, "T, the number of steps")
         lengths = jnp.asarray(lengths, jnp.int32)[..., None]
         steps = jnp.arange(T, dtype=jnp.int32).reshape(T, *(1 for _ in lengths.shape))
         return inputs, tuple(same), steps < lengths, (lengths > 0) & (lengths <= T)

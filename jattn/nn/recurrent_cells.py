@@ -41,7 +41,7 @@ class Cell(nnx.Module):
         rngs: nnx.Rngs,
     ):
         state_features = hidden_features if proj_features is None else proj_features
-        checks.positive(
+        checks.assert_positive(
             in_features=in_features, hidden_features=hidden_features, proj_features=state_features
         )
         bound = hidden_features**-0.5
@@ -73,16 +73,16 @@ class Cell(nnx.Module):
           TypeError: inputs or state are not floating point.
         """
         parts = self.unpack(state)
-        checks.shapes(
+        checks.assert_shapes(
             cell=(self.sizes(), "D P F"), inputs=(inputs, "... D"), **self.patterns(parts, "...")
         )
-        checks.floating(inputs=inputs, **self.names(parts))
+        checks.assert_floating(inputs=inputs, **self.names(parts))
         inputs, *same = _promoted(inputs, *parts, self.hidden_kernel[...])
         return self.pack(self.advance(self.project(inputs), tuple(same)))
 
     def project(self, inputs: Array) -> Array:
         """The part of a step without the state: `inputs [..., D]` to `W x + b`, `[..., G · F]`."""
-        checks.shapes(input_kernel=(self.input_kernel, "D gates"), inputs=(inputs, "... D"))
+        checks.assert_shapes(input_kernel=(self.input_kernel, "D gates"), inputs=(inputs, "... D"))
         weights = self.weights(inputs.dtype)
         projected = inputs @ weights.input_kernel
         return projected if weights.input_bias is None else projected + weights.input_bias
@@ -141,7 +141,7 @@ class Cell(nnx.Module):
         )
 
     def patterns(self, parts: State, lead: str) -> dict[str, Any]:
-        """The parts with the patterns of their shapes, for `checks.shapes`."""
+        """The parts with the patterns of their shapes, for `checks.assert_shapes`."""
         named = self.names(parts).items()
         return {
             name: (part, f"{lead} {letter}")
@@ -149,7 +149,7 @@ class Cell(nnx.Module):
         }
 
     def sizes(self, *lead: int) -> jax.ShapeDtypeStruct:
-        """An array of shape `[*lead, D, P, F]`, for `checks.shapes`."""
+        """An array of shape `[*lead, D, P, F]`, for `checks.assert_shapes`."""
         D, gates = self.input_kernel.shape
         shape = (*lead, D, self.hidden_kernel.shape[0], gates // self.gates)
         return jax.ShapeDtypeStruct(shape, self.input_kernel.dtype)

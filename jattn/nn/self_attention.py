@@ -50,7 +50,7 @@ class SelfAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(in_features=in_features, features=features)
+        checks.assert_positive(in_features=in_features, features=features)
         linear = functools.partial(
             nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
         )
@@ -116,7 +116,7 @@ class SharedProjectionAttention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(num_heads=num_heads, features=features)
+        checks.assert_positive(num_heads=num_heads, features=features)
         if features % num_heads:
             raise ValueError(
                 f"features ({features}) must be a positive multiple of num_heads ({num_heads})"
@@ -199,7 +199,7 @@ class ResidualAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         out_features = in_features if out_features is None else out_features
-        checks.positive(in_features=in_features, out_features=out_features)
+        checks.assert_positive(in_features=in_features, out_features=out_features)
         linear = functools.partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
         norm = functools.partial(
             nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs
@@ -244,7 +244,7 @@ def sequence(x: Array, features: int) -> Array:
       >>> sequence(jnp.ones((5, 3)), 3).shape
       (5, 3)
     """
-    checks.floating(x=x)
+    checks.assert_floating(x=x)
     if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != features:
         raise ValueError(f"x must be [..., length, {features}], got shape {jnp.shape(x)}")
     return jnp.asarray(x)

@@ -54,7 +54,7 @@ class _SequencePooling(nnx.Module):
         """
         x, mask = sequence(x, self.features), None
         if lengths is not None:
-            checks.shapes(x=(x, "... S D"), lengths=(lengths, "..."))
+            checks.assert_shapes(x=(x, "... S D"), lengths=(lengths, "..."))
             mask = masks.padding(lengths)
             end = jnp.asarray(lengths, jnp.int32)[..., None, None]
             inside = jnp.arange(x.shape[-2], dtype=jnp.int32)[:, None] < end
@@ -112,7 +112,7 @@ class FeaturePooling(_SequencePooling):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(features=features)
+        checks.assert_positive(features=features)
         self.features = features
         self.key = nnx.Linear(
             features, features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
@@ -166,7 +166,7 @@ class MultiHopPooling(_SequencePooling):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        checks.positive(features=features, num_hops=num_hops)
+        checks.assert_positive(features=features, num_hops=num_hops)
         self.features = features
         initializer = initializers.lecun_normal(in_axis=-1, out_axis=-2)
         self.query = nnx.Param(initializer(rngs.params(), (num_hops, features), param_dtype))
@@ -222,7 +222,7 @@ class LearnedQueryPooling(_SequencePooling):
         rngs: nnx.Rngs,
     ):
         hidden_features = features if hidden_features is None else hidden_features
-        checks.positive(features=features, hidden_features=hidden_features)
+        checks.assert_positive(features=features, hidden_features=hidden_features)
         self.features = features
         self.key = nnx.Linear(
             features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
