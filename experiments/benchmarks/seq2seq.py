@@ -23,8 +23,7 @@ from rich.table import Table
 
 from experiments import BadInput
 from experiments.benchmarks.timing import Run, machine, measure, ratio
-from jattn.interop import to_flax
-from jattn.interop.torch_layouts import SEQ2SEQ
+from jattn.interop import load_torch
 from jattn.models.bahdanau import BahdanauTranslator, Config
 from jattn.models.tokens import cross_entropy
 
@@ -56,7 +55,7 @@ def of_jattn(
 ) -> dict[str, Run]:
     """One training step, and one search."""
     model = BahdanauTranslator(config, rngs=nnx.Rngs(0))
-    nnx.update(model, to_flax(weights, model, SEQ2SEQ))
+    load_torch(model, weights)
     graph, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
     arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
@@ -123,7 +122,7 @@ def contenders(settings: Settings) -> dict[str, dict[str, Run]]:
     try:
         import torch
 
-        from experiments.torch_reference.recurrent import BahdanauTranslator as Reference
+        from experiments.torch_reference.bahdanau import BahdanauTranslator as Reference
     except ImportError:
         raise BadInput(
             "this compares with PyTorch, which is not installed: pip install -e '.[torch]'"

@@ -1,0 +1,121 @@
+"""Heads, and multi-head attention with wide, grouped or shared key/value heads."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jattn import nn
+from jattn.functional import heads
+from jattn.parity.system import Arguments, Arrays, System, padding
+
+Array = jax.Array
+
+
+def split_and_merge(_module: None, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
+    """Into heads, into the folded form, and back from both."""
+    num_heads = arguments["num_heads"]
+    split = heads.split_heads(inputs["x"], num_heads)
+    folded = heads.fold_heads(split)
+    return {
+        "split": split,
+        "merged": heads.merge_heads(split**2),
+        "folded": folded,
+        "unfolded": heads.unfold_heads(folded**3, num_heads),
+        "lengths": heads.repeat_lengths(inputs["lengths"], num_heads),
+    }
+
+
+def multi_head_module(arguments: Arguments, dtype: Any) -> nnx.Module:
+    """The fixture's arguments are those of Flax: widths of inputs, of all heads, of the output."""
+    options = dict(arguments)
+    num_heads, in_features = options.pop("num_heads"), options.pop("in_features")
+    head_features = options.pop("head_features", None)
+    heads_together = in_features if head_features is None else num_heads * head_features
+    return nn.MultiHeadAttention(
+        num_heads,
+        options.pop("qkv_features", heads_together),
+        query_features=in_features,
+        out_features=options.pop("out_features", in_features),
+        **options,
+        param_dtype=dtype,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def multi_head(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
+    """From query to key and value, or to itself where there is no key."""
+    operands = inputs["query"], inputs.get("key"), inputs.get("value")
+    output, weights = module(*operands, mask=padding(inputs), return_weights=True)
+    return {"output": output, "weights": weights}
+
+
+SYSTEMS = (
+    System(
+        "multi_head/head_split",
+        9,
+        "head split and merge",
+        functions=(
+            "jattn.heads.split_heads",
+            "jattn.heads.merge_heads",
+            "jattn.heads.fold_heads",
+            "jattn.heads.unfold_heads",
+            "jattn.heads.repeat_lengths",
+        ),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="multi_head.HeadSplit",
+        call=split_and_merge,
+    ),
+    System(
+        "multi_head/attention",
+        10,
+        "multi-head attention",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.MultiHeadAttention",),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="multi_head.MultiHeadAttention",
+        build=multi_head_module,
+        call=multi_head,
+    ),
+    System(
+        "multi_head/wide_heads",
+        12,
+        "wide heads",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.MultiHeadAttention",),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="self_attention.WideHeads",
+        build=multi_head_module,
+        call=multi_head,
+        note="every head is as wide as the output",
+    ),
+    System(
+        "multi_head/grouped_query",
+        15,
+        "grouped-query attention",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.MultiHeadAttention",),
+        paper="Ainslie et al. 2023",
+        link="https://arxiv.org/abs/2305.13245",
+        reference="multi_head.MultiHeadAttention",
+        build=multi_head_module,
+        call=multi_head,
+        note="`num_kv_heads=K`",
+    ),
+    System(
+        "multi_head/multi_query",
+        16,
+        "multi-query attention",
+        functions=("jattn.attend",),
+        modules=("jattn.nn.MultiHeadAttention",),
+        paper="Shazeer 2019",
+        link="https://arxiv.org/abs/1911.02150",
+        reference="multi_head.MultiHeadAttention",
+        build=multi_head_module,
+        call=multi_head,
+        note="`num_kv_heads=1`",
+    ),
+)
