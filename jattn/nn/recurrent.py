@@ -83,7 +83,7 @@ class _Network(nnx.Module):
             both = []
             for reverse, cell in enumerate(self._cells(layer)):
                 first = tuple(part[..., len(last), :] for part in parts)
-                states, final = cell.run(below, first, inside=inside, reverse=bool(reverse))
+                states, final = cell.run(below, first, valid=inside, reverse=bool(reverse))
                 both.append(states)
                 last.append(final)
             outputs = jnp.concatenate(both, axis=-1)

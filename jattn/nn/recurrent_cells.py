@@ -27,7 +27,7 @@ class Cell(nnx.Module):
 
     gates: ClassVar[int]
     # Whether a step takes the products of input and state apart, not as their sum
-    apart: ClassVar[bool] = False
+    separate: ClassVar[bool] = False
     letters: ClassVar[tuple[str, ...]] = ("F",)  # the width of each part of the state
 
     def __init__(
@@ -92,10 +92,12 @@ class Cell(nnx.Module):
 
         All are of one dtype.
         """
-        return advance(self.step, projected, state, self.weights(projected.dtype), apart=self.apart)
+        return advance(
+            self.step, projected, state, self.weights(projected.dtype), separate=self.separate
+        )
 
     def run(
-        self, inputs: Array, state: State, *, inside: Array | None = None, reverse: bool = False
+        self, inputs: Array, state: State, *, valid: Array | None = None, reverse: bool = False
     ) -> tuple[Array, State]:
         """All steps, time first: `inputs [T, ..., D]` to h `[T, ..., P]` and the last state.
 
@@ -103,7 +105,7 @@ class Cell(nnx.Module):
         """
         weights = self.weights(inputs.dtype)
         return recur(
-            self.step, inputs, state, weights, apart=self.apart, inside=inside, reverse=reverse
+            self.step, inputs, state, weights, separate=self.separate, valid=valid, reverse=reverse
         )
 
     def step(self, gates: Gates, state: State) -> State:
@@ -274,7 +276,7 @@ class GRUCell(Cell):
     """
 
     gates = 3
-    apart = True  # the reset gate stands between the two products
+    separate = True  # the reset gate stands between the two products
 
     def __init__(
         self,
