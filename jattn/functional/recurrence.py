@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jattn.functional import checks, compat
 from jattn.functional.captures import Captures
@@ -191,7 +191,10 @@ def recur(
         lambda _, gates, state: step(gates, state), None, (gates,) * (1 + separate), state
     )
     operands = compat.vary_alike(_Operands(inputs, valid, state, weights, captures.arrays))
-    return _on_mesh(_How(pure, separate, reverse), operands, mesh)
+    _, *batch, _ = jax.typeof(inputs).sharding.spec
+    specs = PartitionSpec(None, *batch, None), (PartitionSpec(*batch, None),) * len(state)
+    run = functools.partial(_states, _How(pure, separate, reverse))
+    return compat.automatically(run, specs)(operands)
 
 
 class _How(NamedTuple):
@@ -219,21 +222,6 @@ class _Trace(NamedTuple):
     before: State  # the state that it found
     gates: Gates  # of separate ones x lacks its bias: that product exists anyway
     unprojected: Array | None  # h before its projection, if there is one
-
-
-def _on_mesh(how: _How, operands: _Operands, mesh: Any) -> tuple[Array, State]:
-    """On explicit axes run as on automatic ones: a loop's carries need not say where they lie."""
-    if mesh is None:
-        return _states(how, operands)
-    leaves, structure = jax.tree.flatten(operands)
-    _, *batch, _ = jax.typeof(operands.inputs).sharding.spec
-    part = NamedSharding(mesh, PartitionSpec(*batch, None))
-    placed = NamedSharding(mesh, PartitionSpec(None, *batch, None)), (part,) * len(operands.state)
-
-    def run(*leaves: Array) -> tuple[Array, State]:
-        return _states(how, jax.tree.unflatten(structure, leaves))
-
-    return jax.sharding.auto_axes(run, out_sharding=placed)(*leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -279,10 +267,9 @@ def _derivative(how: _How, primals: Any, tangents: Any) -> Any:
         _times(operands.inputs, d_weights.input_kernel),
     )
     d_hidden = _sum(_times(trace.before[0], d_weights.hidden_kernel), d_weights.hidden_bias)
-    fixed = (_sum(d_projected, d_weights.input_bias), d_hidden)
-    if not how.separate:
-        fixed = (_sum(*fixed),)
-    fixed = tuple(_as_large(part, trace.gates[0]) for part in fixed)
+    d_biased = _sum(d_projected, d_weights.input_bias)
+    parts: Any = (d_biased, d_hidden) if how.separate else (_sum(d_biased, d_hidden),)
+    fixed: Any = tuple(_as_large(part, trace.gates[0]) for part in parts)
     outward = _times(trace.unprojected, d_weights.proj_kernel)
     d_captured = [*map(_filled, operands.captured, moved.captured)]
 
