@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -128,7 +127,12 @@ def loss(model: nn.NadarayaWatson, batch: Any) -> jax.Array:
 
     The batch is the traced `Samples`.
     """
-    return leave_one_out(partial(model, return_weights=True), batch)
+    return leave_one_out(learned(model), batch)
+
+
+def learned(model: nn.NadarayaWatson) -> Pool:
+    """The learned kernel, as what pools."""
+    return lambda *arrays, mask=None: model(*arrays, mask=mask, return_weights=True)
 
 
 def leave_one_out(pool: Pool, samples: Samples) -> jax.Array:
@@ -187,7 +191,7 @@ def report(model: nn.NadarayaWatson, samples: Samples, run: Run, console: Consol
         {
             "mean of all": pool_with(scores.constant),
             "kernel of width 1": pool_with(scores.gaussian),
-            "learned kernel": partial(model, return_weights=True),
+            "learned kernel": learned(model),
         },
         samples,
     )

@@ -26,9 +26,10 @@ class Pure:
     """
 
     def __init__(self, jaxpr: compat.ClosedJaxpr, places: tuple[int, ...], results: Any) -> None:
-        """Make one of a jaxpr without constants, the places of what it captured, its results.
+        """Make one of a jaxpr without constants.
 
-        Of the results it takes the structure: a pytree.
+        `places` says where in the captured arrays its own stand; `results` is the structure of the
+        pytree that it returns.
         """
         self.jaxpr, self.places, self.results = jaxpr, places, results
 

@@ -295,8 +295,8 @@ def kind_like(like: Any, shape: Sequence[int], dtype: Any) -> Any:
 def automatically(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
     """The function, for which explicit axes of a mesh are automatic.
 
-    So its loops and gathers need not say where each array lies. The specs, a pytree of
-    `PartitionSpec`s, say where its results lie. Without explicit axes it changes nothing.
+    Loops and gathers in it need not say how each array is sharded. The specs, a pytree of
+    `PartitionSpec`s, say how its results are. Without explicit axes the function runs as it is.
 
     Example:
       >>> take = automatically(lambda table, ids: table[ids], PartitionSpec(None))

@@ -220,7 +220,7 @@ class _Trace(NamedTuple):
 
     h: Array  # after the step
     before: State  # the state that it found
-    gates: Gates  # of separate ones x lacks its bias: that product exists anyway
+    gates: Gates  # where the gates are separate, x has no bias yet
     unprojected: Array | None  # h before its projection, if there is one
 
 
@@ -274,17 +274,18 @@ def _derivative(how: _How, primals: Any, tangents: Any) -> Any:
     d_captured = [*map(_filled, operands.captured, moved.captured)]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def body(d_state: State, at: Any) -> tuple[State, Any]:
+    def body(d_state: Any, at: Any) -> tuple[Any, Any]:
         valid, gates, before, fixed, outward = at
-        *d_gates, d_hidden = fixed
-        d_gates = (*d_gates, _sum(d_state[0] @ weights.hidden_kernel, d_hidden))
+        *d_outer, d_hidden = fixed
+        d_gates: Any = (*d_outer, _sum(d_state[0] @ weights.hidden_kernel, d_hidden))
         if how.separate:
             gates = _plus(gates[0], weights.input_bias), gates[1]
             d_gates = _filled(gates[0], d_gates[0]), d_gates[1]
         found, d_found = (operands.captured, gates, before), (d_captured, d_gates, d_state)
         d_unprojected = jax.jvp(how.step, found, d_found)[1]
         d_after = _project(d_unprojected, weights)
-        d_after = _where(valid, (_sum(d_after[0], outward), *d_after[1:]), d_state)
+        d_output: Any = _sum(d_after[0], outward)
+        d_after = _where(valid, (d_output, *d_after[1:]), d_state)
         return d_after, (d_after[0], d_state, d_gates[-1], d_unprojected[0])
 
     steps = operands.valid, trace.gates, trace.before, fixed, outward
@@ -313,14 +314,15 @@ def _filled(array: Array, tangent: Array | None) -> Any:
 def _times(left: Array | None, d_kernel: Array | None) -> Array | None:
     """`left [..., m] @ d_kernel [m, n]`, written as (d_kernelᵀ leftᵀ)ᵀ.
 
-    Its transpose, the gradient of a kernel, is then leftᵀ times the cotangent as they lie. Of
-    `left @ d_kernel` JAX would transpose the cotangent, the larger of the two: on CPU 2.7 × slower.
+    The transpose of this product is the gradient of a kernel. Written so, it multiplies leftᵀ by
+    the cotangent as both lie in memory. JAX transposes `left @ d_kernel` into a product that first
+    copies the cotangent, the larger of the two: 2.7 × slower on CPU.
     """
     if left is None or d_kernel is None:
         return None
     rows = rearrange(left, "... m -> (...) m")
-    product = jnp.einsum("nm, rm -> nr", jnp.matrix_transpose(d_kernel), rows)
-    return jnp.matrix_transpose(product).reshape(*left.shape[:-1], d_kernel.shape[-1])
+    product = jnp.einsum("nm, rm -> nr", rearrange(d_kernel, "m n -> n m"), rows)
+    return rearrange(product, "n r -> r n").reshape(*left.shape[:-1], d_kernel.shape[-1])
 
 
 def _sum(*terms: Array | None) -> Array | None:

@@ -86,8 +86,9 @@ class Attend:
         if "mask" in options:
             options["mask"] = joined_masks(self.given.get("mask"), called.get("mask"))
         if "modifier" in options:
-            both = self.given.get("modifier"), called.get("modifier")
-            options["modifier"] = (*_listed(both[0]), *_listed(both[1]))
+            options["modifier"] = joined_modifiers(
+                self.given.get("modifier"), called.get("modifier")
+            )
         return self.function(query, key, value, **options)
 
     def __eq__(self, other: object) -> bool:
@@ -181,10 +182,15 @@ def joined_masks(*given: MaskLike) -> masks.Mask | None:
     return functools.reduce(operator.and_, parts) if parts else None
 
 
-def _listed(modifier: ModifierLike) -> tuple[Any, ...]:
-    if modifier is None:
-        return ()
-    return tuple(modifier) if isinstance(modifier, (tuple, list)) else (modifier,)
+def joined_modifiers(*given: ModifierLike) -> tuple[Any, ...]:
+    """All modifiers, from first to last; each may be None, one, or several.
+
+    Example:
+      >>> len(joined_modifiers(None, abs, [abs, abs]))
+      3
+    """
+    several = (part if isinstance(part, (tuple, list)) else (part,) for part in given)
+    return tuple(modifier for parts in several for modifier in parts if modifier is not None)
 
 
 def dropout(rate: float, rngs: nnx.Rngs | None) -> nnx.Dropout:
@@ -239,7 +245,7 @@ def promoted(dtype: Any, *arrays: Any) -> list[Array]:
 
 
 def apply(linear: Callable[..., Array], x: Array, out_sharding: Any = None) -> Array:
-    """Apply a Linear, or what wraps one; only on an explicit mesh it is told where results lie.
+    """Apply a Linear, or a module that wraps one and takes no `out_sharding`.
 
     Example:
       >>> apply(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))).shape

@@ -104,8 +104,8 @@ class Embedding(nnx.Module):
           TypeError: tokens are not integers.
         """
         tokens = checks.validated_tokens("tokens", tokens, self.num_embeddings)
-        table = self.embedding if self.dtype is None else self.embedding.astype(self.dtype)
-        found = rows(table[...], tokens)
+        found = rows(self.embedding[...], tokens)
+        found = found if self.dtype is None else found.astype(self.dtype)
         if self.padding_idx is None and self.max_norm is None and not self.scale_grad_by_freq:
             return found
         source = found

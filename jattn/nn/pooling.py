@@ -27,6 +27,7 @@ class _Pooling(nnx.Module):
     attend: Attend
     dropout: nnx.Dropout
     dtype: Any
+    weight: Any = None  # of the score, if it has one
 
     def _score(self, dtype: Any) -> Score:
         raise NotImplementedError
@@ -101,7 +102,8 @@ class _Pooling(nnx.Module):
         deterministic: bool | None,
         **options: Any,
     ) -> Any:
-        query, key, value = promoted(self.dtype, query, key, value)
+        weight = () if self.weight is None else (self.weight[...],)
+        query, key, value, *_ = promoted(self.dtype, query, key, value, *weight)
         result = self.attend(
             *(array[..., None, :] for array in (query, key, value)),
             score=self._score(query.dtype), return_weights=return_weights, **options,
@@ -238,10 +240,6 @@ class BilinearAttention(_Pooling):
         self.attend, self.dtype = Attend(attend), dtype
         self.dropout = dropout(dropout_rate, rngs)
 
-    def _compared(self, query: Array, key: Array) -> tuple[Array, Array]:
-        query, key, _ = promoted(self.dtype, query, key, self.weight[...])
-        return query, key
-
     def _score(self, dtype: Any) -> Score:
         return functools.partial(scores.bilinear, weight=self.weight.astype(dtype))
 
@@ -372,10 +370,6 @@ class NadarayaWatson(_Pooling):
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (), param_dtype))
         self.attend, self.dtype = Attend(attend), dtype
         self.dropout = dropout(0.0, None)
-
-    def _compared(self, query: Array, key: Array) -> tuple[Array, Array]:
-        query, key, _ = promoted(self.dtype, query, key, self.weight[...])
-        return query, key
 
     def _score(self, dtype: Any) -> Score:
         return functools.partial(scores.gaussian, weight=self.weight.astype(dtype))

@@ -15,7 +15,7 @@ from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks, masks, modifiers, scores
-from jattn.nn._shared import Attend, Given, joined_masks, promoted, sequence
+from jattn.nn._shared import Attend, Given, joined_masks, joined_modifiers, promoted, sequence
 from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array
@@ -90,9 +90,7 @@ class _SequencePooling(nnx.Module):
         query, key, value = promoted(self.dtype, *self._operands(x))
         bias = self._bias()
         if bias is not None:
-            given = modifier if isinstance(modifier, (tuple, list)) else (modifier,)
-            own = modifiers.bias(bias.astype(query.dtype))
-            modifier = (own, *(each for each in given if each is not None))
+            modifier = joined_modifiers(modifiers.bias(bias.astype(query.dtype)), modifier)
         result = self.attend(
             jnp.broadcast_to(query, (*x.shape[:-2], *query.shape)), key, value,
             score=scores.dot_product, mask=mask, modifier=modifier, positions=positions,
