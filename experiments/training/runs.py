@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ class Run:
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints."""
         return Checkpoints(self.folder / "checkpoints")
+
+    def write_scores(self, scores: Mapping[str, Any]) -> None:
+        """Write what the run came to into `scores.json`."""
+        text = json.dumps(scores, indent=2) + "\n"
+        (self.folder / "scores.json").write_text(text, encoding="utf-8")
 
     @property
     def metrics(self) -> "Metrics":

@@ -77,7 +77,7 @@ def fails(capsys, *arguments):
 
 def restored(run, table):
     checkpoint = run.checkpoints.newest()
-    settings = classify.settings_of(checkpoint.metadata)
+    settings = classify.Settings.of(checkpoint.metadata)
     assert settings.data == table
     reader = classify.Reader.build(settings, checkpoint.metadata["known"])
     classify.restore(reader.model, checkpoint)
@@ -186,7 +186,7 @@ def test_unreadable_files(tmp_path, capsys):
         ("--steps", "0", "must be at least 1, got 0"),
         ("--learning-rate", "inf", "must be finite and positive, got inf"),
         ("--dropout", "1", "must lie in [0, 1), got 1.0"),
-        ("--seed", "-2", "must not be negative, got -2"),
+        ("--seed", "-2", "must be at least 0, got -2"),
         ("--classify", "", "must be a text of 1 to 500 characters, got 0"),
     ],
 )
