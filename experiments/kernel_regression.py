@@ -1,10 +1,10 @@
 """Fit a noisy curve by attention: kernel regression (Nadaraya 1964, https://doi.org/10.1137/1109020).
 
-Claim: fifty noisy samples of y = 2 sin x + x^0.8 suffice to learn how wide a Gaussian kernel should
-be, by predicting each sample from the others. The learned weights are narrower than those of width
-1 and the fit is less smooth, but its mean squared error against the noise-free curve is lower:
-0.03, against 0.28 for width 1 and 0.86 for the mean of all samples. Lower it was for each of a
-hundred seeds, and for 99 of them by more than half.
+Claim: fifty noisy samples of y = 2 sin x + x^0.8 suffice to learn the width of a Gaussian kernel,
+by the prediction of each sample from the others. The learned kernel is narrower than width 1, and
+its fit is less smooth, but its mean squared error against the noise-free curve is lower: 0.03,
+against 0.28 for width 1 and 0.86 for the mean of all samples. It is lower for each of a hundred
+seeds, and less than half for 99 of them.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from experiments.training.loop import Recipe
 from experiments.training.runs import Run
 from jattn import attend, masks, nn, scores
 
-GRID = np.linspace(0, 5, 101, dtype=np.float32)  # where the fits are held against the curve
+GRID = np.linspace(0, 5, 101, dtype=np.float32)  # where the fits are compared with the curve
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ Pool = Callable[..., tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean squared errors of a fit: of each sample from the others, and of the noise-free curve."""
+    """Mean squared errors of a fit: leave-one-out on the samples, and against the true curve."""
 
     leave_one_out: float
     held_out: float
@@ -80,7 +80,7 @@ def curve(x: np.ndarray) -> np.ndarray:
 
 
 def draw(settings: Settings) -> Samples:
-    """Points of the curve at random places in 0 … 5, with normal noise."""
+    """Points of the curve at random x in 0 … 5, with normal noise."""
     generator = np.random.default_rng(settings.seed)
     x = np.sort(generator.uniform(GRID[0], GRID[-1], settings.samples))
     y = curve(x) + generator.normal(scale=settings.noise, size=x.shape)
@@ -88,7 +88,7 @@ def draw(settings: Settings) -> Samples:
 
 
 def pool_with(score: Callable[..., jax.Array]) -> Pool:
-    """Attention pooling by a score that has nothing to learn."""
+    """Attention pooling by a score without parameters."""
 
     def pool(
         query: jax.Array, key: jax.Array, value: jax.Array, *, mask: Any = None
@@ -103,10 +103,7 @@ def pool_with(score: Callable[..., jax.Array]) -> Pool:
 
 
 def loss(model: nn.NadarayaWatson, batch: Any) -> jax.Array:
-    """Mean squared error of predicting each sample from the others.
-
-    The batch is the traced `Samples`.
-    """
+    """The leave-one-out error of the model; the batch is the traced `Samples`."""
     return leave_one_out(partial(model, return_weights=True), batch)
 
 
@@ -151,7 +148,7 @@ def compare(
 
 
 def report(model: nn.NadarayaWatson, samples: Samples, run: Run, console: Console) -> None:
-    """Hold the three fits against the curve; print and draw what came out."""
+    """Compare three fits with the curve; print and draw the results."""
     weight = float(model.weight[...])
     errors, panels = compare(
         {

@@ -1,11 +1,11 @@
-"""Teach three recurrent networks to write "ohlol" where they read "hello"; watch them spell.
+"""Teach three recurrent networks to write "ohlol" when they read "hello", and watch them spell.
 
 Paper: Elman 1990, https://doi.org/10.1207/s15516709cog1402_1
 
-Claim: a cell in a loop, a network that runs the loop itself, and a network of two layers behind an
-embedding each spell it within a hundred steps of Adam. The first two are one network written twice:
-from the same weights their losses are the same. Of a hundred seeds the one-hot networks reached it
-with 91, the one behind an embedding with all.
+Claim: a cell in a loop, a network that runs the loop itself, and a network of two layers after an
+embedding each learn it within a hundred steps of Adam. The first two are the same network, written
+twice: from the same weights they have the same losses. Of a hundred seeds, 91 succeed with the
+one-hot networks and all with the embedding.
 """
 
 import itertools
@@ -36,7 +36,7 @@ NETWORKS = ("cell in a loop", "network", "embedding, two layers")
 
 @dataclass(frozen=True)
 class Settings(command.Settings):
-    """Teach three recurrent networks to write "ohlol" where they read "hello"."""
+    """Teach three recurrent networks to write "ohlol" when they read "hello"."""
 
     experiment: ClassVar[str] = "spell_hello"
 
@@ -49,7 +49,7 @@ class Settings(command.Settings):
 class Spellers(nnx.Module):
     """The three networks side by side.
 
-    None touches another, so one optimizer teaches each as if it were alone.
+    They share no weights, so one optimizer trains each as if it were alone.
     """
 
     def __init__(self, seed: int):
@@ -69,10 +69,7 @@ def numbers(text: str) -> np.ndarray:
 
 
 def losses(model: Spellers, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """Each network's mean negative log-likelihood of a character, and its best guesses.
-
-    The guesses are [networks, B, T].
-    """
+    """For each network its mean negative log-likelihood and its guesses, [networks, B, T]."""
     source, target = batch
     logits = model(source)
     return jax.vmap(lambda own: cross_entropy(own, target))(logits), jnp.argmax(logits, axis=-1)
@@ -84,7 +81,7 @@ def loss(model: Spellers, batch: Any) -> jax.Array:
 
 
 class Watch:
-    """What the networks write after a step, recorded at every one and shown where it changes."""
+    """Records what the networks write after each step, and prints it when it changes."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -92,7 +89,7 @@ class Watch:
         self.losses = nnx.jit(losses)
 
     def __call__(self, step: int, model: Spellers) -> dict[str, Any]:
-        """Losses and texts of the three."""
+        """The losses and texts of the three networks."""
         each, guesses = self.losses(model, (numbers(SOURCE), numbers(TARGET)))
         written = ["".join(CHARACTERS[i] for i in guess[0]) for guess in np.asarray(guesses)]
         texts = dict(zip(NETWORKS, written, strict=True))
@@ -127,7 +124,7 @@ def fit(job: Job[Settings]) -> None:
 
 
 def report(run: Run, console: Console) -> None:
-    """Tell when each network came to spell the target for good; print and draw how."""
+    """Find the step from which each network spells the target; print and draw the way there."""
     rows = run.metrics.read()
     panels = {
         title: [(row["step"], row["losses"][title], row["texts"][title]) for row in rows]

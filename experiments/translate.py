@@ -3,8 +3,8 @@
 Two models: Bahdanau's (2015, https://arxiv.org/abs/1409.0473) and Luong's (2015,
 https://arxiv.org/abs/1508.04025).
 
-Claim: in a few minutes on a laptop, either reads dates written in eighteen languages and five
-scripts, and at least 99 % of those that it has never seen come out right.
+Claim: in a few minutes on a laptop, either model learns to read dates in eighteen languages and
+five scripts, and writes at least 99 % of the dates that training does not contain correctly.
 """
 
 import random
@@ -36,7 +36,7 @@ from jattn.models.encoder_decoder import EncoderDecoder
 from jattn.models.tokens import cross_entropy
 
 EVALUATION_BATCH = 256
-# The languages in the picture of the dates
+# Languages in the picture of the dates
 SHOWN = ("en", "de", "es", "fi", "ru", "el", "ja", "zh", "ko")
 
 
@@ -59,7 +59,7 @@ class Settings(text_command.TextSettings):
     dropout: float = 0.0
     """Fraction of attention weights (of luong: of the decoder's outputs) dropped in training."""
     beam: int = 1
-    """Hypotheses followed in decoding; 1 is greedy."""
+    """Hypotheses that beam search keeps; 1 is greedy decoding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +78,7 @@ class Translator:
 
     @classmethod
     def build(cls, settings: Settings, characters: dict[str, Any]) -> "Translator":
-        """An untrained one; `characters` is what `describe` gives."""
+        """An untrained translator; `characters` comes from `describe`."""
         source, target = Vocabulary(characters["source"]), Vocabulary(characters["target"])
         if settings.beam > len(target):
             raise BadInput(
@@ -129,7 +129,7 @@ class Translator:
 
 
 def describe(data: Split) -> dict[str, Any]:
-    """What decoding needs of the data: the training characters and the longest translation."""
+    """The training characters, and the most steps that decoding may take."""
     return {
         "source": Vocabulary.of(pair.source for pair in data.train).characters,
         "target": Vocabulary.of(pair.target for pair in data.train).characters,
@@ -171,7 +171,7 @@ def fit(job: Job[Settings], data: Split) -> Translator:
 
 
 def evaluate(translator: Translator, test: Sequence[Pair]) -> tuple[list[str], dict[str, float]]:
-    """Translations of the held-out pairs and their scores, beside those of copying the source.
+    """Translations of the held-out pairs and their scores, and the scores of a copy of the source.
 
     Exact match is a fraction of the pairs; chrF2 (https://aclanthology.org/W15-3049) is in percent.
     """
@@ -187,7 +187,7 @@ def evaluate(translator: Translator, test: Sequence[Pair]) -> tuple[list[str], d
 
 
 def examples(data: Split, seed: int, count: int = 9) -> list[Pair]:
-    """Held-out pairs to look at: a long one of each language shown, or a few if there is none."""
+    """Held-out pairs to show: a long one of each language in `SHOWN`, else a few random ones."""
     draw = random.Random(seed)
     labels = [label for label in SHOWN if any(pair.label == label for pair in data.test)]
     if not labels:
@@ -200,7 +200,7 @@ def examples(data: Split, seed: int, count: int = 9) -> list[Pair]:
 
 
 def report(translator: Translator, data: Split, run: Run, seed: int, console: Console) -> None:
-    """Score the held-out pairs; print and draw what came out."""
+    """Score the held-out pairs; print and draw the results."""
     with console.status("translating the held-out pairs …"):
         outputs, scores = evaluate(translator, data.test)
     run.write_scores(scores)
@@ -244,7 +244,7 @@ def _table(title: str, rows: Sequence[tuple[Pair, str]]) -> Table:
 
 
 def translate_text(settings: Settings, checkpoint: Checkpoint) -> str:
-    """The translation of `--translate` by the checkpoint's weights."""
+    """The translation of the text of `--translate`."""
     characters = checkpoint.metadata["characters"]
     text = text_command.asked_text(settings, checkpoint, characters["source"])
     translator = Translator.build(settings, characters)

@@ -18,11 +18,11 @@ CLOSE = (
     ("fi", "et"), ("id", "ms"), ("ru", "uk", "be", "bg", "mk", "sr"), ("ar", "fa"), ("zh", "ja"),
 )  # fmt: skip
 LANGUAGES = (*(language for group in CLOSE for language in group), "tr", "el", "ko")
-"""Neighbours stand side by side; the last three have none. The pictures can draw every script."""
+"""Close languages are side by side; the last three have none. Pictures can draw every script."""
 
 
 def names(languages: Sequence[str] = LANGUAGES) -> list[Text]:
-    """Every name, with its language as label and what it names as group (`territories/DE`).
+    """Every name; its label is its language, its group what it names, such as `territories/DE`.
 
     Example:
       >>> Text("Saksa", "fi", "territories/DE") in names(["fi"])

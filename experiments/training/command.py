@@ -155,8 +155,9 @@ class Job(Generic[S]):
 
     def finish(self) -> None:
         """Print how long the command took."""
-        minutes = (time.perf_counter() - self.began) / 60
-        self.console.print(f"took {minutes:.1f} minutes", highlight=False)
+        seconds = time.perf_counter() - self.began
+        took = f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+        self.console.print(f"took {took}", highlight=False)
 
 
 def exits_on_bad_input(main: Callable[..., None]) -> Callable[..., None]:
