@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Shown
 
+from experiments import exits_on_bad_input
 from experiments.data import labelled, names
 from experiments.data.batches import Batches, Vocabulary, fixed_batches
 from experiments.data.labelled import Labels, Split, Text
@@ -268,7 +269,7 @@ def classify_text(settings: Settings, checkpoint: Checkpoint) -> list[tuple[str,
     ]
 
 
-@command.exits_on_bad_input
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     job = Job.parse(Settings(), arguments)

@@ -23,7 +23,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments import BadInput
+from experiments import BadInput, exits_on_bad_input
 from experiments.training import command, pictures
 from experiments.training.command import Job
 from experiments.training.loop import Recipe
@@ -177,7 +177,7 @@ def report(model: nn.NadarayaWatson, samples: Samples, run: Run, console: Consol
     )
 
 
-@command.exits_on_bad_input
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     job = Job.parse(Settings(), arguments)

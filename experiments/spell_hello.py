@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments import exits_on_bad_input
 from experiments.training import command, pictures
 from experiments.training.command import Job
 from experiments.training.loop import Recipe
@@ -148,7 +149,7 @@ def report(run: Run, console: Console) -> None:
     )
 
 
-@command.exits_on_bad_input
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     job = Job.parse(Settings(), arguments)

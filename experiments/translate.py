@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from sacrebleu.metrics import CHRF
 
-from experiments import BadInput
+from experiments import BadInput, exits_on_bad_input
 from experiments.data import dates, pairs
 from experiments.data.batches import Batches, Vocabulary, fixed_batches
 from experiments.data.pairs import Pair, Split
@@ -253,7 +253,7 @@ def translate_text(settings: Settings, checkpoint: Checkpoint) -> str:
     return output
 
 
-@command.exits_on_bad_input
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     job = Job.parse(Settings(), arguments)

@@ -75,6 +75,18 @@ def read_utf8(path: Path) -> str:
         ) from None
 
 
+def write_utf8(path: Path, text: str) -> None:
+    """Write a text to a file.
+
+    Raises:
+      BadInput: the file cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raise one `BadInput` with the first problems and the number of others, if there are any."""
     if problems:

@@ -12,6 +12,9 @@ from typing import Any
 
 from babel import Locale, UnknownLocaleError
 
+from experiments import exits_on_bad_input
+from experiments.data.pairs import write_utf8
+
 KINDS = ("territories", "languages", "scripts", "currencies", "variants", "time_zones")
 # Pseudo-locales, and the codes for "unknown"
 NOT_NAMED = {"XA", "XB", "ZZ", "XXX", "Zxxx", "Zzzz", "zxx", "und"}
@@ -64,6 +67,7 @@ def _of(locale: Locale, kind: str) -> Mapping[str, str]:
     }
 
 
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tab-separated file that the command line names."""
     parser = argparse.ArgumentParser(
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     text = "".join(f"{english}\t{other}\n" for english, other in rows)
-    given.file.write_text(unicodedata.normalize("NFC", text), encoding="utf-8")
+    write_utf8(given.file, unicodedata.normalize("NFC", text))
     print(f"{given.file}: {len(rows)} pairs, English → {Locale.parse(given.to).english_name}")
 
 

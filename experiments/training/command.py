@@ -1,10 +1,9 @@
 """What the commands of all experiments share: options, continued runs, and how a run goes."""
 
-import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -158,19 +157,6 @@ class Job(Generic[S]):
         seconds = time.perf_counter() - self.began
         took = f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
         self.console.print(f"took {took}", highlight=False)
-
-
-def exits_on_bad_input(main: Callable[..., None]) -> Callable[..., None]:
-    """Print the message of a `BadInput` without a traceback, and exit."""
-
-    @functools.wraps(main)
-    def wrapped(*arguments: Any) -> None:
-        try:
-            main(*arguments)
-        except BadInput as error:
-            raise SystemExit(f"error: {error}") from None
-
-    return wrapped
 
 
 def check_at_least(settings: Any, **least: float) -> None:
