@@ -65,11 +65,8 @@ class Settings(text_command.TextSettings):
     ] = None
     """Classify this text with the trained checkpoint instead of training."""
     steps: int = 1800
-    """Optimization steps."""
     batch_size: int = 256
-    """Texts in a step."""
     learning_rate: float = 6e-3
-    """Adam's highest rate; a warm-up precedes it, a cosine decay follows."""
     layers: int = 1
     """Recurrent layers in each direction."""
     dropout: float = 0.3

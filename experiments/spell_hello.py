@@ -42,7 +42,6 @@ class Settings(command.Settings):
     experiment: ClassVar[str] = "spell_hello"
 
     steps: int = 100
-    """Optimization steps."""
     learning_rate: float = 0.02
     """Rate of Adam."""
 

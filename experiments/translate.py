@@ -56,6 +56,8 @@ class Settings(text_command.TextSettings):
     """Translate this text with the trained checkpoint instead of training."""
     model: Literal["bahdanau", "luong"] = "bahdanau"
     """bahdanau: additive attention on GRUs; luong: multiplicative on LSTMs, with input feeding."""
+    steps: int = 1000
+    learning_rate: float = 4e-3
     dropout: float = 0.0
     """Fraction of attention weights (of luong: of the decoder's outputs) dropped in training."""
     beam: int = 1

@@ -149,7 +149,7 @@ def _check(train: Sequence[Text], test: Sequence[Text]) -> None:
         raise BadInput(f"expected texts of at least 2 labels to train on, got {len(known)}")
     if not test:
         raise BadInput(
-            "no held-out text has a single label and is new: there is nothing to test with"
+            "no held-out text can be tested: each has several labels or is also a training text"
         )
     if unseen := sorted({text.label for text in test} - known):
         shown = ", ".join(map(repr, unseen[:SHOWN_PROBLEMS])) + (

@@ -79,12 +79,8 @@ class Settings:
                 )
 
     def _kept(self) -> dict[str, Any]:
-        passing = {"run_dir", "resume", self.asks}
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in passing
-        }
+        names = {each.name for each in fields(self)} - {"run_dir", "resume", self.asks}
+        return {name: getattr(self, name) for name in sorted(names)}
 
 
 S = TypeVar("S", bound=Settings)

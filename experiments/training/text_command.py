@@ -46,8 +46,7 @@ class TextSettings(command.Settings):
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint keeps of the settings; the file by its absolute path."""
-        path = str(self.data.absolute()) if self.data else None
-        return {**super().metadata(), "data": path}
+        return {**super().metadata(), "data": self._path()}
 
     def check_continues(self, before: Self, folder: Path) -> None:
         """Refuse other settings than the checkpoint's.
@@ -55,17 +54,20 @@ class TextSettings(command.Settings):
         A resumed run may read the same texts from another file: `check_data` compares them.
         """
         super().check_continues(before, folder)
-        if not self.resume and self.data != before.data:
+        if not self.resume and self._path() != before._path():
             raise BadInput(
                 f"--data {self.data} differs from the checkpoint's, {before.data}, in {folder}"
             )
+
+    def _path(self) -> str | None:
+        return str(self.data.absolute()) if self.data else None
 
     def _kept(self) -> dict[str, Any]:
         return {name: value for name, value in super()._kept().items() if name != "data"}
 
 
 def digest(data: Any) -> str:
-    """A number that tells data apart from all other data."""
+    """A hash of the data."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
@@ -78,7 +80,7 @@ def check_data(data: Any, checkpoint: Checkpoint | None, what: str) -> None:
 def asked_text(settings: TextSettings, checkpoint: Checkpoint, characters: str) -> str:
     """The text that the command line gives the trained model.
 
-    A warning tells of a model that is half trained, and of what is not among its `characters`.
+    Warnings say if the model is half trained, and which characters of the text it does not know.
 
     Raises:
       BadInput: the text is empty or too long, or the model is not trained.
