@@ -56,8 +56,8 @@ class MultiHeadAttention(nn.Module):
         qkv_features: int | None = None,
         out_features: int | None = None,
         num_kv_heads: int | None = None,
-        key_features: int | None = None,
-        value_features: int | None = None,
+        in_kv_features: int | None = None,
+        in_value_features: int | None = None,
         use_bias: bool = True,
         dropout_rate: float = 0.0,
     ) -> None:
@@ -66,8 +66,10 @@ class MultiHeadAttention(nn.Module):
         width = qkv_features or in_features
         kv_width = width // num_heads * self.num_kv_heads
         self.W_q = nn.Linear(in_features, width, bias=use_bias)
-        self.W_k = nn.Linear(key_features or in_features, kv_width, bias=use_bias)
-        self.W_v = nn.Linear(value_features or in_features, kv_width, bias=use_bias)
+        self.W_k = nn.Linear(in_kv_features or in_features, kv_width, bias=use_bias)
+        self.W_v = nn.Linear(
+            in_value_features or in_kv_features or in_features, kv_width, bias=use_bias
+        )
         self.W_o = nn.Linear(width, out_features or in_features, bias=use_bias)
         self.dropout = nn.Dropout(dropout_rate)
 
@@ -136,7 +138,7 @@ def cases() -> list[Case]:
     per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
     separate: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, 19)}
     bias, no_bias = {"use_bias": True}, {"use_bias": False}
-    inputs = {"num_heads": 3, "in_features": 13, "key_features": 17, "value_features": 19}
+    inputs = {"num_heads": 3, "in_features": 13, "in_kv_features": 17, "in_value_features": 19}
     widths = inputs | {"qkv_features": 33, "out_features": 33}
     grouped = {"num_heads": 6, "num_kv_heads": 2}
     grouped_widths = inputs | grouped | {"qkv_features": 30, "out_features": 30}

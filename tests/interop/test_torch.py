@@ -248,6 +248,8 @@ def test_a_wrapped_projection_is_told(wrap):
     kind = type(module.query).__name__
     with pytest.raises(ConversionError, match=f"query is a {kind}: load the weights first, then"):
         load_torch(module, tensors)
+    with pytest.raises(ConversionError, match=f"query is a {kind}: its weights have no name in"):
+        to_torch(module)
 
 
 @pytest.mark.torch
@@ -268,8 +270,8 @@ def test_multihead_attention_of_torch(x64, widths, bias):
     module = nn.MultiHeadAttention(
         3,
         15,
-        key_features=widths.get("kdim", 15),
-        value_features=widths.get("vdim", 15),
+        in_kv_features=widths.get("kdim", 15),
+        in_value_features=widths.get("vdim", 15),
         use_bias=bias,
         param_dtype=jnp.float64,
         rngs=nnx.Rngs(0),

@@ -106,16 +106,15 @@ def to_torch(
     """
     if rules is not None:
         return from_flax(module, rules)
-    first, *others = _named(module, names)
-    try:
-        return from_flax(module, first.rules)
-    except ConversionError:
-        for table in others:
-            try:
-                return from_flax(module, table.rules)
-            except ConversionError:
-                continue
-        raise
+    failed = []
+    for table in _named(module, names):
+        try:
+            return from_flax(module, table.rules)
+        except ConversionError as error:
+            failed.append(error)
+    wrapped = _wrapped(module)
+    hint = f"{wrapped}: its weights have no name in PyTorch" if wrapped else ""
+    raise ConversionError(**vars(failed[0]) | {"hint": hint})
 
 
 def torch_rules(
@@ -169,11 +168,8 @@ def _named(module: nnx.Module | type[nnx.Module], names: str | None) -> list[Tab
 
 def _hint(module: nnx.Module, tensors: Iterable[str], tried: Table) -> str:
     """What explains weights that do not fit: a wrapper, or names that another table knows."""
-    wrappers = (nnx.LoRA, nnx.LoRALinear, nnx.WeightNorm)
-    for path, inner in nnx.iter_modules(module):
-        if isinstance(inner, wrappers):
-            where = ".".join(map(str, path)) or "the module"
-            return f"{where} is a {type(inner).__name__}: load the weights first, then wrap it"
+    if wrapped := _wrapped(module):
+        return f"{wrapped}: load the weights first, then wrap it"
     tensors = list(tensors)
     if tried.knows(tensors) == len(tensors):
         return ""
@@ -185,3 +181,16 @@ def _hint(module: nnx.Module, tensors: Iterable[str], tried: Table) -> str:
         if table.knows(tensors) == len(tensors)
     ]
     return f"these names fit {', or '.join(fitting[:3])}" if fitting else ""
+
+
+def _wrapped(module: nnx.Module) -> str:
+    """The outermost layer of Flax that wraps another and keeps weights of its own beside it."""
+    wrappers = [
+        (path, type(inner).__name__)
+        for path, inner in nnx.iter_modules(module)
+        if isinstance(inner, nnx.LoRA | nnx.LoRALinear | nnx.WeightNorm)
+    ]
+    if not wrappers:
+        return ""
+    path, kind = min(wrappers, key=lambda each: len(each[0]))
+    return f"{'.'.join(map(str, path)) or 'the module'} is a {kind}"

@@ -3,11 +3,10 @@
 from typing import Any
 
 import jax
-from flax import nnx
 
 from jattn import nn
 from jattn.functional import heads
-from jattn.parity.system import Arguments, Arrays, System, padding
+from jattn.parity.system import Arguments, Arrays, System, constructor, padding
 
 Array = jax.Array
 
@@ -24,23 +23,6 @@ def split_and_merge(_module: None, inputs: Arrays, arguments: Arguments) -> dict
         "unfolded": heads.unfold_heads(folded**3, num_heads),
         "lengths": heads.repeat_lengths(inputs["lengths"], num_heads),
     }
-
-
-def multi_head_module(arguments: Arguments, dtype: Any) -> nnx.Module:
-    """The fixture's arguments are those of Flax: widths of inputs, of all heads, of the output."""
-    options = dict(arguments)
-    num_heads, in_features = options.pop("num_heads"), options.pop("in_features")
-    head_features = options.pop("head_features", None)
-    heads_together = in_features if head_features is None else num_heads * head_features
-    return nn.MultiHeadAttention(
-        num_heads,
-        options.pop("qkv_features", heads_together),
-        query_features=in_features,
-        out_features=options.pop("out_features", in_features),
-        **options,
-        param_dtype=dtype,
-        rngs=nnx.Rngs(0),
-    )
 
 
 def multi_head(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
@@ -76,7 +58,7 @@ SYSTEMS = (
         paper="Vaswani et al. 2017",
         link="https://arxiv.org/abs/1706.03762",
         reference="multi_head.MultiHeadAttention",
-        build=multi_head_module,
+        build=constructor(nn.MultiHeadAttention),
         call=multi_head,
     ),
     System(
@@ -87,10 +69,10 @@ SYSTEMS = (
         modules=("jattn.nn.MultiHeadAttention",),
         paper="Vaswani et al. 2017",
         link="https://arxiv.org/abs/1706.03762",
-        reference="self_attention.WideHeads",
-        build=multi_head_module,
+        reference="multi_head.WideHeads",
+        build=constructor(nn.MultiHeadAttention),
         call=multi_head,
-        note="every head is as wide as the output",
+        note="`head_features=H, out_features=H`",
     ),
     System(
         "multi_head/grouped_query",
@@ -101,7 +83,7 @@ SYSTEMS = (
         paper="Ainslie et al. 2023",
         link="https://arxiv.org/abs/2305.13245",
         reference="multi_head.MultiHeadAttention",
-        build=multi_head_module,
+        build=constructor(nn.MultiHeadAttention),
         call=multi_head,
         note="`num_kv_heads=K`",
     ),
@@ -114,7 +96,7 @@ SYSTEMS = (
         paper="Shazeer 2019",
         link="https://arxiv.org/abs/1911.02150",
         reference="multi_head.MultiHeadAttention",
-        build=multi_head_module,
+        build=constructor(nn.MultiHeadAttention),
         call=multi_head,
         note="`num_kv_heads=1`",
     ),
