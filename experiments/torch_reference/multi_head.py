@@ -132,53 +132,72 @@ class WideHeads(nn.Module):
         return {"output": self.W_o(pooled), "weights": weights}
 
 
+LENGTHS_ALONE: Inputs = {"lengths": LENGTHS}
+PER_QUERY: Inputs = {"lengths": LENGTHS_PER_QUERY}
+SEPARATE: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, 19)}
+WIDTHS = {"in_features": 13, "in_kv_features": 17, "in_value_features": 19}
+BIAS, NO_BIAS = {"use_bias": True}, {"use_bias": False}
+
+
 def cases() -> list[Case]:
     """Every case of heads and multi-head attention."""
-    lengths: Inputs = {"lengths": LENGTHS}
-    per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
-    separate: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, 19)}
-    bias, no_bias = {"use_bias": True}, {"use_bias": False}
-    inputs = {"num_heads": 3, "in_features": 13, "in_kv_features": 17, "in_value_features": 19}
-    widths = inputs | {"qkv_features": 33, "out_features": 33}
-    grouped = {"num_heads": 6, "num_kv_heads": 2}
-    grouped_widths = inputs | grouped | {"qkv_features": 30, "out_features": 30}
-    shared = {"num_heads": 5, "num_kv_heads": 1}
-    shared_widths = inputs | shared | {"qkv_features": 35, "out_features": 35}
-    wide = {"num_heads": 3, "in_features": 13, "head_features": 11, "out_features": 11}
+    return [*multi_head_cases(), *wide_head_cases(), *shared_head_cases()]
+
+
+def multi_head_cases() -> list[Case]:
+    """Heads, and attention whose heads are all its own."""
     one: dict[str, Any] = {"num_heads": 3, "in_features": 33, "dropout_rate": 0.5}
-    query: Inputs = {"query": (B, T, 13)}
+    widths = WIDTHS | {"num_heads": 3, "qkv_features": 33, "out_features": 33}
     return [
         *cases_of(
             "multi_head/head_split",
             HeadSplit,
-            heads=({"num_heads": 3}, {"x": (B, T, 33), **lengths}),
-            heads_per_query=({"num_heads": 7}, {"x": (B, T, 35), **per_query}),
+            heads=({"num_heads": 3}, {"x": (B, T, 33), **LENGTHS_ALONE}),
+            heads_per_query=({"num_heads": 7}, {"x": (B, T, 35), **PER_QUERY}),
         ),
         *cases_of(
             "multi_head/attention",
             MultiHeadAttention,
-            self_attention=(one | no_bias, {"query": (B, T, 33)}),
-            widths=(widths | no_bias, separate),
-            widths_bias_lengths=(widths | bias, separate | lengths),
-            widths_lengths_per_query=(widths | no_bias, separate | per_query),
+            self_attention=(one | NO_BIAS, {"query": (B, T, 33)}),
+            widths=(widths | NO_BIAS, SEPARATE),
+            widths_bias_lengths=(widths | BIAS, SEPARATE | LENGTHS_ALONE),
+            widths_lengths_per_query=(widths | NO_BIAS, SEPARATE | PER_QUERY),
         ),
+    ]
+
+
+def wide_head_cases() -> list[Case]:
+    """Heads as wide as the output."""
+    wide = {"num_heads": 3, "in_features": 13, "head_features": 11, "out_features": 11}
+    query: Inputs = {"query": (B, T, 13)}
+    return [
         *cases_of(
             "multi_head/wide_heads",
             WideHeads,
-            wide_heads=(wide | no_bias, query),
-            wide_heads_bias_lengths=(wide | bias, query | {"lengths": np.array([3, 5])}),
-            wide_heads_key=(wide | no_bias, query | {"key": (B, S, 13)} | lengths),
+            wide_heads=(wide | NO_BIAS, query),
+            wide_heads_bias_lengths=(wide | BIAS, query | {"lengths": np.array([3, 5])}),
+            wide_heads_key=(wide | NO_BIAS, query | {"key": (B, S, 13)} | LENGTHS_ALONE),
         ),
+    ]
+
+
+def shared_head_cases() -> list[Case]:
+    """Key/value heads that several query heads, or all, share."""
+    grouped = {"num_heads": 6, "num_kv_heads": 2}
+    grouped_widths = WIDTHS | grouped | {"qkv_features": 30, "out_features": 30}
+    shared = {"num_heads": 5, "num_kv_heads": 1}
+    shared_widths = WIDTHS | shared | {"qkv_features": 35, "out_features": 35}
+    return [
         *cases_of(
             "multi_head/grouped_query",
             MultiHeadAttention,
-            grouped_query=(grouped | {"in_features": 30} | no_bias, {"query": (B, T, 30)}),
-            grouped_query_bias=(grouped_widths | bias, separate | lengths),
+            grouped_query=(grouped | {"in_features": 30} | NO_BIAS, {"query": (B, T, 30)}),
+            grouped_query_bias=(grouped_widths | BIAS, SEPARATE | LENGTHS_ALONE),
         ),
         *cases_of(
             "multi_head/multi_query",
             MultiHeadAttention,
-            multi_query=(shared | {"in_features": 35} | no_bias, {"query": (B, T, 35)}),
-            multi_query_bias=(shared_widths | bias, separate | per_query),
+            multi_query=(shared | {"in_features": 35} | NO_BIAS, {"query": (B, T, 35)}),
+            multi_query_bias=(shared_widths | BIAS, SEPARATE | PER_QUERY),
         ),
     ]

@@ -162,14 +162,14 @@ def scored_attention(score: str, **arguments: int) -> Pooling:
 
 def cases() -> list[Case]:
     """Every case of attention pooling."""
+    return [*average_cases(), *score_cases()]
+
+
+def average_cases() -> list[Case]:
+    """Averages of the values, and kernel regression."""
     lengths: Inputs = {"lengths": LENGTHS}
-    per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
     whole, line = QUERY_KEY_VALUE, {"query": (B, T, 1), "key": (B, S, 1), "value": (B, S, V)}
     samples = {"query": (B, T, H), "key": (B, T, H), "value": (B, T, V)}
-    widths: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, V)}
-    sizes: dict[str, Any] = {"query_features": 13, "key_features": 17}
-    additive = sizes | {"hidden_features": 19, "dropout_rate": 0.5}
-    product, bilinear = {"score": "dot_product"}, {"score": "bilinear", **sizes}
     return [
         *cases_of(
             "pooling/average",
@@ -189,6 +189,19 @@ def cases() -> list[Case]:
             parametric=({}, line),
             parametric_leave_one_out=({"leave_one_out": True}, samples),
         ),
+    ]
+
+
+def score_cases() -> list[Case]:
+    """Every other score."""
+    lengths: Inputs = {"lengths": LENGTHS}
+    per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
+    whole: Inputs = QUERY_KEY_VALUE
+    widths: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, V)}
+    sizes: dict[str, Any] = {"query_features": 13, "key_features": 17}
+    additive = sizes | {"hidden_features": 19, "dropout_rate": 0.5}
+    product, bilinear = {"score": "dot_product"}, {"score": "bilinear", **sizes}
+    return [
         *cases_of(
             "pooling/additive",
             AdditiveAttention,
