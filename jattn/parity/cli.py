@@ -110,14 +110,12 @@ def _fixtures(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _matching(pattern: str) -> list[pathlib.Path]:
     """The fixtures of a path, of a name as `jattn parity` prints it, or of a pattern of either."""
-    if pathlib.Path(pattern).is_file():
-        return [pathlib.Path(pattern)]
     named = str(_FOLDER / f"{pattern}.safetensors")
-    paths = sorted(glob.glob(pattern)) or sorted(glob.glob(named))
-    if not paths:
-        reason = f"`jattn parity` lists those of {_FOLDER}" if _FOLDER.is_dir() else _WHERE
-        raise FileNotFoundError(f"no such fixture: {pattern}: {reason}")
-    return [pathlib.Path(path) for path in paths]
+    for each in (glob.escape(pattern), pattern, named):
+        if paths := [path for path in map(pathlib.Path, sorted(glob.glob(each))) if path.is_file()]:
+            return paths
+    reason = f"`jattn parity` lists those of {_FOLDER}" if _FOLDER.is_dir() else _WHERE
+    raise FileNotFoundError(f"no such fixture: {pattern}: {reason}")
 
 
 def _report(comparison: Comparison) -> dict[str, Any]:

@@ -34,7 +34,10 @@ MODULES = {
     nn.NadarayaWatson: [lambda: nn.NadarayaWatson(rngs=RNGS)],
     nn.AdditiveAttention: [lambda: nn.AdditiveAttention(3, 5, 7, rngs=RNGS)],
     nn.BilinearAttention: [lambda: nn.BilinearAttention(3, 5, rngs=RNGS)],
-    nn.MultiHeadAttention: [lambda: nn.MultiHeadAttention(3, 15, rngs=RNGS)],
+    nn.MultiHeadAttention: [
+        lambda: nn.MultiHeadAttention(3, 15, rngs=RNGS),
+        lambda: nn.MultiHeadAttention(3, 15, normalize_qk=nnx.RMSNorm, rngs=RNGS),
+    ],
     nn.SharedProjectionAttention: [lambda: nn.SharedProjectionAttention(3, 15, rngs=RNGS)],
     nn.SelfAttention: [lambda: nn.SelfAttention(3, 5, rngs=RNGS)],
     nn.ResidualAttention: [

@@ -92,6 +92,21 @@ def test_a_file_whose_name_looks_like_a_pattern(capsys, tmp_path):
     assert titles(capsys) == ["masks/masked_softmax"]
 
 
+def test_a_pattern_takes_files_alone(capsys, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copy(SOFTMAX, tmp_path / "b.safetensors")
+    assert main(["parity", "run", f"{tmp_path}/*"]) == 0
+    assert titles(capsys) == ["masks/masked_softmax"]
+
+
+def test_patterns_that_the_shell_has_expanded(capsys):
+    paths = sorted(map(str, (FOLDER / "masks").glob("masked_softmax_l*")))
+    assert main(["parity", "run", *paths]) == 0
+    assert titles(capsys) == [
+        f"masks/masked_softmax_{name}" for name in ("lengths", "lengths_per_query")
+    ]
+
+
 @pytest.mark.parametrize("words", [[], ["run", "masks/masked_softmax"], ["run", "masks/*"]])
 def test_outside_a_clone_it_asks_for_a_folder(capsys, monkeypatch, tmp_path, words):
     monkeypatch.chdir(tmp_path)

@@ -7,9 +7,14 @@ from jattn.interop.torch.table import Table
 
 
 def _projections(query: str, key: str, value: str, out: str) -> tuple[Rule, ...]:
-    """Four Linears by their names; each has a bias or none."""
+    """Four Linears by their names, each with a bias or none, and the norms of the heads."""
     sides = ((query, "query"), (key, "key"), (value, "value"), (out, "out"))
-    return tuple(rule for torch, flax in sides for rule in within(LINEAR, torch, flax))
+    linears = (rule for torch, flax in sides for rule in within(LINEAR, torch, flax))
+    return (
+        *linears,
+        *within(NORM[:1], "q_norm", "query_ln"),
+        *within(NORM[:1], "k_norm", "key_ln"),
+    )
 
 
 _BIASES_AND_OUT = (

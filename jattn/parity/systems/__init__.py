@@ -56,9 +56,9 @@ def markdown(fixtures: Iterable[Fixture] = ()) -> str:
       A Markdown table, one line for each system, in the order of the rows.
 
     Example:
-      >>> print(markdown([Fixture("positions/learned", "shorter")]).splitlines()[-9])
-      | `positions/learned` | learned absolute positions |  | `nn.LearnedPositions` \
-| [Gehring et al. 2017](https://arxiv.org/abs/1705.03122) | `shorter` |
+      >>> print(markdown([Fixture("pooling/average", "mean")]).splitlines()[2])
+      | `pooling/average` | average pooling | `attend`, `scores.constant` |  \
+| [Nadaraya 1964](https://doi.org/10.1137/1109020) | `mean` |
     """
     cases: dict[str, list[str]] = {}
     for fixture in fixtures:
