@@ -70,7 +70,7 @@ def test_parameters_that_need_gradients(torch):
 @pytest.mark.parametrize(("storage", "message"), [
     (lambda tensor: tensor.to_sparse(), r"a sparse tensor \(torch.sparse_coo\)"),
     (lambda tensor: tensor.to_sparse_csr(), r"a sparse tensor \(torch.sparse_csr\)"),
-    (lambda tensor: tensor.to("meta"), "meta device has no values"),
+    (lambda tensor: tensor.to("meta"), "a tensor on the meta device has no values"),
     (lambda tensor: quantized(tensor), r"a quantized tensor \(torch.qint8\)"),
 ], ids=["coo", "csr", "meta", "quantized"])  # fmt: skip
 def test_other_storage_is_named(torch, storage, message):
