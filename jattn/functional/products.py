@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from jattn.functional import compat, dtypes
 
@@ -57,6 +58,28 @@ def product(x: Array, y: Array, contract: tuple[int, int] = (-1, -1), dtype: Any
         "dtype": jnp.dtype(halves[0]),
     }
     return _half_product(x, y, **options)[0]
+
+
+def grouped_product(x: Array, y: Array, contract: tuple[int, int], dtype: Any = None) -> Array:
+    """The `product` of every member of a group with the one matrix that they share.
+
+    The rows of all G members make one matrix product.
+
+    Args:
+      x: `[..., G, i, c]`.
+      y: `[..., j, c]`, or `[..., c, j]` where `contract[1]` is −2.
+      contract: as in `product`; `contract[0]` is −1.
+      dtype: as in `product`.
+
+    Returns:
+      `[..., G, i, j]`, in the dtype of `product`.
+
+    Example:
+      >>> grouped_product(jnp.ones((3, 2, 4)), jnp.ones((5, 4)), (-1, -1)).shape
+      (3, 2, 5)
+    """
+    rows = rearrange(x, "... G i c -> ... (G i) c")
+    return rearrange(product(rows, y, contract, dtype), "... (G i) j -> ... G i j", G=x.shape[-3])
 
 
 def _product(x: Array, y: Array, contract: tuple[int, int], precision: str | None) -> Array:

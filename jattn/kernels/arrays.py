@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jattn.functional import checks, dtypes
-from jattn.functional.products import product
+from jattn.functional.heads import group_heads, ungroup_heads
+from jattn.functional.products import grouped_product
 
 Array = jax.Array
 
@@ -37,7 +38,7 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
     if N == K:
         scores, expected = score(query, key), (*lead, N, T, S)
     else:
-        grouped = rearrange(query, "... (K G) T H -> ... K G T H", K=K)
+        grouped = group_heads(query, K, axis=-3)
         scores, expected = score(grouped, key[..., None, :, :]), (*lead, K, N // K, T, S)
     if not hasattr(scores, "shape"):
         came = type(scores).__name__
@@ -54,10 +55,9 @@ def pool(weights: Array, value: Array) -> Array:
 
     Half-precision values are multiplied as they come, and sums are kept in float32: see `product`.
     """
-    K, N = value.shape[-3], weights.shape[-3]
-    grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=K)
-    pooled = product(grouped.astype(dtypes.accumulator(value.dtype)), value, (-1, -2))
-    return rearrange(pooled, "... K (G T) V -> ... (K G) T V", G=N // K)
+    weights = weights.astype(dtypes.accumulator(value.dtype))
+    grouped = group_heads(weights, num_kv_heads=value.shape[-3], axis=-3)
+    return ungroup_heads(grouped_product(grouped, value, (-1, -2)), axis=-4)
 
 
 def hide(rows: Array, seen: Array | None) -> Array:
@@ -71,7 +71,7 @@ def keys_seen(allowed: Array | None, num_kv_heads: int) -> Array | None:
         return None
     seen = allowed.any(-2)  # [..., N or 1, S or 1]
     if seen.shape[-2] > 1:
-        seen = rearrange(seen, "... (K G) S -> ... K G S", K=num_kv_heads).any(-2)
+        seen = group_heads(seen, num_kv_heads).any(-2)
     return seen[..., None]
 
 
