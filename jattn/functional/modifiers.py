@@ -30,9 +30,9 @@ class Modifier:
         raise NotImplementedError
 
     def check(
-        self, lead: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+        self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
     ) -> None:
-        """Raise a `ValueError` if the modifier does not fit scores `[*lead, num_heads, T, S]`."""
+        """Raise a `ValueError` if the modifier does not fit scores `[*batch, num_heads, T, S]`."""
 
     def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
         """Change one score; arrays of the modifier are read as having one batch axis."""
@@ -242,7 +242,7 @@ class _Alibi(Modifier):
         slopes = jnp.asarray(self.slopes, scores.dtype)[block.h]
         return scores - slopes * block.distance.astype(scores.dtype)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(self, batch, num_heads, T, S, own_positions):
         _check_heads("alibi slopes", np.shape(self.slopes)[0], num_heads)
 
 
@@ -260,7 +260,7 @@ class _RelativeBias(Modifier):
         where = (index,) if table.ndim == 1 else (block.h, index)
         return scores + table.at[where].get(mode="fill", fill_value=jnp.nan)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(self, batch, num_heads, T, S, own_positions):
         if np.ndim(self.table) == 2:
             _check_heads("relative_bias table", np.shape(self.table)[0], num_heads)
         longest = (np.shape(self.table)[-1] + 1) // 2
@@ -299,7 +299,7 @@ class _T5Bias(Modifier):
         )
         return later + jnp.where(distance < near, distance, far)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(self, batch, num_heads, T, S, own_positions):
         _check_heads("t5_bias table", np.shape(self.table)[1], num_heads)
 
 
@@ -313,9 +313,9 @@ class Bias(Modifier):
         """Add the block's part of the array."""
         return scores + block.of_pair(self.array).astype(scores.dtype)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(self, batch, num_heads, T, S, own_positions):
         """The array must broadcast to the scores."""
-        checks.assert_broadcastable("bias", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
+        checks.assert_broadcastable("bias", self.array, (*batch, num_heads, T, S), "[..., N, T, S]")
 
 
 def _check_heads(name: str, came: int, num_heads: int) -> None:

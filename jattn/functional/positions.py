@@ -108,8 +108,8 @@ def rotary(
     x = jnp.asarray(x)
     sizes = checks.assert_shapes(x=(x, "... T N H"))
     checks.assert_floating(x=x)
-    lead, T = sizes["..."], sizes["T"]
-    if positions is not None and np.shape(positions) not in {(T,), (*lead, T)}:
+    batch, T = sizes["..."], sizes["T"]
+    if positions is not None and np.shape(positions) not in {(T,), (*batch, T)}:
         raise ValueError(
             f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}"
         )

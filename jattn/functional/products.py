@@ -44,8 +44,8 @@ def product(x: Array, y: Array, contract: tuple[int, int] = (-1, -1), dtype: Any
         matrix = y.reshape(y.shape[-2:])
         rows = product(x.reshape(count, x.shape[-1]), matrix, contract, dtype)
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
-    lead = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    x, y = (jnp.broadcast_to(array, (*lead, *array.shape[-2:])) for array in (x, y))
+    batch = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    x, y = (jnp.broadcast_to(array, (*batch, *array.shape[-2:])) for array in (x, y))
     x, y = compat.vary_alike((x, y))
     halves = [d for d in (dtype, x.dtype, y.dtype) if d is not None and dtypes.is_half(d)]
     if not halves:
@@ -84,11 +84,11 @@ def grouped_product(x: Array, y: Array, contract: tuple[int, int], dtype: Any = 
 
 def _product(x: Array, y: Array, contract: tuple[int, int], precision: str | None) -> Array:
     over = (x.ndim + contract[0],), (x.ndim + contract[1],)
-    lead = tuple(range(x.ndim - 2))
+    batch = tuple(range(x.ndim - 2))
     at = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
     dtype = dtypes.accumulator(x.dtype)
     with at:
-        return jax.lax.dot_general(x, y, (over, (lead, lead)), preferred_element_type=dtype)
+        return jax.lax.dot_general(x, y, (over, (batch, batch)), preferred_element_type=dtype)
 
 
 # The product in half precision, as an operation with rules of its own

@@ -44,8 +44,8 @@ def constant(query: Array, key: Array) -> Array:
       Array([[0., 0.]], dtype=float32)
     """
     query, key = _pair(query, key, same_width=False)
-    lead = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    return jnp.zeros((*lead, query.shape[-2], key.shape[-2]), query.dtype)
+    batch = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    return jnp.zeros((*batch, query.shape[-2], key.shape[-2]), query.dtype)
 
 
 def dot_product(query: Array, key: Array) -> Array:

@@ -58,10 +58,10 @@ def masked_softmax(
 def _within(lengths: Any, scores: Array) -> Array:
     lengths = jnp.asarray(lengths)
     checks.assert_integers(lengths=lengths)
-    *lead, T, S = scores.shape
-    if lengths.shape not in {tuple(lead), (*lead, T)}:
+    *batch, T, S = scores.shape
+    if lengths.shape not in {tuple(batch), (*batch, T)}:
         raise ValueError(
-            f"lengths must be [...] = {tuple(lead)} or [..., T] = {(*lead, T)}, got {lengths.shape}"
+            f"lengths must be [...] = {tuple(batch)} or [..., T] = {(*batch, T)}, got {lengths.shape}"
         )
     checks.assert_in_range("lengths", lengths, 0, S, "S, the number of keys")
     per_row = lengths if lengths.ndim == scores.ndim - 1 else lengths[..., None]
