@@ -1,29 +1,23 @@
-"""Tell the language of a name by attention to its characters, and show which of them told.
+"""Recognise the language of a name by attention to its characters, and show which ones decide.
 
 The model is a BiLSTM whose steps a learned query pools (Zhou et al. 2016,
 https://aclanthology.org/P16-2034).
 
 Claim: in a few minutes on a laptop, the model learns to tell 34 languages apart, many of them
-close, by the names of territories, languages and currencies: it is right for 86 % of the names of
-things that it has never seen named. That is one point less than naive Bayes on counts of 1- to
-4-grams, which take seconds: so few short texts need no network. What no short run of characters
-tells it learns too, and naive Bayes does not, as the tests show.
+close, by the names of territories, languages and currencies. It is right for 86 % of the names of
+things that training never names. Naive Bayes on counts of 1- to 4-grams is one point better and
+takes seconds: texts as few and as short as these need no network. The tests show what attention
+adds: it also learns labels that no n-gram determines, and naive Bayes does not.
 
-Names are held out by what they name, so that no translation of a held-out name is trained on. A
-name that is written alike in several languages is left out on both sides: no one answer to it is
-right.
+The split is by the thing named, so training has no translation of a held-out name. A name that
+several languages spell alike is in neither part, because no single answer to it is right.
 """
 
-import hashlib
-import json
-import math
 import random
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,87 +29,57 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Shown
 
-from experiments import BadInput
+from experiments import exits_on_bad_input
 from experiments.data import labelled, names
 from experiments.data.batches import Batches, Vocabulary, fixed_batches
 from experiments.data.labelled import Labels, Split, Text
 from experiments.data.ngrams import NaiveBayes
-from experiments.data.pairs import MAX_CHARACTERS, Pair, normalise
-from experiments.training import class_pictures, command, pictures
+from experiments.data.pairs import Pair
+from experiments.training import class_pictures, command, pictures, text_command
 from experiments.training.checkpoints import Checkpoint, restore
-from experiments.training.loop import Recipe, train
+from experiments.training.command import Job
+from experiments.training.loop import Recipe
 from experiments.training.runs import Run
 from jattn import nn
 from jattn.models import classifier
 
-NAME = "classify"
 EVALUATION_BATCH = 256
 LIKELY = 3  # labels that --classify prints
 
-NEWEST = "(default: a new one in runs/classify; with --resume and --classify, the newest there)"
-
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(text_command.TextSettings):
     """Train a classifier of texts by attention; without options: names in 34 languages."""
 
-    data: Annotated[
-        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: names)")
-    ] = None
+    experiment: ClassVar[str] = "classify"
+    asks: ClassVar[str] = "classify"
+
+    data: text_command.DataFile = None
     """Train on your own texts: a CSV or TSV file in UTF-8 with a header; a tenth is held out."""
     text_column: str = "text"
     """Column of the file that holds the texts."""
     label_column: str = "label"
     """Column of the file that holds their labels."""
-    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint=NEWEST)] = (
-        None
-    )
-    """Folder of the run."""
     classify: Annotated[
         str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: train)")
     ] = None
     """Classify this text with the trained checkpoint instead of training."""
-    resume: bool = False
-    """Continue the run after a kill or Ctrl-C; its settings are taken over."""
     steps: int = 1800
-    """Optimization steps."""
     batch_size: int = 256
-    """Texts in a step."""
     learning_rate: float = 6e-3
-    """Peak of Adam's rate, after a warm-up and before a cosine descent."""
-    features: int = 128
-    """Width of each direction of the recurrent layer; the embeddings have half of it."""
     layers: int = 1
     """Recurrent layers in each direction."""
     dropout: float = 0.3
-    """Fraction of what each layer reads that is dropped in training."""
-    seed: int = 0
-    """Decides the weights, the split and the order of the data."""
+    """Fraction of the input of each layer that is dropped in training."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "features", "layers"):
-            if getattr(self, name) < 1:
-                raise BadInput(
-                    f"{command.option(name)} must be at least 1, got {getattr(self, name)}"
-                )
-        if not 0 < self.learning_rate < math.inf:
-            raise BadInput(f"--learning-rate must be finite and positive, got {self.learning_rate}")
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"--dropout must lie in [0, 1), got {self.dropout}")
-        if self.seed < 0:
-            raise BadInput(f"--seed must not be negative, got {self.seed}")
-        if self.resume and self.classify is not None:
-            raise BadInput("give --resume or --classify, not both")
-
-
-SIZES = ("features", "layers", "dropout")
-TRAINING = ("steps", "batch_size", "learning_rate", *SIZES, "seed")  # what the weights depend on
-TABLE = ("text_column", "label_column")
+        super().__post_init__()
+        command.check_at_least(self, layers=1)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model, the characters that it reads and the labels that it gives."""
+    """A model, the characters that it reads, and its labels."""
 
     model: classifier.Classifier
     characters: Vocabulary
@@ -123,7 +87,7 @@ class Reader:
 
     @classmethod
     def build(cls, settings: Settings, known: dict[str, Any]) -> "Reader":
-        """An untrained one; `known` is what `describe` gives."""
+        """An untrained reader; `known` comes from `describe`."""
         characters, labels = Vocabulary(known["characters"]), Labels(tuple(known["labels"]))
         config = classifier.Config(
             vocabulary=len(characters),
@@ -140,7 +104,7 @@ class Reader:
     def __call__(
         self, texts: Sequence[str], *, batch_size: int = EVALUATION_BATCH
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The probability of every label [C] for each text, and the weights of its characters."""
+        """For each text the probabilities of the labels [C] and the weights of its characters."""
         self.model.eval()
         probabilities, weights = [], []
         for tokens, lengths, count in fixed_batches(
@@ -161,7 +125,7 @@ def _classify(
 
 
 def describe(data: Split) -> dict[str, Any]:
-    """The characters and labels of the training texts: all that the model needs of the data."""
+    """The characters and labels of the training texts, which the size of the model depends on."""
     return {
         "characters": Vocabulary.of(text.text for text in data.train).characters,
         "labels": sorted({text.label for text in data.train}, key=_place),
@@ -169,7 +133,7 @@ def describe(data: Split) -> dict[str, Any]:
 
 
 def _place(label: str) -> tuple[int, str]:
-    """Of languages close ones side by side; else the order of the alphabet."""
+    """Sort key: close languages are neighbours; other labels are in alphabetical order."""
     return (names.LANGUAGES.index(label) if label in names.LANGUAGES else -1, label)
 
 
@@ -185,48 +149,30 @@ def load(settings: Settings) -> Split:
 
 
 def loss(model: classifier.Classifier, batch: Any) -> jax.Array:
-    """Mean negative log-likelihood of the label; the batch is a traced `Batch`.
+    """Mean negative log-likelihood of the label, the only target token of a text.
 
-    The label is the one target of a text.
+    The batch is a traced `Batch`.
     """
     logits = model(batch.source, lengths=batch.source_lengths)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.target_out[:, 0]).mean()
 
 
-def fit(
-    settings: Settings, data: Split, run: Run, checkpoint: Checkpoint | None, console: Console
-) -> Reader | None:
-    """Train, from the checkpoint on if there is one; None if Ctrl-C stopped it."""
-    known = describe(data)
+def fit(job: Job[Settings], data: Split) -> Reader:
+    """Train, from the checkpoint on if there is one."""
+    settings, known = job.settings, describe(data)
     reader = Reader.build(settings, known)
     reader.model.train()
     batches = Batches(
         [Pair(text.text, text.label) for text in data.train], reader.characters, reader.labels,
         batch_size=settings.batch_size, seed=settings.seed, num_buckets=6,
     )  # fmt: skip
-    metadata = {
-        "experiment": NAME,
-        "settings": {name: getattr(settings, name) for name in (*TRAINING, *TABLE)},
-        "data": str(settings.data.absolute()) if settings.data else None,
-        "digest": _digest(data),
-        "known": known,
-    }
     recipe = Recipe.adam(settings.steps, settings.learning_rate)
-    finished = train(
-        reader.model,
-        loss,
-        batches,
-        recipe,
-        run,
-        checkpoint=checkpoint,
-        metadata=metadata,
-        console=console,
-    )
-    return reader if finished else None
+    job.train(reader.model, loss, batches, recipe, digest=text_command.digest(data), known=known)
+    return reader
 
 
 def evaluate(found: Sequence[str], data: Split) -> dict[str, float]:
-    """The fraction of held-out texts that are labelled right, and that of two baselines."""
+    """The fraction of held-out texts with the right label, for the model and for two baselines."""
     (common, _), *_ = Counter(text.label for text in data.train).most_common(1)
     baseline = NaiveBayes(data.train)([text.text for text in data.test])
     answers = {"accuracy": found, "naive_bayes": baseline, "most_common": [common] * len(data.test)}
@@ -239,12 +185,12 @@ def evaluate(found: Sequence[str], data: Split) -> dict[str, float]:
 
 
 def report(reader: Reader, data: Split, run: Run, seed: int, console: Console) -> None:
-    """Score the held-out texts; print and draw what came out."""
+    """Score the held-out texts; print and draw the results."""
     with console.status("classifying the held-out texts …"):
         probabilities, weights = reader([text.text for text in data.test])
         found = [reader.labels.names[index] for index in probabilities.argmax(axis=1)]
         scores = evaluate(found, data)
-    (run.folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    run.write_scores(scores)
     title = (
         f"held out: {scores['accuracy']:.1%} of {len(data.test)} texts right,"
         f" naive Bayes {scores['naive_bayes']:.1%}"
@@ -277,7 +223,7 @@ def report(reader: Reader, data: Split, run: Run, seed: int, console: Console) -
 
 
 def examples(test: Sequence[Text], seed: int, count: int = 36) -> list[int]:
-    """Indices of held-out texts to look at: the longest of any three of each label.
+    """Indices of held-out texts to show: of each label the longest of three random ones.
 
     At most `count` labels have one.
     """
@@ -307,33 +253,12 @@ def _mistakes(test: Sequence[Text], found: Sequence[str]) -> Table:
     return table
 
 
-def settings_of(metadata: Mapping[str, Any]) -> Settings:
-    """The settings that a checkpoint was made with."""
-    return Settings(
-        data=Path(metadata["data"]) if metadata["data"] else None, **metadata["settings"]
-    )
-
-
 def classify_text(settings: Settings, checkpoint: Checkpoint) -> list[tuple[str, float]]:
-    """The likeliest labels of `--classify` by the checkpoint's weights, and their probabilities."""
-    text = normalise(settings.classify or "")
-    if not 1 <= len(text) <= MAX_CHARACTERS:
-        raise BadInput(
-            f"--classify must be a text of 1 to {MAX_CHARACTERS} characters, got {len(text)}"
-        )
-    if checkpoint.step == 0:
-        raise BadInput(
-            "only the untrained weights of step 0 are there: train first, or continue with --resume"
-        )
-    if checkpoint.step < settings.steps:
-        command.warn(
-            f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}"
-        )
-    reader = Reader.build(settings, checkpoint.metadata["known"])
+    """The likeliest labels of the text of `--classify`, with their probabilities."""
+    known = checkpoint.metadata["known"]
+    text = text_command.asked_text(settings, checkpoint, known["characters"])
+    reader = Reader.build(settings, known)
     restore(reader.model, checkpoint)
-    unknown = sorted(set(text) - set(reader.characters.characters))
-    if unknown:
-        command.warn(f"never seen in training: {' '.join(unknown)}")
     (probabilities,), _ = reader([text], batch_size=1)
     return [
         (reader.labels.names[i], float(probabilities[i]))
@@ -341,43 +266,23 @@ def classify_text(settings: Settings, checkpoint: Checkpoint) -> list[tuple[str,
     ]
 
 
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    start = time.perf_counter()
-    try:
-        settings = command.parse(Settings(), NAME, arguments)
-        run, checkpoint = None, None
-        if settings.resume or settings.classify is not None:
-            compared = (*TRAINING, *TABLE) if settings.resume else (*TRAINING, *TABLE, "data")
-            settings, run, checkpoint = command.continue_from(
-                settings.run_dir, NAME, arguments, settings_of, compared
-            )
-        if settings.classify is not None and checkpoint:
-            for label, probability in classify_text(settings, checkpoint):
-                print(f"{label}\t{probability:.3f}")
-            return
-        data = load(settings)
-        if checkpoint and checkpoint.metadata["digest"] != _digest(data):
-            raise BadInput("--data gives other texts than those that the checkpoint was trained on")
-        run = run or Run.create(settings.run_dir, NAME)
-        console = Console()
-        console.print(
-            f"{len(data.train)} texts to train on, {len(data.test)} held out;"
-            f" {data.ambiguous} left out, which several labels have; run folder {run.folder}",
-            markup=False,
-        )
-        reader = fit(settings, data, run, checkpoint, console)
-        if reader is None:
-            console.print(f"stopped; continue with --resume --run-dir {run.folder}", markup=False)
-            raise SystemExit(130)
-        report(reader, data, run, settings.seed, console)
-        console.print(f"took {(time.perf_counter() - start) / 60:.1f} minutes", highlight=False)
-    except BadInput as error:
-        raise SystemExit(f"error: {error}") from None
-
-
-def _digest(data: Split) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    job = Job.parse(Settings(), arguments)
+    if job.checkpoint and job.settings.classify is not None:
+        for label, probability in classify_text(job.settings, job.checkpoint):
+            print(f"{label}\t{probability:.3f}")
+        return
+    data = load(job.settings)
+    text_command.check_data(data, job.checkpoint, "texts")
+    job.announce(
+        f"{len(data.train)} texts to train on, {len(data.test)} held out,"
+        f" {data.ambiguous} left out because several labels share them"
+    )
+    reader = fit(job, data)
+    report(reader, data, job.run, job.settings.seed, job.console)
+    job.finish()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Time blockwise attention against PyTorch, FlexAttention, jax.nn, tokamax and dense, as ratios.
 
-Claim: in plain JAX it takes a fraction of the time and memory of jax.nn on long sequences, and time
-and memory in proportion to the window where there is one; against PyTorch's hand-written kernel it
-comes close. The README has the numbers, and names the machine.
+Claim: on long sequences plain JAX takes a fraction of the time and memory of jax.nn; under a window
+its time and memory are proportional to the window; it comes close to PyTorch's hand-written kernel.
+docs/speed.md has the numbers and names the machine.
 
-Each round gives every contender one turn, so that a machine that slows down slows all of them; a
-ratio is that of one round. Peak memory is that of a contender's first run, beyond its inputs.
-PyTorch gets contiguous arrays in its own layout and as many threads as there are CPUs; it,
-FlexAttention (which torch.compile builds with a C++ compiler) and tokamax are left out, by name,
-where they are not to be had. For a look: `--groups additive --rounds 1 --longest 1024`.
+Each round gives every contender one turn, so a machine that slows down slows all of them, and a
+ratio compares times of one round. Peak memory is that of a contender's first run, beyond its
+inputs. PyTorch gets contiguous arrays in its own layout and one thread per CPU. FlexAttention needs
+a C++ compiler, for torch.compile. A contender that is not installed or cannot do the work is left
+out, and the output says why. For a quick look: `--groups additive --rounds 1 --longest 1024`.
 """
 
 import json
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import BadInput
+from experiments import BadInput, exits_on_bad_input
 from experiments.benchmarks import cases, contenders
 from experiments.benchmarks.cases import Case, Group
 from experiments.benchmarks.contenders import LeftOut
@@ -41,6 +41,7 @@ from experiments.benchmarks.timing import (
     ratios,
     roofline,
 )
+from experiments.training.command import check_at_least
 
 Name = Literal["full", "short", "masks", "additive", "dtype", "compile", "memory"]
 
@@ -50,13 +51,13 @@ class Settings:
     """Time attention kernels against others on this machine."""
 
     groups: tuple[Name, ...] = ("full", "short", "masks", "additive", "dtype", "compile")
-    """Which tables; "memory", one run over 65,536 positions in its own process, takes minutes."""
+    """Tables to make; "memory", a run over 65,536 positions in its own process, takes minutes."""
     rounds: int = 7
     """Turns of every contender."""
     longest: int = 65536
     """Leave out longer sequences."""
     without: tuple[str, ...] = ()
-    """Columns to leave out, such as FlexAttention, which takes 15 seconds to compile each row."""
+    """Contenders to leave out, such as FlexAttention, which compiles for 15 seconds per row."""
     pause: float = PAUSE
     """Seconds of rest before each turn."""
     markdown: bool = False
@@ -64,17 +65,27 @@ class Settings:
     json: Annotated[
         Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")
     ] = None
-    """Write all that was measured to this file, too."""
+    """Write all measurements to this file, too."""
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("longest", 1), ("pause", 0)):
-            if getattr(self, name) < least:
-                raise BadInput(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        check_at_least(self, rounds=1, longest=1, pause=0)
+        for name in self.groups:
+            shortest = min(case.T for case in cases.GROUPS[name].cases)
+            if self.longest < shortest:
+                raise BadInput(
+                    f"--longest must be at least {shortest}, the shortest sequence of the group"
+                    f" {name}, got {self.longest}"
+                )
+        known = sorted({name for group in cases.GROUPS.values() for name in group.columns})
+        if unknown := sorted(set(self.without) - set(known)):
+            raise BadInput(f"--without must be among {', '.join(known)}, got {', '.join(unknown)}")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise BadInput(f"--json needs a folder that exists, got {self.json}")
 
 
 @dataclass
 class Row:
-    """What was measured of one case, by contender, and why others are not in it."""
+    """The measurements of one case by contender, and why others are left out."""
 
     case: Case
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -84,19 +95,19 @@ class Row:
 
 @dataclass
 class Printed:
-    """A table as it is shown: its title, its header and its rows."""
+    """A table to print: its title, its header and its rows."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As Markdown: text to the left, numbers to the right."""
+        """The table in Markdown, with numbers to the right."""
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
         return "\n".join([f"{self.title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
     def rich(self) -> Table:
-        """For the terminal."""
+        """The table for the terminal."""
         table = Table(title=self.title)
         for name in self.header:
             table.add_column(name, justify="left" if name == "work" else "right")
@@ -106,14 +117,18 @@ class Printed:
 
 
 def build(name: str, case: Case) -> Run:
-    """What runs the case; raises `LeftOut` where the contender cannot."""
+    """A function that runs the case.
+
+    Raises:
+      LeftOut: the contender cannot.
+    """
     if name == "PyTorch":
         return run_torch(case)
     return run_flex(case) if name == "FlexAttention" else contenders.run_in_jax(name, case)
 
 
 def time_case(case: Case, names: Iterable[str], settings: Settings) -> Row:
-    """Give every contender its turns."""
+    """The measurements of a case: every contender gets its turns."""
     row, runs = Row(case), {}
     for name in names:
         try:
@@ -127,7 +142,7 @@ def time_case(case: Case, names: Iterable[str], settings: Settings) -> Row:
 
 
 def time_alone(case: Case) -> Row:
-    """The first run of blockwise, once: its seconds and its peak."""
+    """The time and the peak memory of the first run of blockwise."""
     run, seconds = build("blockwise", case), []
 
     def timed() -> None:
@@ -139,7 +154,7 @@ def time_alone(case: Case) -> Row:
 
 
 def times(group: Group, rows: Sequence[Row], columns: Sequence[str], peak: float) -> Printed:
-    """The table of ratios, with the geometric mean of their medians below."""
+    """The table of ratios, and below it the geometric mean of their medians."""
     header = ["work", "ms", "GFLOP/s", "of roofline", *columns]
     body = []
     for row in rows:
@@ -149,7 +164,7 @@ def times(group: Group, rows: Sequence[Row], columns: Sequence[str], peak: float
         shown = [ratio(row.seconds[name], ours) if name in row.seconds else "" for name in columns]
         body.append([str(row.case), f"{1e3 * statistics.median(ours):.1f}", *rates, *shown])
     return Printed(
-        f"{group.title}: time of … over that of {group.ours}",
+        f"{group.title}: time of each over the time of {group.ours}",
         header,
         [*body, _means(group, rows, columns)],
     )
@@ -181,7 +196,7 @@ def memories(group: Group, rows: Sequence[Row], columns: Sequence[str]) -> Print
 
 
 def linear(rows: Sequence[Row], peak: float) -> Printed:
-    """The table of long sequences alone."""
+    """The table of the group `memory`, in which blockwise runs alone."""
     body = []
     for row in rows:
         grown = row.memory["blockwise"]
@@ -204,13 +219,13 @@ def linear(rows: Sequence[Row], peak: float) -> Printed:
 def time_group(
     name: str, settings: Settings, peak: float, console: Console
 ) -> tuple[list[Row], list[Printed]]:
-    """All cases of a group, and the tables that show them."""
+    """The measurements of all cases of a group, and the tables that show them."""
     group = cases.GROUPS[name]
     chosen = [case for case in group.cases if case.T <= settings.longest]
     columns = [column for column in group.columns if column not in settings.without]
     progress = track(chosen, description=group.title, console=console, transient=True)
     if name == "memory":
-        # a process that has run nothing has freed nothing, which would hide what is taken
+        # a new process: memory that earlier runs freed would hide the peak
         rows = []
         for case in progress:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
@@ -225,17 +240,18 @@ def time_group(
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """Who was left out, and why: a line for each pair of these."""
+    """One line for each contender that was left out and each reason."""
     found: dict[tuple[str, str], list[Case]] = {}
     for row in rows:
         for name, reason in row.left_out.items():
             found.setdefault((name, reason), []).append(row.case)
     return [
-        f"{name} is left out of {len(among)} of {len(rows)}: {why}"
+        f"{name} is left out of {len(among)} of {len(rows)} rows: {why}"
         for (name, why), among in found.items()
     ]
 
 
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options: dict[str, Any] = {
@@ -259,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 console.print(table.rich())
         print(*reasons(rows), sep="\n")
         measured["groups"][name] = [asdict(row) | {"work": str(row.case)} for row in rows]
-        # After each group: a long run that is stopped keeps what it has
+        # After each group, so that a run that is stopped keeps its measurements
         if settings.json is not None:
             settings.json.write_text(json.dumps(measured, indent=1))
 

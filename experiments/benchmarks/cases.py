@@ -1,4 +1,4 @@
-"""The work that attention is timed on: shapes, masks, modifiers, and the scores that they leave."""
+"""The work that the benchmark of attention times: shapes, masks, modifiers, and how many scores."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,14 @@ import numpy as np
 Kind = Literal["full", "causal", "window", "soft cap", "ALiBi", "documents", "padding", "additive"]
 Pass = Literal["forward", "forward+backward", "compile"]
 CAP = 50.0
-LARGEST = 10e9  # bytes of scores that are held at once: beyond, only those run that hold none
+LARGEST = 10e9  # bytes; contenders that hold all scores at once run up to this size
 
 
 @dataclass(frozen=True)
 class Case:
     """One piece of work: shapes in the letters of the glossary, with T = S.
 
-    "compile" is of forward and backward.
+    "compile" times the compilation of forward and backward.
     """
 
     B: int
@@ -26,7 +26,7 @@ class Case:
     kind: Kind = "full"
     what: Pass = "forward"
     dtype: str = "float32"
-    # Keys before the query's own; all kinds but full, padding and additive are causal
+    # Keys before the query's own position; only full, padding and additive are not causal
     window: int = 256
 
     def __str__(self) -> str:
@@ -37,24 +37,24 @@ class Case:
 
     @property
     def backward(self) -> bool:
-        """Whether gradients are asked for."""
+        """Whether the case computes gradients."""
         return self.what != "forward"
 
     @property
     def bytes(self) -> int:
         """Bytes of query, key, value and cotangent in float32.
 
-        The output and the gradients of the first three take as many.
+        The output and the three gradients take as many.
         """
         return 4 * self.B * self.T * 2 * (self.N + self.K) * self.H
 
     @property
     def too_large(self) -> bool:
-        """Whether a contender that holds all scores at once holds more than `LARGEST` bytes.
+        """Whether a contender that holds all scores at once needs more than `LARGEST` bytes.
 
-        It holds as many arrays of scores as was measured.
+        The number of arrays that it holds was measured.
         """
-        # additive: arrays of T × S × H, of which XLA and PyTorch keep fewer
+        # additive: arrays of T × S × H; XLA and PyTorch keep fewer of them
         if self.kind == "additive":
             arrays = 4 * self.H if self.backward else 2 * self.H
         else:
@@ -63,12 +63,10 @@ class Case:
 
     @property
     def operations(self) -> float | None:
-        """Floating-point operations of the matrix products that the mask leaves.
+        """Floating-point operations of the matrix products at the scores that the mask allows.
 
-        None where something else counts.
-
-        Backward, two and a half times the products of forward: the scores again, and four of
-        gradients.
+        None if other operations dominate. Forward has two products; backward has five, the scores
+        again and four for the gradients.
         """
         if self.kind == "additive" or self.what == "compile":
             return None
@@ -79,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases in one table: whose time is measured in times of whose."""
+    """The cases of one table; `columns` are the contenders that it compares with `ours`."""
 
     title: str
     columns: tuple[str, ...]
@@ -104,12 +102,12 @@ def allowed(case: Case) -> np.ndarray:
 
 
 def lengths(case: Case) -> np.ndarray:
-    """How many keys of each example are real, `[B]`: half of them on average."""
+    """The number of real keys of each example, `[B]`; half of them on average."""
     return np.linspace(case.T / 4, case.T * 3 / 4, case.B).astype(np.int32)
 
 
 def documents(case: Case) -> np.ndarray:
-    """The document of each position, `[T]`: eight of them, with lengths as 1 : 2 : … : 8."""
+    """The document id of each position, `[T]`: eight documents with lengths 1 : 2 : … : 8."""
     ends = np.cumsum(np.arange(1, 9)) * case.T / 36
     return np.searchsorted(ends, np.arange(case.T), side="right").astype(np.int32)
 

@@ -1,6 +1,6 @@
-"""Who computes attention in JAX: each turns a case into a function and its arguments.
+"""The contenders in JAX: each turns a case into a function and its arguments.
 
-A contender that cannot do so says why.
+A contender that cannot do the work raises `LeftOut`.
 """
 
 import dataclasses
@@ -23,18 +23,15 @@ class LeftOut(Exception):
 
 
 class Work(NamedTuple):
-    """A function `(query, key, value, *others, extras)`; gradients are of all but the extras."""
+    """A function `(query, key, value, *others, extras)`; the extras have no gradients."""
 
     function: Callable[..., jax.Array]
-    # Masks and biases, as they come with every batch: arguments and not constants
+    # Masks and biases are arguments, not constants, since every batch brings its own
     extras: dict[str, Any]
 
 
 def operands(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
-    """The arrays that gradients flow into, and the cotangent of the output; float32.
-
-    Query, key and value come first.
-    """
+    """Arrays to differentiate (query, key, value, …) and the output's cotangent, in float32."""
     rng = np.random.default_rng(0)
     shapes: list[tuple[int, ...]] = [
         (case.B, case.T, heads, case.H) for heads in (case.N, case.K, case.K, case.N)
@@ -81,7 +78,7 @@ def _additive(query, key, value, weight, *, implementation):
 
 
 def dense(case: Case) -> Work:
-    """The readable specification, which holds all scores."""
+    """The kernel `dense`, which holds all scores."""
     _check_room(case)
     return kernel(case, "dense")
 
@@ -95,7 +92,7 @@ def jax_nn(case: Case) -> Work:
 
 
 def tokamax(case: Case) -> Work:
-    """`tokamax.dot_product_attention`, implemented in linear memory for every machine."""
+    """`tokamax.dot_product_attention`, in its implementation for every machine in linear memory."""
     try:
         attend = importlib.import_module("tokamax").dot_product_attention
     except ImportError:
@@ -124,7 +121,7 @@ def _signature_of_jax(case: Case, attend: Callable[..., jax.Array]) -> Work:
 
 
 def alibi_bias(case: Case) -> np.ndarray:
-    """ALiBi as an array `[N, T, T]`, for those that take no function."""
+    """ALiBi as an array `[N, T, T]`, for contenders that accept no function."""
     positions = np.arange(case.T, dtype=np.float32)
     return -jattn.modifiers.alibi_slopes(case.N)[:, None, None] * np.abs(
         positions[:, None] - positions
@@ -146,7 +143,7 @@ IN_JAX: dict[str, Callable[[Case], Work]] = {
 
 
 def run_in_jax(name: str, case: Case) -> Run:
-    """What runs the case and waits for it, or what compiles it anew."""
+    """A function that runs the case to its end, or that compiles it anew."""
     if name == "float32":
         case = dataclasses.replace(case, dtype="float32")
     work = IN_JAX[name](case)
@@ -160,7 +157,7 @@ def run_in_jax(name: str, case: Case) -> Run:
 
 
 def compiled(work: Work, arguments: Any, backward: bool) -> Callable[..., Any]:
-    """Trace and compile a new function: its output, and with `backward` all gradients."""
+    """Compile a function that returns the output and, with `backward`, all gradients."""
 
     def whole(arrays, cotangent, extras):
         if not backward:

@@ -1,4 +1,4 @@
-"""Who computes attention in PyTorch: its fused kernel, plain operations, compiled FlexAttention."""
+"""The contenders in PyTorch: its fused kernel, plain operations, compiled FlexAttention."""
 
 import math
 import os
@@ -15,9 +15,9 @@ from experiments.benchmarks.timing import Run
 
 
 def run_torch(case: Case) -> Run:
-    """scaled_dot_product_attention, with a dense mask where it needs one.
+    """`scaled_dot_product_attention`, with a dense mask if the case needs one.
 
-    Additive attention takes plain operations.
+    Additive attention uses plain operations.
     """
     torch = _torch()
     if case.kind == "soft cap":
@@ -61,16 +61,16 @@ def _additive(query: Any, key: Any, value: Any, weight: Any) -> Any:
 
 
 def run_flex(case: Case) -> Run:
-    """FlexAttention by torch.compile, forward alone: it has no backward pass on CPU."""
+    """FlexAttention with torch.compile, forward only: it has no backward pass on CPU."""
     torch = _torch()
     if case.backward:
         raise LeftOut("it has no backward pass on CPU")
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
-        raise LeftOut(f"torch.compile needs a C++ compiler, and there is no {compiler}")
+        raise LeftOut(f"torch.compile needs a C++ compiler, and {compiler} is not installed")
     from torch.nn.attention import flex_attention as flex
 
-    torch._dynamo.reset()  # else a second shape is compiled for all shapes
+    torch._dynamo.reset()  # else the second shape compiles for all shapes
     mask, change = _mods(case)
     batch = case.B if case.kind == "padding" else None
     blocks = (
@@ -84,7 +84,7 @@ def run_flex(case: Case) -> Run:
 
     try:
         run()
-    except Exception as error:  # whatever the compiler says
+    except Exception as error:  # the compiler raises errors of many kinds
         raise LeftOut(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
     return run
 
@@ -131,7 +131,7 @@ def _torch() -> Any:
 
 
 def _tensors(case: Case) -> tuple[list[Any], Any]:
-    """Contiguous in PyTorch's own layout, heads before length."""
+    """The operands, contiguous in PyTorch's own layout: heads before length."""
     import torch
 
     def tensor(array: np.ndarray) -> Any:

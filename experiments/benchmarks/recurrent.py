@@ -1,14 +1,15 @@
 """Time jattn's LSTM and GRU against PyTorch and Flax, as ratios with their spread.
 
-Claim: forward and backward, jattn is no slower than Flax. Against PyTorch its LSTM takes about one
-and a half times as long, and its GRU less.
+Claim: forward and backward together, jattn is at least as fast as Flax. Compared with PyTorch its
+LSTM takes about one and a half times as long, and its GRU is faster.
 
-Each round runs every contender once, as in `experiments.benchmarks.attend`. Gradients are of the
-inputs and of every parameter. PyTorch gets as many threads as there are cores, and is left out
-where it is not installed.
+Each round gives every contender one turn, as in `experiments.benchmarks.attend`. The gradients are
+those of the inputs and of every parameter. PyTorch uses one thread per CPU, and is left out if it
+is not installed.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments import exits_on_bad_input
 from experiments.benchmarks.timing import Run, machine, measure, ratio
+from experiments.training.command import check_at_least
 from jattn.nn import GRU, LSTM
 
 
@@ -52,11 +55,14 @@ class Settings:
     """Time recurrent networks against PyTorch and Flax."""
 
     rounds: int = 7
-    """Times that every contender runs, after one run to compile."""
+    """Turns of every contender."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, rounds=1)
 
 
 def contenders(case: Case) -> dict[str, Run]:
-    """What runs the case: name → one blocking run."""
+    """Name of each contender → a function that runs the case to its end."""
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((case.B, case.T, case.D)).astype(np.float32)
     cotangent = rng.standard_normal((case.B, case.T, case.F)).astype(np.float32)
@@ -77,7 +83,7 @@ def contenders(case: Case) -> dict[str, Run]:
 
 
 def _compiled(network: nnx.Module, inputs: np.ndarray, cotangent: np.ndarray) -> Run:
-    # Flax draws its first state from a random stream, which is in the rest
+    # The rest holds the random stream that Flax draws its first state from
     structure, parameters, rest = nnx.split(network, nnx.Param, ...)  # type: ignore[misc]
 
     @jax.jit
@@ -111,10 +117,17 @@ def _torch(case: Case, inputs: np.ndarray, cotangent: np.ndarray) -> dict[str, R
     return {"PyTorch": run}
 
 
-def main(settings: Settings) -> None:
-    """Run every case and print the table."""
+@exits_on_bad_input
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: time every case and print the table."""
+    settings = tyro.cli(
+        Settings,
+        args=arguments,
+        prog="python -m experiments.benchmarks.recurrent",
+        description=__doc__,
+    )
     console = Console(width=140)
-    table = Table("work", "milliseconds", *COLUMNS, title="time of … over the time of jattn")
+    table = Table("work", "milliseconds", *COLUMNS, title="time of each over the time of jattn")
     for case in track(CASES, console=console):
         seconds = measure(contenders(case), settings.rounds)
         ratios = [
@@ -126,4 +139,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, prog="python -m experiments.benchmarks.recurrent", description=__doc__))
+    main()

@@ -1,14 +1,15 @@
 """Time Bahdanau's translator against the same model in eager PyTorch, as ratios with their spread.
 
-Claim: a training step and a beam search with four hypotheses are faster compiled than in PyTorch's
-eager mode.
+Claim: a training step and a beam search with four hypotheses are faster compiled by JAX than in
+PyTorch's eager mode.
 
-The runs are interleaved. Both have the same weights; a step is forward, backward and Adam.
+Each round gives both one turn. Both have the same weights; a step is forward, backward and Adam.
 PyTorch's beam search is the usual Python loop over tokens, with all hypotheses of all sentences in
-one batch; no sentence can end before the last step, in either.
+one batch. In neither can a sentence end before the last step.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments import BadInput
+from experiments import BadInput, exits_on_bad_input
 from experiments.benchmarks.timing import Run, machine, measure, ratio
+from experiments.training.command import check_at_least
 from jattn.interop import to_flax
 from jattn.interop.torch_layouts import SEQ2SEQ
 from jattn.models.bahdanau import BahdanauTranslator, Config
@@ -36,10 +38,13 @@ class Settings:
     """Time training steps and beam search against eager PyTorch."""
 
     rounds: int = 7
-    """Turns of each."""
+    """Turns of each contender."""
     batch: int = 32
     """Sentences in a batch."""
     config: tyro.conf.Suppress[Config] = field(default_factory=lambda: Config(100, 120))
+
+    def __post_init__(self) -> None:
+        check_at_least(self, rounds=1, batch=1)
 
 
 def batch_of(settings: Settings) -> dict[str, np.ndarray]:
@@ -54,7 +59,7 @@ def batch_of(settings: Settings) -> dict[str, np.ndarray]:
 def of_jattn(
     weights: dict[str, np.ndarray], batch: dict[str, np.ndarray], config: Config
 ) -> dict[str, Run]:
-    """One training step, and one search."""
+    """Functions that run one training step and one beam search."""
     model = BahdanauTranslator(config, rngs=nnx.Rngs(0))
     nnx.update(model, to_flax(weights, model, SEQ2SEQ))
     graph, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
@@ -82,7 +87,7 @@ def of_jattn(
 
 
 def of_torch(model: Any, batch: dict[str, np.ndarray], config: Config) -> dict[str, Run]:
-    """The same in eager PyTorch."""
+    """The same functions in eager PyTorch."""
     import torch
 
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -119,14 +124,14 @@ def of_torch(model: Any, batch: dict[str, np.ndarray], config: Config) -> dict[s
 
 
 def contenders(settings: Settings) -> dict[str, dict[str, Run]]:
-    """What runs each piece of work: work → name → one blocking run."""
+    """Work → name of each contender → a function that runs the work to its end."""
     try:
         import torch
 
         from experiments.torch_reference.recurrent import BahdanauTranslator as Reference
     except ImportError:
         raise BadInput(
-            "this compares with PyTorch, which is not installed: pip install -e '.[torch]'"
+            "the comparison needs PyTorch, which is not installed: pip install -e '.[torch]'"
         ) from None
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -140,10 +145,17 @@ def contenders(settings: Settings) -> dict[str, dict[str, Run]]:
     return {work: {"jattn": ours[work], "PyTorch": theirs[work]} for work in ours}
 
 
-def main(settings: Settings) -> None:
-    """Run both and print the table."""
+@exits_on_bad_input
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: time both and print the table."""
+    settings = tyro.cli(
+        Settings,
+        args=arguments,
+        prog="python -m experiments.benchmarks.seq2seq",
+        description=__doc__,
+    )
     console = Console(width=140)
-    table = Table("work", "milliseconds", "PyTorch", title="time of … over the time of jattn")
+    table = Table("work", "milliseconds", "PyTorch", title="time of PyTorch over the time of jattn")
     for work, runs in contenders(settings).items():
         seconds = measure(runs, settings.rounds)
         times = f"{1e3 * float(np.median(seconds['jattn'])):.1f}"
@@ -155,4 +167,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, prog="python -m experiments.benchmarks.seq2seq", description=__doc__))
+    main()

@@ -16,19 +16,19 @@ import numpy as np
 
 Run = Callable[[], object]
 
-# PyTorch's threads spin for up to about 200 ms after their work, and take the cores from whoever
-# runs next
+# PyTorch's threads spin for up to about 200 ms after their work and take the cores from the next
+# contender
 PAUSE = 0.25
-# After it, or after another contender's, memory has to be had anew from the system: the first runs
-# of a turn are slow
-ENOUGH, MOST = 0.4, 20  # seconds that a turn is timed for at least, unless it has run so often
+# The first runs of a turn are slow, because they get their memory from the system anew; so a turn
+# lasts at least ENOUGH seconds or MOST runs
+ENOUGH, MOST = 0.4, 20
 
 
 def measure(runs: Mapping[str, Run], rounds: int, pause: float = PAUSE) -> dict[str, list[float]]:
-    """Seconds of every run, round by round.
+    """Seconds of every contender, round by round.
 
-    In each round every contender has one turn: a pause, an untimed run, then timed ones, of which
-    the median counts.
+    In each round every contender has one turn: a pause, an untimed run, and timed runs, whose
+    median counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -49,12 +49,12 @@ def _turn(run: Run) -> float:
 
 
 def ratios(theirs: list[float], ours: list[float]) -> list[float]:
-    """How many times as long they took, round by round."""
+    """Their time over our time, round by round."""
     return [a / b for a, b in zip(theirs, ours, strict=True)]
 
 
 def ratio(theirs: list[float], ours: list[float]) -> str:
-    """How many times as long they took: median of the rounds, and the range.
+    """Their time over our time: the median of the rounds, and the range.
 
     Example:
       >>> ratio([2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
@@ -65,7 +65,7 @@ def ratio(theirs: list[float], ours: list[float]) -> str:
 
 
 def roofline(pause: float = PAUSE) -> float:
-    """Operations per second of a large float32 matrix product, the median of seven turns."""
+    """Operations per second of a large float32 matrix product: the median of seven turns."""
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((2048, 2048)), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     seconds = measure({"product": lambda: jax.block_until_ready(product(matrix))}, 7, pause)
@@ -73,16 +73,16 @@ def roofline(pause: float = PAUSE) -> float:
 
 
 def peak_memory(run: Run) -> int | None:
-    """Bytes that one run adds to resident memory at its highest; None where Linux does not tell.
+    """Bytes that one run adds to resident memory at its peak; None where the system is not Linux.
 
-    What it returns is in it, its inputs are not. The first run of a compiled function counts: XLA
-    keeps its buffers.
+    The outputs count, the inputs do not. Measure the first run of a compiled function: XLA keeps
+    its buffers.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before hides the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     before = _resident("VmRSS")
     run()
     return max(_resident("VmHWM") - before, 0)

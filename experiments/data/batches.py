@@ -20,7 +20,7 @@ SPECIAL = 4
 class Vocabulary:
     """Characters, numbered from 4; 0 is padding, 1 the start, 2 the end, 3 an unknown character.
 
-    A character is unknown where training has never seen it.
+    A character is unknown if the training texts do not contain it.
 
     Example:
       >>> vocabulary = Vocabulary.of(["abba", "cab"])
@@ -50,9 +50,9 @@ class Vocabulary:
         return [self.numbers.get(character, UNKNOWN) for character in text]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text up to the first end; an unknown character reads as U+FFFD.
+        """The text up to the first end, without padding and start.
 
-        Padding and start read as nothing.
+        An unknown character becomes U+FFFD.
         """
         text = []
         for token in tokens:
@@ -64,7 +64,7 @@ class Vocabulary:
 
 
 class Encoder(Protocol):
-    """What makes tokens of a text: a `Vocabulary`, or labels, each of which is one token."""
+    """Turns a text into tokens: a `Vocabulary`, or `Labels`, where each label is one token."""
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -72,7 +72,7 @@ class Encoder(Protocol):
 
 
 class Batch(NamedTuple):
-    """Padded token numbers (int32): sources, and targets behind a start and before an end.
+    """Padded token numbers (int32): sources, targets after a start, and targets before an end.
 
     Shapes: source [B, S], source_lengths [B], target_in and target_out [B, T], target_lengths [B].
     """
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
 
 
 def pad(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Stack rows of tokens, padded with 0 to one width, and their lengths.
+    """Rows of tokens, padded with 0 to one width and stacked, and their lengths.
 
     Example:
       >>> pad([[5, 7], [4]])
@@ -102,10 +102,10 @@ def pad(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.nda
 class Batches:
     """Training batches: `batches(step)` yields those of `step`, `step + 1`, …
 
-    So a resumed run repeats nothing. Sources of similar length share a bucket, and a bucket has one
-    shape: there are at most `num_buckets` shapes to compile. An epoch visits every pair, in an
-    order drawn anew from `(seed, epoch)`; the last batch of a bucket is filled up with pairs of the
-    same bucket.
+    A resumed run therefore sees the same batches as one that never stopped. Sources of similar
+    length share a bucket, and all batches of a bucket have one shape: at most `num_buckets` shapes
+    are compiled. An epoch visits every pair in an order that `(seed, epoch)` decides. Pairs of the
+    same bucket fill up its last batch.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Batches:
         self.per_epoch = sum(-(-len(members) // batch_size) for members in self.buckets)
 
     def __call__(self, step: int) -> Iterator[Batch]:
-        """Batches without end, from the one of `step` (counted from 0) on."""
+        """Endless batches, starting with the one of `step`, which counts from 0."""
         epoch, position = divmod(step, self.per_epoch)
         while True:
             for bucket, members in self._order(epoch)[position:]:
@@ -156,7 +156,7 @@ class Batches:
 
 
 def _buckets(lengths: Sequence[int], count: int) -> list[np.ndarray]:
-    """Members of each bucket, cut at the quantiles of the lengths."""
+    """The members of each bucket; quantiles of the lengths divide the buckets."""
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, count + 1)[1:], method="higher"))
     bucket = np.searchsorted(edges, lengths)
     return [np.flatnonzero(bucket == i) for i in range(len(edges))]
@@ -165,9 +165,9 @@ def _buckets(lengths: Sequence[int], count: int) -> list[np.ndarray]:
 def fixed_batches(
     rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Padded batches of one shape, in order, with lengths and the number of rows that count.
+    """Padded batches of one shape, in order, with lengths and the number of real rows.
 
-    The last batch is filled up with its own last row.
+    The last batch repeats its last row to reach the shape.
     """
     width = max(len(row) for row in rows)
     for start in range(0, len(rows), batch_size):

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +10,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import BadInput
-from experiments.data.pairs import MAX_CHARACTERS, SHOWN_PROBLEMS, normalise
+from experiments.data.pairs import (
+    MAX_CHARACTERS,
+    SHOWN_PROBLEMS,
+    hold_out,
+    normalise,
+    read_utf8,
+    refuse,
+)
 
 
 class Text(NamedTuple):
-    """A text, its class, and what it speaks of; a split keeps all texts of a group on one side."""
+    """A text, its label, and its group; a split keeps all texts of a group on one side."""
 
     text: str
     label: str
@@ -44,9 +50,9 @@ class Labels:
 
 
 class Split(NamedTuple):
-    """Texts to train on, held-out texts to be judged by, and how many texts were left out.
+    """Texts to train on, held-out texts to test with, and how many texts were left out.
 
-    Texts that stand under several labels are left out.
+    A text is left out if several labels share it.
     """
 
     train: list[Text]
@@ -55,23 +61,16 @@ class Split(NamedTuple):
 
 
 def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]:
-    """Read a table with a header: comma-separated, or tab-separated where the file is named `.tsv`.
+    """Read a table with a header: comma-separated, or tab-separated if the name ends in `.tsv`.
 
-    A text is a group of its own.
+    Each text is a group of its own.
 
     Raises:
-      BadInput: a file that is missing, not readable, not UTF-8 or empty; without one of the
-        columns; or with lines that lack a text or a label, or whose text is too long. Bad lines are
-        reported together, with their numbers.
+      BadInput: the file is missing, not readable, not UTF-8 or empty; it lacks one of the
+        columns; or a line lacks a text or a label, or its text is too long. One report names all
+        bad lines by number.
     """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}"
-        ) from None
+    content = read_utf8(path)
     tab = path.suffix.lower() == ".tsv"
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {"strict": True}
     table = csv.DictReader(io.StringIO(content, newline=""), **options)
@@ -90,13 +89,7 @@ def read_table(path: Path, *, text_column: str, label_column: str) -> list[Text]
             texts.append(Text(text, label, text))
     except csv.Error as error:
         raise BadInput(f"{path}:{table.line_num}: {error}") from None
-    if problems:
-        more = (
-            f"\n… and {len(problems) - SHOWN_PROBLEMS} more"
-            if len(problems) > SHOWN_PROBLEMS
-            else ""
-        )
-        raise BadInput("\n".join(problems[:SHOWN_PROBLEMS]) + more)
+    refuse(problems)
     if not texts:
         raise BadInput(
             f"{path}: expected a header and lines of texts with labels, got no such line"
@@ -116,10 +109,10 @@ def _problem(text: str, label: str, *, surplus: bool) -> str | None:
 
 
 def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
-    """Hold out a fraction of the *groups*; leave out every text that stands under several labels.
+    """Hold out a fraction of the *groups*; leave out every text that several labels share.
 
-    No answer to such a text is right. A held-out text that is also trained on, under another group,
-    is not tested.
+    No single answer to such a text is right. A held-out text is not tested if training has the
+    same text in another group.
 
     Args:
       texts: of at least two groups.
@@ -137,11 +130,7 @@ def split(texts: Sequence[Text], *, fraction: float, seed: int) -> Split:
       >>> [text.text for text in train], [text.text for text in test], ambiguous
       (['Prag', 'Praga'], ['Roma'], 1)
     """
-    groups = sorted({text.group for text in texts})
-    if len(groups) < 2:
-        raise BadInput(f"expected at least 2 different texts (one to hold out), got {len(groups)}")
-    count = min(max(round(fraction * len(groups)), 1), len(groups) - 1)
-    held_out = set(random.Random(seed).sample(groups, count))
+    held_out = hold_out((text.group for text in texts), "texts", fraction=fraction, seed=seed)
     labels = defaultdict(set)
     for text in texts:
         labels[text.text].add(text.label)
@@ -160,7 +149,7 @@ def _check(train: Sequence[Text], test: Sequence[Text]) -> None:
         raise BadInput(f"expected texts of at least 2 labels to train on, got {len(known)}")
     if not test:
         raise BadInput(
-            "no held-out text has a single label and is new: there is nothing to test with"
+            "no held-out text can be tested: each has several labels or is also a training text"
         )
     if unseen := sorted({text.label for text in test} - known):
         shown = ", ".join(map(repr, unseen[:SHOWN_PROBLEMS])) + (

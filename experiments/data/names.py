@@ -9,8 +9,9 @@ from pathlib import Path
 
 from babel import Locale
 
+from experiments import exits_on_bad_input
 from experiments.data.labelled import Text
-from experiments.data.pairs import normalise
+from experiments.data.pairs import normalise, write_utf8
 
 CLOSE = (
     ("da", "nb", "sv"), ("en", "de", "nl"), ("es", "pt", "gl", "ca"), ("fr", "it"),
@@ -18,11 +19,11 @@ CLOSE = (
     ("fi", "et"), ("id", "ms"), ("ru", "uk", "be", "bg", "mk", "sr"), ("ar", "fa"), ("zh", "ja"),
 )  # fmt: skip
 LANGUAGES = (*(language for group in CLOSE for language in group), "tr", "el", "ko")
-"""Neighbours stand side by side; the last three have none. The pictures can draw every script."""
+"""Close languages are side by side; the last three have none. Pictures can draw every script."""
 
 
 def names(languages: Sequence[str] = LANGUAGES) -> list[Text]:
-    """Every name, with its language as label and what it names as group (`territories/DE`).
+    """Every name; its label is its language, its group what it names, such as `territories/DE`.
 
     Example:
       >>> Text("Saksa", "fi", "territories/DE") in names(["fi"])
@@ -36,13 +37,14 @@ def names(languages: Sequence[str] = LANGUAGES) -> list[Text]:
     ]
 
 
+@exits_on_bad_input
 def main() -> None:
     """Write the tab-separated file that the command line names."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit("usage: python -m experiments.data.names OUT.tsv")
     path, rows = Path(sys.argv[1]), names()
     lines = ["text\tlabel\tgroup", *("\t".join(row) for row in rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_utf8(path, "\n".join(lines) + "\n")
     print(f"{path}: {len(rows)} names in {len(LANGUAGES)} languages")
 
 

@@ -1,4 +1,4 @@
-"""A baseline for texts: naive Bayes on how often runs of characters stand in each class.
+"""A baseline for texts: naive Bayes on the counts of character n-grams in each class.
 
 See Manning et al. 2008,
 https://nlp.stanford.edu/IR-book/html/htmledition/naive-bayes-text-classification-1.html
@@ -16,11 +16,11 @@ class NaiveBayes:
 
         label(text) = argmax_c log p(c) + Σ_g log p(g | c),   p(g | c) = (n_cg + α) / Σ_h (n_ch + α)
 
-    n-grams that were never seen in training say nothing.
+    It ignores n-grams that the training texts do not contain.
 
     Args:
-      texts: to count in.
-      longest: of the n-grams; all shorter ones count too.
+      texts: the training texts.
+      longest: the largest n; all smaller ones count too.
       smoothing: α.
 
     Example:

@@ -13,7 +13,7 @@ SHOWN_PROBLEMS = 10
 
 
 class Pair(NamedTuple):
-    """A source text, its target text, and a label (such as the language) to group results by."""
+    """A source text, its target text, and a label, such as the language, to group results by."""
 
     source: str
     target: str
@@ -21,7 +21,7 @@ class Pair(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Pairs to train on, and held-out pairs to be judged by."""
+    """Pairs to train on, and held-out pairs to test with."""
 
     train: list[Pair]
     test: list[Pair]
@@ -30,7 +30,7 @@ class Split(NamedTuple):
 def normalise(text: str) -> str:
     """Compose accents (Unicode NFC) and turn every run of white space into one space.
 
-    So equal texts are equal.
+    Texts that look the same then compare equal.
 
     Example:
       >>> normalise(" 3 мая 1999\\u202fг. ")
@@ -43,34 +43,71 @@ def read_tsv(path: Path) -> list[Pair]:
     """Read `source<TAB>target` lines in UTF-8.
 
     Raises:
-      BadInput: a file that is missing, not readable, not UTF-8 or empty, or any line that is not
-        two non-empty texts of at most 500 characters. Bad lines are reported together, with their
-        numbers.
+      BadInput: the file is missing, not readable, not UTF-8 or empty, or a line is not two
+        non-empty texts of at most 500 characters. One report names all bad lines by number.
+    """
+    text = read_utf8(path)
+    lines = text.removesuffix("\n").split("\n") if text.strip() else []
+    if not lines:
+        raise BadInput(f"{path}: expected lines of source<TAB>target, got an empty file")
+    rows = [[normalise(column) for column in line.split("\t")] for line in lines]
+    problems = [f"{path}:{i}: {found}" for i, row in enumerate(rows, 1) if (found := _problem(row))]
+    refuse(problems)
+    return [Pair(source, target) for source, target in rows]
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+      BadInput: the file is missing, not readable or not UTF-8.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise BadInput(
             f"{path}:{line}: expected UTF-8 text, got byte 0x{content[error.start]:02x}"
         ) from None
-    lines = text.removesuffix("\n").split("\n") if text.strip() else []
-    if not lines:
-        raise BadInput(f"{path}: expected lines of source<TAB>target, got an empty file")
-    rows = [[normalise(column) for column in line.split("\t")] for line in lines]
-    problems = [f"{path}:{i}: {found}" for i, row in enumerate(rows, 1) if (found := _problem(row))]
+
+
+def write_utf8(path: Path, text: str) -> None:
+    """Write a text to a file.
+
+    Raises:
+      BadInput: the file cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one `BadInput` with the first problems and the number of others, if there are any."""
     if problems:
-        more = (
-            f"\n… and {len(problems) - SHOWN_PROBLEMS} more"
-            if len(problems) > SHOWN_PROBLEMS
-            else ""
+        left = len(problems) - SHOWN_PROBLEMS
+        more = [f"… and {left} more"] if left > 0 else []
+        raise BadInput("\n".join([*problems[:SHOWN_PROBLEMS], *more]))
+
+
+def hold_out(keys: Iterable[str], what: str, *, fraction: float, seed: int) -> set[str]:
+    """Draw a fraction of the different keys, but at least one, and leave at least one.
+
+    Raises:
+      BadInput: there are fewer than two different keys; `what` names them.
+    """
+    different = sorted(set(keys))
+    if len(different) < 2:
+        raise BadInput(
+            f"expected at least 2 different {what} (one to hold out), got {len(different)}"
         )
-        raise BadInput("\n".join(problems[:SHOWN_PROBLEMS]) + more)
-    return [Pair(source, target) for source, target in rows]
+    count = min(max(round(fraction * len(different)), 1), len(different) - 1)
+    return set(random.Random(seed).sample(different, count))
 
 
 def _problem(row: list[str]) -> str | None:
@@ -95,13 +132,7 @@ def split(pairs: Sequence[Pair], *, fraction: float = 0.1, seed: int = 0) -> Spl
     Raises:
       BadInput: fewer than two different sources.
     """
-    sources = sorted({pair.source for pair in pairs})
-    if len(sources) < 2:
-        raise BadInput(
-            f"expected at least 2 different sources (one to hold out), got {len(sources)}"
-        )
-    count = min(max(round(fraction * len(sources)), 1), len(sources) - 1)
-    held_out = set(random.Random(seed).sample(sources, count))
+    held_out = hold_out((pair.source for pair in pairs), "sources", fraction=fraction, seed=seed)
     return Split(*_partition(pairs, lambda pair: pair.source not in held_out))
 
 

@@ -1,7 +1,7 @@
-"""English names and what another language calls the same, from Babel's Unicode CLDR data.
+"""English names and their translations into another language, from Babel's Unicode CLDR data.
 
-Run as `python -m experiments.data.territories territories.tsv`; `--help` tells of other names and
-languages.
+Run as `python -m experiments.data.territories territories.tsv`; `--help` lists other kinds of names
+and how to choose the language.
 """
 
 import argparse
@@ -12,19 +12,20 @@ from typing import Any
 
 from babel import Locale, UnknownLocaleError
 
+from experiments import exits_on_bad_input
+from experiments.data.pairs import write_utf8
+
 KINDS = ("territories", "languages", "scripts", "currencies", "variants", "time_zones")
-# Pseudo-locales, and codes of "unknown"
+# Pseudo-locales, and the codes for "unknown"
 NOT_NAMED = {"XA", "XB", "ZZ", "XXX", "Zxxx", "Zzzz", "zxx", "und"}
 MAX_CHARACTERS = 80
 
 
 def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[tuple[str, str]]:
-    """Pairs of names (English, other language) of all kinds, each pair once.
-
-    They are sorted by code within a kind.
+    """Pairs of names (English, other language), each pair once, sorted by code within a kind.
 
     Args:
-      kinds: of `KINDS`.
+      kinds: some of `KINDS`.
       target: a CLDR locale name.
 
     Raises:
@@ -44,7 +45,7 @@ def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[t
     pairs = []
     for kind in kinds:
         if kind not in KINDS:
-            raise ValueError(f"kinds must be of {', '.join(KINDS)}, got {kind}")
+            raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {kind}")
         one, two = _of(english, kind), _of(other, kind)
         pairs += [(one[code], two[code]) for code in sorted((one.keys() & two.keys()) - NOT_NAMED)]
     return [
@@ -55,7 +56,7 @@ def names(kinds: Sequence[str] = ("territories",), target: str = "fr") -> list[t
 
 
 def _of(locale: Locale, kind: str) -> Mapping[str, str]:
-    """Code → name. A time zone has up to three names: of its winter, of its summer, and of both."""
+    """Code → name. A time zone has up to three: for winter, for summer, and for both."""
     if kind != "time_zones":
         return getattr(locale, kind)
     zones: Mapping[str, Any] = locale.meta_zones
@@ -66,6 +67,7 @@ def _of(locale: Locale, kind: str) -> Mapping[str, str]:
     }
 
 
+@exits_on_bad_input
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tab-separated file that the command line names."""
     parser = argparse.ArgumentParser(
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     text = "".join(f"{english}\t{other}\n" for english, other in rows)
-    given.file.write_text(unicodedata.normalize("NFC", text), encoding="utf-8")
+    write_utf8(given.file, unicodedata.normalize("NFC", text))
     print(f"{given.file}: {len(rows)} pairs, English → {Locale.parse(given.to).english_name}")
 
 

@@ -1,1 +1,1 @@
-"""What every training script shares: run folders, checkpoints, the loop, pictures."""
+"""What the experiments share: command lines, run folders, checkpoints, the loop, pictures."""

@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are complete or absent.
 
-Orbax writes each to a temporary name, a digest finds later damage.
+Orbax writes each under a temporary name and then renames it; a digest detects later damage.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run; the newest `keep` are kept."""
+    """The checkpoints of one run; saving one deletes all but the newest `keep`."""
 
     folder: Path
     keep: int = 3
@@ -53,10 +53,10 @@ class Checkpoints:
             )
 
     def newest(self, *, say: Any = print) -> Checkpoint:
-        """The newest intact checkpoint; `say` is told of damaged ones, which stay as they are.
+        """The newest intact checkpoint; `say` reports damaged ones, which stay where they are.
 
         Raises:
-          BadInput: no checkpoint, or none that is intact.
+          BadInput: there is no checkpoint, or none is intact.
         """
         steps = self.steps()
         if not steps:
@@ -73,7 +73,7 @@ class Checkpoints:
         raise BadInput(f"no intact checkpoint in {self.folder}: steps {steps} are all damaged")
 
     def set_aside(self, after: int) -> None:
-        """Move the (damaged) checkpoints after a step to `damaged`: training passes there again."""
+        """Move the (damaged) checkpoints after a step to `damaged`; training writes them anew."""
         for step in self.steps():
             if step > after:
                 target = self.folder.parent / "damaged"
@@ -93,7 +93,7 @@ class Checkpoints:
             )
         arrays = {path: np.asarray(array) for path, array in restored.state.items()}
         if _digest(arrays) != restored.saved["digest"]:
-            raise ValueError("its numbers are not those that were saved")
+            raise ValueError("its numbers differ from those that were saved")
         return Checkpoint(step, arrays, restored.saved["metadata"])
 
     def _manager(self, *, create: bool) -> ocp.CheckpointManager:
@@ -110,7 +110,7 @@ def fill(state: nnx.State, arrays: Mapping[str, np.ndarray]) -> nnx.State:
     """The state with every array replaced by the one of the same path.
 
     Raises:
-      BadInput: paths or shapes that do not fit, all of them named.
+      BadInput: paths or shapes differ; the message names all of them.
     """
     leaves = dict(_leaves(state))
     wrong = sorted(leaves.keys() ^ arrays.keys())
@@ -128,7 +128,7 @@ def fill(state: nnx.State, arrays: Mapping[str, np.ndarray]) -> nnx.State:
 
 
 def restore(model: nnx.Module, checkpoint: Checkpoint) -> None:
-    """Give a model the weights of a training checkpoint, and leave out the optimizer's numbers."""
+    """Give a model the weights of a training checkpoint; ignore the optimizer's state."""
     model_path = "0/"  # the loop saves (model, optimizer)
     arrays = {
         path: array for path, array in checkpoint.arrays.items() if path.startswith(model_path)
@@ -143,7 +143,7 @@ def _leaves(state: nnx.State) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _plain(value: jax.Array) -> jax.Array:
-    """Random keys as the numbers that they are made of."""
+    """The data of a random key; any other array as it is."""
     return (
         jax.random.key_data(value)
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)

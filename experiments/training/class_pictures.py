@@ -1,4 +1,4 @@
-"""Pictures of a classifier: which classes it confuses, and the characters that it looks at."""
+"""Pictures of a classifier: the classes that it confuses, and the characters that it attends to."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +25,13 @@ class Strip(NamedTuple):
 
 
 def confusion(counts: np.ndarray, labels: Sequence[str], path: Path, *, title: str = "") -> None:
-    """Draw how often texts of a class (row) were taken for another (column), in percent of the row.
+    """Draw how often a class (row) was classified as another (column), in percent of the row.
 
     Args:
-      counts: texts [C, C]; of more than 40 classes those with the most texts are shown.
+      counts: texts [C, C]; the picture shows at most 40 classes, those with the most texts.
       labels: names of the C classes.
-      path: where the picture goes.
-      title: what stands above.
+      path: file of the picture.
+      title: title of the picture.
     """
     shown = np.sort(np.argsort(-counts.sum(axis=1), kind="stable")[:MOST_CLASSES])
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -56,10 +56,10 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path, *, title: s
 
 
 def strips(rows: Sequence[Strip], path: Path, *, columns: int = 2) -> None:
-    """Draw texts with their characters on a ground that is the darker, the more weight they have.
+    """Draw texts; the darker the ground of a character, the more weight it has.
 
-    Characters stand in the order in which they are read, from the left in every script. Long texts
-    are cut; without any row there is no picture.
+    Characters are in reading order from left to right, in every script. Long texts are cut. Without
+    rows there is no picture.
     """
     if not rows:
         return

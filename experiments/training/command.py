@@ -1,17 +1,167 @@
-"""The command line of a script, and the settings of a run that it continues."""
+"""What the commands of all experiments share: options, continued runs, and how a run goes."""
 
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import tyro
+from flax import nnx
+from rich.console import Console
 
 from experiments import BadInput
 from experiments.training.checkpoints import Checkpoint
+from experiments.training.loop import Batches, Loss, Recipe, Watch, train
 from experiments.training.runs import Run
 
-Settings = TypeVar("Settings")
+
+@dataclass(frozen=True)
+class Settings:
+    """The options that every experiment has; each adds its own and its defaults.
+
+    `experiment` is the name of its module. `asks` is the option that gives the trained model a text
+    instead of training it. `free` are the options that may differ from the checkpoint's.
+    """
+
+    experiment: ClassVar[str]
+    asks: ClassVar[str | None] = None
+    free: ClassVar[tuple[str, ...]] = ()
+
+    run_dir: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="FOLDER",
+            help_behavior_hint="(default: a new one in runs/, or the newest one to continue)",
+        ),
+    ] = None
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run after a kill or Ctrl-C, with its settings."""
+    steps: int = 1000
+    """Optimization steps."""
+    learning_rate: float = 4e-3
+    """Adam's highest rate; a warm-up precedes it, a cosine decay follows."""
+    seed: int = 0
+    """Seed of everything that is random."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, steps=1, seed=0)
+        if not 0 < self.learning_rate < math.inf:
+            raise BadInput(f"--learning-rate must be finite and positive, got {self.learning_rate}")
+        if self.resume and self.asked is not None:
+            raise BadInput(f"give --resume or --{self.asks}, not both")
+
+    @property
+    def asked(self) -> str | None:
+        """The text that the trained model is given; None: train."""
+        return getattr(self, self.asks) if self.asks else None
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the settings."""
+        return {"experiment": self.experiment, "settings": self._kept()}
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Self:
+        """The settings that a checkpoint was made with."""
+        return cls(**metadata["settings"])
+
+    def check_continues(self, before: Self, folder: Path) -> None:
+        """Refuse settings that the weights of a checkpoint in `folder` were not trained with."""
+        for name in before._kept():
+            given, own = getattr(self, name), getattr(before, name)
+            if given != own and name not in self.free:
+                raise BadInput(
+                    f"{option(name)} {given} differs from the checkpoint's, {own}, in {folder}"
+                )
+
+    def _kept(self) -> dict[str, Any]:
+        names = {each.name for each in fields(self)} - {"run_dir", "resume", self.asks}
+        return {name: getattr(self, name) for name in sorted(names)}
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Job(Generic[S]):
+    """One command under way: its settings, its run, and the checkpoint that it continues from."""
+
+    settings: S
+    continued: Run | None = None
+    checkpoint: Checkpoint | None = None
+    console: Console = field(default_factory=Console)
+    began: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def parse(cls, default: S, arguments: Sequence[str] | None) -> "Job[S]":
+        """Read the command line; a continued run gives the settings that the line leaves out.
+
+        Raises:
+          BadInput: there is no checkpoint to continue from, it is not of this experiment, or a
+            given setting is not the checkpoint's.
+        """
+        began, settings = time.perf_counter(), _parse(default, arguments)
+        if not settings.resume and settings.asked is None:
+            return cls(settings, began=began)
+        run = Run.open(settings.run_dir, settings.experiment)
+        checkpoint = run.checkpoints.newest(say=warn)
+        if checkpoint.metadata.get("experiment") != settings.experiment:
+            raise BadInput(f"{run.folder} is not a run of this experiment, {settings.experiment}")
+        before = type(default).of(checkpoint.metadata)
+        settings = _parse(before, arguments)
+        settings.check_continues(before, run.folder)
+        return cls(settings, run, checkpoint, began=began)
+
+    @cached_property
+    def run(self) -> Run:
+        """The run that is continued, or a new one, whose folder is made at the first use."""
+        return self.continued or Run.create(self.settings.run_dir, self.settings.experiment)
+
+    def announce(self, data: str) -> None:
+        """Print what there is to learn from, and the folder of the run."""
+        self.console.print(f"{data}; run folder {self.run.folder}", markup=False)
+
+    def train(
+        self,
+        model: nnx.Module,
+        loss: Loss,
+        batches: Batches,
+        recipe: Recipe,
+        *,
+        watch: Watch | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Train the model in place; after Ctrl-C say how to continue, and exit.
+
+        `metadata` is JSON that every checkpoint keeps besides the settings.
+        """
+        finished = train(
+            model, loss, batches, recipe, self.run, checkpoint=self.checkpoint,
+            metadata={**self.settings.metadata(), **metadata}, watch=watch, console=self.console,
+        )  # fmt: skip
+        if not finished:
+            folder = self.run.folder
+            self.console.print(f"stopped; continue with --resume --run-dir {folder}", markup=False)
+            raise SystemExit(130)
+
+    def finish(self) -> None:
+        """Print how long the command took."""
+        seconds = time.perf_counter() - self.began
+        took = f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+        self.console.print(f"took {took}", highlight=False)
+
+
+def check_at_least(settings: Any, **least: float) -> None:
+    """Refuse options below their least values."""
+    for name, value in least.items():
+        if not getattr(settings, name) >= value:
+            raise BadInput(
+                f"{option(name)} must be at least {value}, got {getattr(settings, name)}"
+            )
 
 
 def option(name: str) -> str:
@@ -24,50 +174,14 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse(default: Settings, experiment: str, arguments: Sequence[str] | None) -> Settings:
-    """The settings that a command line gives, over the default ones."""
+def warn(message: str) -> None:
+    """Print a message to standard error, apart from the result."""
+    print(message, file=sys.stderr)
+
+
+def _parse(default: S, arguments: Sequence[str] | None) -> S:
     options: dict[str, Any] = {
-        "prog": f"python -m experiments.{experiment}",
+        "prog": f"python -m experiments.{default.experiment}",
         "config": (tyro.conf.FlagCreatePairsOff,),
     }
     return tyro.cli(type(default), args=arguments, default=default, **options)
-
-
-def continue_from(
-    run_dir: Path | None,
-    experiment: str,
-    arguments: Sequence[str] | None,
-    stored: Callable[[Mapping[str, Any]], Settings],
-    compared: Sequence[str],
-) -> tuple[Settings, Run, Checkpoint]:
-    """The run to go on with, and the settings with those of its checkpoint where none were given.
-
-    Args:
-      run_dir: folder of the run; None: the newest of the experiment.
-      experiment: its name, which is in the metadata of every checkpoint.
-      arguments: the command line.
-      stored: the metadata of a checkpoint → the settings that it was made with.
-      compared: the settings that must be the checkpoint's.
-
-    Raises:
-      BadInput: no checkpoint, not one of this experiment, or a given setting is not the
-        checkpoint's.
-    """
-    run = Run.open(run_dir, experiment)
-    checkpoint = run.checkpoints.newest(say=warn)
-    if checkpoint.metadata.get("experiment") != experiment:
-        raise BadInput(f"{run.folder} is not a run of this experiment, {experiment}")
-    before = stored(checkpoint.metadata)
-    settings = parse(before, experiment, arguments)
-    for name in compared:
-        given, own = getattr(settings, name), getattr(before, name)
-        if given != own:
-            raise BadInput(
-                f"{option(name)} {given} differs from the checkpoint's, {own}, in {run.folder}"
-            )
-    return settings, run, checkpoint
-
-
-def warn(message: str) -> None:
-    """Say something beside the result."""
-    print(message, file=sys.stderr)

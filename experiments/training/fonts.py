@@ -1,4 +1,4 @@
-"""Fonts that come with packages, so that every picture shows real glyphs wherever it is made."""
+"""Fonts from Python packages, so that every machine draws pictures with all glyphs."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,8 @@ CJK = ("Noto Sans CJK JP", "notojp_matplotlib", "fonts/NotoSansCJKjp-Regular.otf
 def family() -> list[str]:
     """Font names, preferred first: DejaVu Sans (Matplotlib), Noto Sans CJK (notojp-matplotlib).
 
-    The second is registered by its file: the package itself, once imported, would change every
-    later picture.
+    Only the file of the second is registered: an import of its package would change the font of
+    every later picture.
     """
     name, package, file = CJK
     known = {font.name for font in font_manager.fontManager.ttflist}

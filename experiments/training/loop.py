@@ -38,8 +38,8 @@ Watch = Callable[[int, Any], Mapping[str, Any]]
 class Recipe:
     """What a training run depends on besides the model, the loss and the data.
 
-    `schedule` maps the step to the learning rate (shown and recorded); `transform` is the optimizer
-    that uses it.
+    `schedule` maps the step to the learning rate, for display and metrics; `transform` is the
+    optimizer that uses it.
     """
 
     steps: int
@@ -52,9 +52,9 @@ class Recipe:
     def adam(
         cls, steps: int, learning_rate: float, *, clip: float = 1.0, **options: int
     ) -> "Recipe":
-        """Adam with clipped gradients; the rate warms up, then falls as a cosine.
+        """Adam with clipped gradients; the rate warms up, then decays as a cosine.
 
-        The warm-up takes a tenth of the steps, but at most 1000.
+        The warm-up takes a tenth of the steps, at most 1000.
         """
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, min(steps // 10, 1000), steps
@@ -77,25 +77,25 @@ def train(
 ) -> bool:
     """Train `model` in place, from `checkpoint` or from the beginning, to the recipe's last step.
 
-    Everything that the next step depends on (weights, optimizer, random streams, step) is in every
-    checkpoint and the batches depend on the step alone; so a run that was stopped and resumed ends
-    in the same bits as one that was not.
+    A run that was stopped and resumed ends in the same bits as one that was not: a checkpoint holds
+    everything that the next step depends on (weights, optimizer, random streams, step), and the
+    batches depend on the step alone.
 
     Args:
       model: any NNX module, in training mode.
       loss: `(model, batch) -> scalar`; traced once for every batch shape.
       batches: `batches(step)` yields the batches of `step`, `step + 1`, ….
       recipe: optimizer and numbers of steps.
-      run: where checkpoints and metrics go.
-      checkpoint: continue from here; later metrics and (damaged) checkpoints of the run make room.
+      run: the folder of checkpoints and metrics.
+      checkpoint: continue from here; later metrics are dropped, later checkpoints moved away.
       metadata: JSON that is saved with every checkpoint.
-      watch: `(step, model) -> JSON` to record with the loss, of the model as it is after the step;
-        it may use the model in the call alone.
-      console: where the progress bar goes.
+      watch: `(step, model) -> JSON` to record with the loss; the model is that after the step, and
+        valid only during the call.
+      console: shows the progress bar.
 
     Returns:
-      True at the last step; False where Ctrl-C (or SIGTERM) stopped it earlier, after one more
-      checkpoint. A second Ctrl-C stops at once.
+      True at the last step; False if Ctrl-C (or SIGTERM) stopped it earlier. It then finishes the
+      step and saves a checkpoint; a second Ctrl-C stops at once.
     """
     console = console or Console()
     graph, state = nnx.split((model, nnx.Optimizer(model, recipe.transform, wrt=nnx.Param)))
@@ -106,7 +106,7 @@ def train(
         run.checkpoints.set_aside(after=step)
     else:
         run.checkpoints.save(step, state, metadata or {})
-    state = jax.tree.map(jnp.copy, state)  # the step takes its buffers over: those of `model` stay
+    state = jax.tree.map(jnp.copy, state)  # the step donates its buffers: keep those of `model`
     update = _jitted(graph, loss)
     pending: list[jax.Array] = []
     stream, stopped = batches(step), False
@@ -131,13 +131,13 @@ def train(
 def _jitted(
     graph: nnx.GraphDef, loss: Loss
 ) -> Callable[[nnx.State, Any], tuple[nnx.State, jax.Array]]:
-    """One optimization step on the bare state: modules exist only while it is traced."""
+    """One optimization step on the state; modules exist only while JAX traces it."""
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: nnx.State, batch: Any) -> tuple[nnx.State, jax.Array]:
         model, optimizer = nnx.merge(graph, state)
         value, gradients = nnx.value_and_grad(loss)(model, batch)
-        # Optax raises floats to integer powers, even where strict is asked
+        # Optax raises floats to integer powers, which strict promotion refuses
         with jax.numpy_dtype_promotion("standard"):
             optimizer.update(model, gradients)
         return nnx.state((model, optimizer)), value
@@ -157,10 +157,7 @@ def _mean(losses: list[jax.Array], step: int) -> float:
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """Set an event at the first Ctrl-C or SIGTERM; the second acts at once.
-
-    So no step is cut in two.
-    """
+    """Set an event at the first Ctrl-C or SIGTERM, so that the step ends; a second acts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -184,7 +181,7 @@ def _stop_signal() -> Iterator[threading.Event]:
 
 
 class _Speed(ProgressColumn):
-    """Steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         return Text(

@@ -1,4 +1,4 @@
-"""Pictures of a run: the training curve, and alignments that a person can read."""
+"""Pictures of a run: the training curve, alignments, fits of a curve, and spellings."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ LONGEST = 60  # characters
 
 
 class Alignment(NamedTuple):
-    """One panel: a source, what was read off it, and the weights [T, S] of all that was written."""
+    """One panel: a source, the output, and the attention weights [T, S]."""
 
     title: str
     source: str
@@ -26,7 +26,7 @@ class Alignment(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """One column of the picture: a curve [T] predicted from S samples, and their weights [T, S]."""
+    """One column: a curve [T] predicted from S samples, and the weights [T, S] of the samples."""
 
     title: str
     prediction: np.ndarray
@@ -52,10 +52,10 @@ def curve(
 
 
 def alignments(panels: Sequence[Alignment], path: Path, *, columns: int = 3) -> None:
-    """Draw one heat map a panel: rows are the characters written, columns those read.
+    """Draw one heat map per panel: rows are the characters written, columns those read.
 
-    Darker is more weight. Long texts are cut, and a panel in which nothing was written is left out;
-    without any panel there is no picture.
+    Darker is more weight. Long texts are cut. Panels without output are left out; without panels
+    there is no picture.
     """
     panels = [panel for panel in panels if panel.source and panel.output]
     if not panels:
@@ -102,10 +102,9 @@ def fits(
     samples: tuple[np.ndarray, np.ndarray],
     path: Path,
 ) -> None:
-    """Draw predictions on a grid [T] over truth [T] and samples [S]; below, the weights of samples.
+    """Draw predictions on a grid [T] with truth [T] and samples [S]; below, the weights of samples.
 
-    Predictions and weights share the horizontal axis: a column of weights is what the point above
-    it is made of.
+    Both share the horizontal axis: the column of weights under a prediction produces it.
     """
     x, y = samples
     colours = PowerNorm(0.5, vmin=0, vmax=max(panel.weights.max() for panel in panels))
@@ -132,11 +131,9 @@ def fits(
 def spellings(
     panels: Mapping[str, Sequence[tuple[int, float, str]]], target: str, path: Path
 ) -> None:
-    """Draw the losses of networks that learn a text, one panel each, and what they come to write.
+    """Draw the losses of networks that learn a text, one panel each, and the texts that they write.
 
-    A text is shown where it changes.
-
-    A panel is a list of (step, loss, text); the target is written in green.
+    A panel is a list of (step, loss, text). A text appears where it changes; the target is green.
     """
     with matplotlib.rc_context({"font.family": fonts.family()}):
         figure = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")

@@ -1,7 +1,8 @@
-"""A run is a folder: checkpoints/, metrics.jsonl and the pictures. It is never overwritten."""
+"""A run is a folder with checkpoints/, metrics.jsonl and pictures. It is never overwritten."""
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of one training run, and what lies in it."""
+    """The folder of one training run, and its contents."""
 
     folder: Path
 
@@ -23,7 +24,7 @@ class Run:
         """A new folder: the given one, or `runs/EXPERIMENT/001`, `002`, ….
 
         Raises:
-          BadInput: the given folder holds something already, or cannot be made.
+          BadInput: the given folder is not empty, or cannot be made.
         """
         if folder is None:
             numbers = [int(path.name) for path in _numbered(RUNS / experiment)]
@@ -44,7 +45,7 @@ class Run:
         """The given run, or the newest one of the experiment that has a checkpoint.
 
         Raises:
-          BadInput: there is none.
+          BadInput: there is no such run.
         """
         folders = (
             [folder]
@@ -64,6 +65,11 @@ class Run:
         """The run's checkpoints."""
         return Checkpoints(self.folder / "checkpoints")
 
+    def write_scores(self, scores: Mapping[str, Any]) -> None:
+        """Write the results of the run to `scores.json`."""
+        text = json.dumps(scores, indent=2) + "\n"
+        (self.folder / "scores.json").write_text(text, encoding="utf-8")
+
     @property
     def metrics(self) -> "Metrics":
         """The run's numbers."""
@@ -77,7 +83,7 @@ def _numbered(parent: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """A JSON-lines file: one object a line, each with its step."""
+    """A JSON-lines file: one object per line, each with its step."""
 
     path: Path
 
@@ -87,7 +93,7 @@ class Metrics:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines; one that a kill cut short is left out."""
+        """All lines but one that a kill cut short."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         rows = []
         for line in lines:
@@ -98,7 +104,7 @@ class Metrics:
         return rows
 
     def rewind(self, step: int) -> None:
-        """Keep the lines up to `step`; training computes and writes those beyond it once more."""
+        """Keep the lines up to `step`: training will write the later ones again."""
         kept = [row for row in self.read() if row["step"] <= step]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         self.path.write_text(text, encoding="utf-8")

@@ -252,3 +252,58 @@ def assert_positive(**numbers: Any) -> None:
     for name, number in numbers.items():
         if not isinstance(number, (int, np.integer)) or number < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+
+
+def assert_bool(**flags: Any) -> None:
+    """Raise a `TypeError` that names the first argument which is not True or False.
+
+    A number or a word in the place of a flag is more likely a mistake in the order of arguments.
+
+    Example:
+      >>> assert_bool(use_bias=True)
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def assert_divisible(**pairs: tuple[int, str, int]) -> None:
+    """Raise a `ValueError` that names the first argument which a number does not divide.
+
+    Args:
+      **pairs: argument name -> (its value, name of the divisor, the divisor).
+
+    Example:
+      >>> assert_divisible(qkv_features=(12, "num_heads", 3))
+    """
+    for name, (number, divisor_name, divisor) in pairs.items():
+        if number % divisor:
+            raise ValueError(f"{name} ({number}) must be a multiple of {divisor_name} ({divisor})")
+
+
+def validated_tokens(name: str, tokens: Any, vocabulary: int) -> Array:
+    """Token ids as int32, checked to lie in 0 … vocabulary − 1.
+
+    Under jit their values are unknown. There an id outside the range becomes `vocabulary`, so that
+    a lookup gives NaN and never the row of another token.
+
+    Args:
+      name: of the argument, for errors.
+      tokens: integers of any shape.
+      vocabulary: the number of ids.
+
+    Raises:
+      ValueError: an id lies outside the vocabulary.
+      TypeError: tokens are not integers.
+
+    Example:
+      >>> validated_tokens("tokens", np.array([0, 4]), 5)
+      Array([0, 4], dtype=int32)
+    """
+    assert_integers(**{name: tokens})
+    assert_in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
+    tokens = jnp.asarray(tokens)
+    if tokens.dtype.itemsize < 4:  # the vocabulary need not fit in a narrower type
+        tokens = tokens.astype(jnp.int32)
+    inside = (tokens >= 0) & (tokens < vocabulary)
+    return jnp.where(inside, tokens, vocabulary).astype(jnp.int32)

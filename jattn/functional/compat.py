@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 Array = jax.Array
 ClosedJaxpr = core.ClosedJaxpr
@@ -289,3 +290,34 @@ def ambient_precision() -> str | None:
 def kind_like(like: Any, shape: Sequence[int], dtype: Any) -> Any:
     """The kind of an array of this shape and dtype that varies as `like` does."""
     return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False)
+
+
+def automatically(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
+    """The function, for which explicit axes of a mesh are automatic.
+
+    Loops and gathers in it need not say how each array is sharded. The specs, a pytree of
+    `PartitionSpec`s, say how its results are. Without explicit axes the function runs as it is.
+
+    Example:
+      >>> take = automatically(lambda table, ids: table[ids], PartitionSpec(None))
+      >>> take(jnp.arange(3) + 4, jnp.array([2]))
+      Array([6], dtype=int32)
+    """
+
+    def run(*arrays: Any) -> Any:
+        mesh = explicit_mesh(arrays)
+        if mesh is None or has_manual_axes(mesh):
+            return function(*arrays)
+        leaves, structure = jax.tree.flatten(arrays)
+        placed = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            specs,
+            is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+        )
+
+        def of_leaves(*leaves: Any) -> Any:
+            return function(*jax.tree.unflatten(structure, leaves))
+
+        return jax.sharding.auto_axes(of_leaves, out_sharding=placed)(*leaves)
+
+    return run

@@ -6,9 +6,9 @@ output  = dropout(weights) · value
 
 from jax.ad_checkpoint import checkpoint_name
 
+from jattn.functional.captures import Captures
 from jattn.functional.softmax import softmax_and_logsumexp
 from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen, pool, queries_seen
-from jattn.kernels.captures import Captures
 from jattn.kernels.execute import execute, mesh_refusal
 from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import Operands, Scoring, hoist_score, prepare

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from jattn.functional import compat
+from jattn.functional.captures import Captures, Pure
 from jattn.functional.modifiers import Bias, Modifier
 from jattn.kernels.arrays import head_scores, hide, keys_seen, queries_seen
-from jattn.kernels.captures import Captures, Pure
 from jattn.kernels.dropout import drop
 from jattn.kernels.grid import Grid, Positions
 from jattn.request import Request

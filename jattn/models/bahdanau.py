@@ -14,6 +14,7 @@ from flax import nnx
 from jattn.functional import checks, masks
 from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, per_step
 from jattn.models.tokens import embed
+from jattn.nn._shared import is_on
 from jattn.nn.pooling import AdditiveAttention
 from jattn.nn.recurrent import GRU
 
@@ -142,8 +143,6 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Embed(config.target_vocabulary, D, **options)
         self.gru = GRU(F + D, F, num_layers=config.num_layers, dropout_rate=rate, **options)
         self.out = nnx.Linear(F, config.target_vocabulary, **options)
-        self.dropout_rate = rate
-        self.deterministic = False
 
     def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
         """Project the keys of the encoder's outputs `[B, S, F]` once for all steps.
@@ -174,15 +173,13 @@ class Decoder(nnx.Module):
         checks.assert_shapes(
             target_in=(target_in, "B T"), state=(state, "B L F"), memory=(memory.value, "B S F")
         )
-        off = self.deterministic if deterministic is None else deterministic
+        random = any(is_on(part.dropout, deterministic) for part in (self.attention, self.gru))
         embedded = self._project_embedding("target_in", target_in)
-        streams, decoder_of = per_step(
-            self, embedded.shape[1], random=self.dropout_rate > 0 and not off
-        )
+        streams, decoder_of = per_step(self, embedded.shape[1], random=random)
 
         def advance(state, step):
             streams, embedded = step
-            state, weights = decoder_of(streams)._advance(state, embedded, memory, off)
+            state, weights = decoder_of(streams)._advance(state, embedded, memory, not random)
             return state, (state[:, -1], weights)
 
         steps = (streams, rearrange(embedded, "b t gates -> t b gates"))
@@ -199,9 +196,8 @@ class Decoder(nnx.Module):
 
     def _project_embedding(self, name: str, tokens: Array) -> Array:
         """The embedding's part of the first layer's input product; `_advance` adds the rest."""
-        first: Any = self.gru.layers[0]
-        kernel = first.input_kernel[self.attention.key.in_features :]
-        return embed(name, tokens, self.embedding) @ kernel + first.input_bias[...]
+        embedded = embed(name, tokens, self.embedding)
+        return self.gru.layers[0].project(embedded, first=self.attention.key_features)
 
     def _advance(
         self, state: Array, embedded: Array, memory: Memory, off: bool
@@ -214,8 +210,8 @@ class Decoder(nnx.Module):
             return_weights=True,
             deterministic=off,
         )
-        kernel = self.gru.layers[0].input_kernel[...]
-        projected = context[:, 0] @ kernel[: context.shape[-1]] + embedded
+        first = self.gru.layers[0]
+        projected = first.project(context[:, 0], first=0, use_bias=False) + embedded
         return self.gru.step(projected, state, deterministic=off), weights[:, 0]
 
 

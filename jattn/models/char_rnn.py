@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.functional import checks
-from jattn.models.tokens import validated_tokens
 from jattn.nn.embedding import Embedding
 from jattn.nn.recurrent import RNN
 from jattn.nn.recurrent_cells import RNNCell
@@ -153,6 +152,6 @@ def _one_hot(tokens: Array, kernel: Any) -> Array:
     C = kernel.shape[0]
     return (
         jnp.eye(C, dtype=kernel.dtype)
-        .at[validated_tokens("tokens", tokens, C)]
+        .at[checks.validated_tokens("tokens", tokens, C)]
         .get(mode="fill", fill_value=jnp.nan)
     )

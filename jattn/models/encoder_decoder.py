@@ -9,7 +9,6 @@ from flax import nnx
 
 from jattn.functional import checks, masks
 from jattn.models import decoding
-from jattn.models.tokens import validated_tokens
 
 Array = jax.Array
 _BEAM = ("width", "length_penalty")
@@ -64,7 +63,7 @@ class EncoderDecoder(nnx.Module):
         """
         checks.assert_shapes(source=(source, "B S"), target_in=(target_in, "B T"))
         self._check(source, lengths, return_weights)
-        validated_tokens("target_in", target_in, self.config.target_vocabulary)
+        checks.validated_tokens("target_in", target_in, self.config.target_vocabulary)
         memory, state = self._read(source, lengths, deterministic)
         logits, weights = self.decoder(target_in, state, memory, deterministic=deterministic)
         return (logits, weights) if return_weights else logits
@@ -134,7 +133,7 @@ class EncoderDecoder(nnx.Module):
 
     def _check(self, source: Array, lengths: Array | None, return_weights: bool) -> None:
         S = checks.assert_shapes(source=(source, "B S"))["S"]
-        validated_tokens("source", source, self.config.source_vocabulary)
+        checks.validated_tokens("source", source, self.config.source_vocabulary)
         if lengths is not None:
             checks.assert_shapes(source=(source, "B S"), lengths=(lengths, "B"))
             checks.assert_integers(lengths=lengths)

@@ -10,37 +10,9 @@ from jattn.functional import checks
 Array = jax.Array
 
 
-def validated_tokens(name: str, tokens: Array, vocabulary: int) -> Array:
-    """Token ids as int32, checked to lie in 0 … vocabulary − 1.
-
-    Under jit their values are unknown. There an id outside the range becomes `vocabulary`, so that
-    a lookup in mode "fill" gives NaN and never the row of another token.
-
-    Args:
-      name: of the argument, for errors.
-      tokens: integers of any shape.
-      vocabulary: the number of ids.
-
-    Raises:
-      ValueError: an id lies outside the vocabulary.
-      TypeError: tokens are not integers.
-
-    Example:
-      >>> validated_tokens("tokens", jnp.array([0, 4]), 5)
-      Array([0, 4], dtype=int32)
-    """
-    checks.assert_integers(**{name: tokens})
-    checks.assert_in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
-    tokens = jnp.asarray(tokens)
-    if tokens.dtype.itemsize < 4:  # the vocabulary need not fit in a narrower type
-        tokens = tokens.astype(jnp.int32)
-    inside = (tokens >= 0) & (tokens < vocabulary)
-    return jnp.where(inside, tokens, vocabulary).astype(jnp.int32)
-
-
 def embed(name: str, tokens: Array, embedding: nnx.Embed) -> Array:
-    """The rows of token ids, checked by `validated_tokens`."""
-    return embedding(validated_tokens(name, tokens, embedding.num_embeddings))
+    """The rows of token ids, checked by `checks.validated_tokens`."""
+    return embedding(checks.validated_tokens(name, tokens, embedding.num_embeddings))
 
 
 def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None) -> Array:
@@ -69,7 +41,7 @@ def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None
     sizes = checks.assert_shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
     checks.assert_floating(logits=logits)
     losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, validated_tokens("targets", targets, sizes["C"])
+        logits, checks.validated_tokens("targets", targets, sizes["C"])
     )
     if lengths is None:
         return jnp.mean(losses)

@@ -15,6 +15,7 @@ from jattn.nn.recurrent import LSTM as LSTM
 from jattn.nn.recurrent import RNN as RNN
 from jattn.nn.recurrent_cells import GRUCell as GRUCell
 from jattn.nn.recurrent_cells import LSTMCell as LSTMCell
+from jattn.nn.recurrent_cells import LSTMState as LSTMState
 from jattn.nn.recurrent_cells import RNNCell as RNNCell
 from jattn.nn.self_attention import ResidualAttention as ResidualAttention
 from jattn.nn.self_attention import SelfAttention as SelfAttention

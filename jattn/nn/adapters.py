@@ -1,7 +1,6 @@
 """attend inside Flax's own attention module."""
 
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -9,7 +8,8 @@ from flax import nnx
 
 from jattn.attention import attend
 from jattn.functional import masks, modifiers, scores
-from jattn.request import MaskLike, ModifierLike, as_mask
+from jattn.nn._shared import joined_masks, joined_modifiers
+from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array
 
@@ -90,8 +90,14 @@ def _attend_for_flax(
     result = attend(
         query, key, value,
         score=own["score"],
-        mask=_both(own["mask"], mask, is_causal),
-        modifier=_listed(own["modifier"]) + (() if bias is None else (modifiers.bias(bias),)),
+        mask=joined_masks(
+            own["mask"],
+            None if mask is None else mask.astype(bool),
+            masks.causal() if is_causal else None,
+        ),
+        modifier=joined_modifiers(
+            own["modifier"], None if bias is None else modifiers.bias(bias)
+        ),
         dropout_rate=dropout_rate if drops else 0.0,
         dropout_key=dropout_rng if drops else None,
         implementation=own["implementation"],
@@ -111,15 +117,3 @@ def _refuse(options: dict[str, Any]) -> None:
     for name, given in options.items():
         if given is not None:
             raise NotImplementedError(f"attend takes no {name}")
-
-
-def _both(own: MaskLike, given: Array | None, is_causal: bool) -> masks.Mask | None:
-    parts = [as_mask(own), None if given is None else masks.from_array(given.astype(bool))]
-    parts = [part for part in (*parts, masks.causal() if is_causal else None) if part is not None]
-    return functools.reduce(operator.and_, parts) if parts else None
-
-
-def _listed(modifier: ModifierLike) -> tuple:
-    if modifier is None:
-        return ()
-    return tuple(modifier) if isinstance(modifier, (tuple, list)) else (modifier,)

@@ -1,13 +1,15 @@
 """A table of vectors, one for each id, with PyTorch's padding, norms and counted gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from flax.nnx.nn import initializers
 
-from jattn.functional import checks
+from jattn.functional import checks, compat
+from jattn.nn._shared import rows
 
 Array = jax.Array
 
@@ -33,8 +35,10 @@ class Embedding(nnx.Module):
       norm_type: p of the norm (Σ |r|ᵖ)^(1/p) that measures it.
       scale_grad_by_freq: divide a row's gradient by the number of times that its id stands in the
         tokens of the call (under `jax.vmap`: of one example).
+      dtype: of the output; None: that of the table.
       param_dtype: dtype of the table.
-      rngs: random streams; uses `params`: the rows begin as standard normal numbers.
+      embedding_init: of the table; standard normal numbers, as PyTorch has them.
+      rngs: random streams; uses `params`.
 
     Attributes:
       embedding: E, `[C, D]`.
@@ -58,14 +62,17 @@ class Embedding(nnx.Module):
         max_norm: float | None = None,
         norm_type: float = 2.0,
         scale_grad_by_freq: bool = False,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        embedding_init: Callable[..., Any] = initializers.normal(1.0),  # noqa: B008
         rngs: nnx.Rngs,
     ):
         checks.assert_positive(num_embeddings=num_embeddings, features=features)
         for name, number in (("max_norm", max_norm), ("norm_type", norm_type)):
             if number is not None and not number > 0:
                 raise ValueError(f"{name} must be positive, got {number!r}")
-        table = jax.random.normal(rngs.params(), (num_embeddings, features), param_dtype)
+        checks.assert_bool(scale_grad_by_freq=scale_grad_by_freq)
+        table = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
         if padding_idx is not None:
             checks.assert_integers(padding_idx=padding_idx)
             checks.assert_in_range(
@@ -81,6 +88,7 @@ class Embedding(nnx.Module):
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type = max_norm, norm_type
         self.scale_grad_by_freq = scale_grad_by_freq
+        self.num_embeddings, self.features, self.dtype = num_embeddings, features, dtype
 
     def __call__(self, tokens: Array) -> Array:
         """The rows of the ids.
@@ -95,21 +103,26 @@ class Embedding(nnx.Module):
           ValueError: an id is unknown. Under jit, where ids cannot be seen, its row is NaN.
           TypeError: tokens are not integers.
         """
-        tokens = self._known(tokens)
-        rows = self._rows(tokens)
+        tokens = checks.validated_tokens("tokens", tokens, self.num_embeddings)
+        found = rows(self.embedding[...], tokens)
+        found = found if self.dtype is None else found.astype(self.dtype)
         if self.padding_idx is None and self.max_norm is None and not self.scale_grad_by_freq:
-            return rows
-        # Zero: it carries the gradient, as it should be, to the table
-        change = rows - jax.lax.stop_gradient(rows)
+            return found
+        source = found
         if self.scale_grad_by_freq:
-            count = jnp.zeros(len(self.embedding), jnp.int32).at[tokens].add(1, mode="drop")
-            change = (
-                change
-                / count.at[tokens].get(mode="fill", fill_value=1).astype(change.dtype)[..., None]
-            )
+            source = source / self._counts(tokens).astype(source.dtype)[..., None]
         if self.padding_idx is not None:
-            change = jnp.where((tokens == self.padding_idx)[..., None], 0, change)
-        return jax.lax.stop_gradient(self._rescaled(rows)) + change
+            source = jnp.where((tokens == self.padding_idx)[..., None], 0, source)
+        return _with_gradient_of(self._rescaled(found), source)
+
+    def _counts(self, tokens: Array) -> Array:
+        """How often each token stands among the tokens; any number for one that is unknown."""
+
+        def count(tokens: Array) -> Array:
+            counts = jnp.zeros(self.num_embeddings, jnp.int32).at[tokens].add(1, mode="drop")
+            return counts.at[tokens].get(mode="fill", fill_value=1)
+
+        return compat.automatically(count, jax.typeof(tokens).sharding.spec)(tokens)
 
     def renormalized(self, tokens: Array) -> Array:
         """The table in which the rows of some ids, where longer than `max_norm`, are rescaled.
@@ -132,24 +145,24 @@ class Embedding(nnx.Module):
           >>> (jnp.linalg.norm(embedding.embedding, axis=1) <= 0.5).nonzero()[0]
           Array([4, 7], dtype=int32)
         """
-        tokens = self._known(tokens)
-        return self.embedding[...].at[tokens].set(self._rescaled(self._rows(tokens)), mode="drop")
-
-    def _known(self, tokens: Array) -> Array:
-        """Check ids; where they cannot be seen, a negative one becomes too large.
-
-        So it has no row, rather than one from the end.
-        """
-        checks.assert_integers(tokens=tokens)
-        checks.assert_in_range("tokens", tokens, 0, len(self.embedding) - 1, "the last id")
-        tokens = jnp.asarray(tokens).astype(jnp.int32)
-        return jnp.where(tokens < 0, np.int32(len(self.embedding)), tokens)
-
-    def _rows(self, tokens: Array) -> Array:
-        return self.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan)
+        tokens = checks.validated_tokens("tokens", tokens, self.num_embeddings)
+        table = self.embedding[...]
+        return table.at[tokens].set(self._rescaled(rows(table, tokens)), mode="drop")
 
     def _rescaled(self, rows: Array) -> Array:
         if self.max_norm is None:
             return rows
         norms = jnp.linalg.norm(rows, ord=self.norm_type, axis=-1, keepdims=True)
         return jnp.where(norms > self.max_norm, rows * (self.max_norm / (norms + 1e-7)), rows)
+
+
+@jax.custom_jvp
+def _with_gradient_of(value: Array, source: Array) -> Array:
+    """The value, with the derivatives of the source; value + (source − source) has NaN for inf."""
+    del source
+    return value
+
+
+@_with_gradient_of.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return _with_gradient_of(*primals), tangents[1]

@@ -1,19 +1,33 @@
 """Multi-head, grouped-query and multi-query attention as one module."""
 
 import functools
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks
 from jattn.functional.heads import merge_heads, split_heads
-from jattn.nn.pooling import _Dropout, project
-from jattn.request import MaskLike, ModifierLike
+from jattn.nn._shared import (
+    Attend,
+    Options,
+    apply,
+    dropout,
+    dropped_weights,
+    normalized,
+    sequence,
+)
+from jattn.request import MaskLike, ModifierLike, Precision
 
 Array = jax.Array
+Initializer = Callable[..., Any]
+Metadata = Mapping[str, Any]
+_NONE: Metadata = MappingProxyType({})
 
 
 class MultiHeadAttention(nnx.Module):
@@ -25,28 +39,46 @@ class MultiHeadAttention(nnx.Module):
     attention); with K = 1 all share one (multi-query attention). Keys and values are never repeated
     in memory. With `out_features` = H every head is as wide as the output (wide heads).
 
+    Names and defaults are those of `flax.nnx.MultiHeadAttention`. Kernels are `[in, N · H]`, the
+    heads side by side.
+
     Args:
       num_heads: N.
-      features: D = N · H, the width of the heads together.
-      query_features: width of the query input, default D.
-      key_features: width of the key input, default that of the query.
-      value_features: width of the value input, default that of the key.
-      out_features: width of the output, default D.
+      in_features: width of the query input.
+      qkv_features: N · H, the width of the heads together; default `in_features`.
+      out_features: width of the output, default `in_features`.
       num_kv_heads: K, default N.
-      use_bias: whether the four projections have biases.
+      in_kv_features: width of the key input and the value input, default `in_features`.
+      in_value_features: width of the value input where it is not that of the key.
+      head_features: H, in the place of `qkv_features`.
+      use_bias: whether the projections of query, key and value have biases.
+      use_out_bias: whether the output projection has a bias; None: as `use_bias`.
+      normalize_qk: normalise every head of query and key: True by a LayerNorm without bias, or a
+        class such as `nnx.RMSNorm`.
       dropout_rate: for the weights.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, a score, a mask or
+        a modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
+      precision: of all products, as `jax.lax.Precision`.
+      kernel_init, bias_init: of all projections.
+      out_kernel_init, out_bias_init: of the output projection, where they differ.
+      kernel_metadata, bias_metadata, out_kernel_metadata, out_bias_metadata: of the parameters,
+        such as `{"out_sharding": (None, "model")}`.
       rngs: for initialisation and dropout.
 
     Attributes:
-      query, key, value, out: the projections, each a Linear; heads are contiguous in their outputs.
+      query, key, value, out: the projections, each a Linear.
+      query_ln, key_ln: the norms, or None.
 
     Raises:
-      ValueError: D is not divisible by N, or N by K; in a call, shapes that do not fit.
+      ValueError: the width of the heads is not a multiple of N, or N of K; both `qkv_features` and
+        `head_features` are given; in a call, shapes that do not fit.
 
     Papers: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762;
     Shazeer 2019, https://arxiv.org/abs/1911.02150;
-    Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+    Ainslie et al. 2023, https://arxiv.org/abs/2305.13245;
+    normalised heads: Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
 
     Example:
       >>> attention = MultiHeadAttention(6, 12, num_kv_heads=2, rngs=nnx.Rngs(0))
@@ -57,47 +89,112 @@ class MultiHeadAttention(nnx.Module):
     def __init__(
         self,
         num_heads: int,
-        features: int,
-        *,
-        query_features: int | None = None,
-        key_features: int | None = None,
-        value_features: int | None = None,
+        in_features: int,
+        qkv_features: int | None = None,
         out_features: int | None = None,
         num_kv_heads: int | None = None,
-        use_bias: bool = False,
+        in_kv_features: int | None = None,
+        *,
+        in_value_features: int | None = None,
+        head_features: int | None = None,
+        use_bias: bool = True,
+        use_out_bias: bool | None = None,
+        normalize_qk: bool | Callable[..., Any] = False,
         dropout_rate: float = 0.0,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
+        precision: Precision = None,
+        kernel_init: Initializer = initializers.lecun_normal(),  # noqa: B008
+        bias_init: Initializer = initializers.zeros_init(),  # noqa: B008
+        out_kernel_init: Initializer | None = None,
+        out_bias_init: Initializer | None = None,
+        kernel_metadata: Metadata = _NONE,
+        bias_metadata: Metadata = _NONE,
+        out_kernel_metadata: Metadata = _NONE,
+        out_bias_metadata: Metadata = _NONE,
         rngs: nnx.Rngs,
     ):
+        use_out_bias = use_bias if use_out_bias is None else use_out_bias
+        checks.assert_bool(use_bias=use_bias, use_out_bias=use_out_bias)
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        checks.assert_positive(
-            num_heads=num_heads, features=features, num_kv_heads=self.num_kv_heads
+        self.in_features = in_features
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.in_value_features = (
+            self.in_kv_features if in_value_features is None else in_value_features
         )
-        for name, size, by, divisor in (
-            ("features", features, "num_heads", num_heads),
-            ("num_heads", num_heads, "num_kv_heads", self.num_kv_heads),
-        ):
-            if size % divisor:
-                raise ValueError(f"{name} ({size}) must be a positive multiple of {by} ({divisor})")
-        query_features = features if query_features is None else query_features
-        key_features = query_features if key_features is None else key_features
-        value_features = key_features if value_features is None else value_features
-        out_features = features if out_features is None else out_features
-        checks.assert_positive(
-            query_features=query_features, key_features=key_features, value_features=value_features
-        )
-        checks.assert_positive(out_features=out_features)
-        kv_width = features // num_heads * self.num_kv_heads
+        self.out_features = in_features if out_features is None else out_features
+        self.head_features = self._width_of_a_head(qkv_features, head_features)
+        self.attend, self.dtype, self.precision = Attend(attend), dtype, precision
         linear = functools.partial(
-            nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+            nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
-        self.query = linear(query_features, features)
-        self.key = linear(key_features, kv_width)
-        self.value = linear(value_features, kv_width)
-        self.out = linear(features, out_features)
-        self.dropout = _Dropout(dropout_rate, rngs)
+        of_heads = functools.partial(
+            linear, use_bias=use_bias, kernel_init=kernel_init, bias_init=bias_init,
+            kernel_metadata=kernel_metadata, bias_metadata=bias_metadata,
+        )  # fmt: skip
+        width, kv_width = (
+            heads * self.head_features for heads in (self.num_heads, self.num_kv_heads)
+        )
+        self.query = of_heads(self.in_features, width)
+        self.key = of_heads(self.in_kv_features, kv_width)
+        self.value = of_heads(self.in_value_features, kv_width)
+        self.out = linear(
+            width, self.out_features, use_bias=use_out_bias,
+            kernel_init=out_kernel_init or kernel_init, bias_init=out_bias_init or bias_init,
+            kernel_metadata=out_kernel_metadata or kernel_metadata,
+            bias_metadata=out_bias_metadata or bias_metadata,
+        )  # fmt: skip
+        norm = _norm(normalize_qk)
+        if norm is not None:
+            norm = functools.partial(
+                norm, self.head_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+        self.query_ln = nnx.data(norm and norm())
+        self.key_ln = nnx.data(norm and norm())
+        self.dropout = dropout(dropout_rate, rngs)
 
+    def _width_of_a_head(self, qkv_features: int | None, head_features: int | None) -> int:
+        checks.assert_positive(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            in_features=self.in_features,
+            in_kv_features=self.in_kv_features,
+            in_value_features=self.in_value_features,
+            out_features=self.out_features,
+        )
+        checks.assert_divisible(num_heads=(self.num_heads, "num_kv_heads", self.num_kv_heads))
+        if head_features is not None:
+            if qkv_features is not None:
+                both = f"qkv_features = {qkv_features} and head_features = {head_features}"
+                raise ValueError(f"give one of them: {both}")
+            checks.assert_positive(head_features=head_features)
+            return head_features
+        name = "in_features" if qkv_features is None else "qkv_features"
+        features = self.in_features if qkv_features is None else qkv_features
+        checks.assert_positive(**{name: features})
+        checks.assert_divisible(**{name: (features, "num_heads", self.num_heads)})
+        return features // self.num_heads
+
+    @overload
+    def __call__(
+        self, query: Array, key: Array | None = None, value: Array | None = None, *,
+        return_weights: Literal[False] = False, qkv_sharding: Any = None, out_sharding: Any = None,
+        **options: Unpack[Options],
+    ) -> Array: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, query: Array, key: Array | None = None, value: Array | None = None, *,
+        return_weights: Literal[True], qkv_sharding: Any = None, out_sharding: Any = None,
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, query: Array, key: Array | None = None, value: Array | None = None, *,
+        return_weights: bool, qkv_sharding: Any = None, out_sharding: Any = None,
+        **options: Unpack[Options],
+    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
     def __call__(
         self,
         query: Array,
@@ -109,20 +206,28 @@ class MultiHeadAttention(nnx.Module):
         positions: tuple[Array, Array] | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
-    ) -> Any:
+        qkv_sharding: Any = None,
+        out_sharding: Any = None,
+    ) -> Array | tuple[Array, Array]:
         """Attend from query to key and value.
 
         Args:
-          query: `[..., T, Dq]`.
-          key: `[..., S, Dk]`; None: the query (self-attention).
-          value: `[..., S, Dv]`; None: the key.
+          query: `[..., T, in_features]`.
+          key: `[..., S, in_kv_features]`; None: the query (self-attention).
+          value: `[..., S, in_value_features]`; None: the key.
           mask, modifier, positions: as `jattn.attend` takes them.
           return_weights: also return the weights `[..., N, T, S]`, before dropout.
-          deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have
-            set it.
+          deterministic: switches dropout off; None: as `module.train()`, `module.eval()` or
+            `nnx.view` has set it.
+          qkv_sharding, out_sharding: on a mesh with explicit axes, of the projected
+            `[..., T, N · H]` and of the output.
 
         Returns:
           `[..., T, out_features]`, or a tuple of it and the weights.
+
+        Raises:
+          ValueError: a shape does not fit, or a value comes without a key.
+          TypeError: an argument is not floating point, or is given by `attend=` too.
         """
         if key is None and value is not None:
             raise ValueError(
@@ -130,14 +235,36 @@ class MultiHeadAttention(nnx.Module):
             )
         key = query if key is None else key
         value = key if value is None else value
-        result = attend(
-            split_heads(project("query", self.query, query), self.num_heads),
-            split_heads(project("key", self.key, key), self.num_kv_heads),
-            split_heads(project("value", self.value, value), self.num_kv_heads),
+        query = sequence(query, self.in_features, "query")
+        key = sequence(key, self.in_kv_features, "key")
+        value = sequence(value, self.in_value_features, "value")
+        query, key, value = (
+            apply(linear, x, qkv_sharding)
+            for linear, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        result = self.attend(
+            self._heads(query, self.num_heads, self.query_ln),
+            self._heads(key, self.num_kv_heads, self.key_ln),
+            self._heads(value, self.num_kv_heads),
             mask=mask, modifier=modifier, positions=positions, return_weights=return_weights,
-            **self.dropout.options(deterministic),
+            precision=self.precision, **dropped_weights(self.dropout, deterministic),
         )  # fmt: skip
         if not return_weights:
-            return self.out(merge_heads(result))
+            return apply(self.out, merge_heads(result), out_sharding)
         output, weights = result
-        return self.out(merge_heads(output)), weights
+        return apply(self.out, merge_heads(output), out_sharding), weights
+
+    def _heads(self, projected: Array, num_heads: int, norm: Any = None) -> Array:
+        heads = split_heads(projected, num_heads)
+        return heads if norm is None else normalized(norm, heads)
+
+
+def _norm(normalize_qk: bool | Callable[..., Any]) -> Callable[..., Any] | None:
+    if isinstance(normalize_qk, bool):
+        layer_norm = functools.partial(nnx.LayerNorm, use_bias=False, use_fast_variance=False)
+        return layer_norm if normalize_qk else None
+    if not callable(normalize_qk):
+        raise TypeError(
+            f"normalize_qk must be True, False or the class of a norm, got {normalize_qk!r}"
+        )
+    return normalize_qk

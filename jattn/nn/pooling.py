@@ -6,7 +6,7 @@ Query `[..., T, Dq]`, key `[..., S, Dk]`, value `[..., S, V]` have no head axis;
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,38 +15,38 @@ from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks, scores
-from jattn.request import MaskLike, Score
+from jattn.nn._shared import Attend, Given, Options, dropout, dropped_weights, project, promoted
+from jattn.request import MaskLike, ModifierLike, Score
 
 Array = jax.Array
-
-
-class _Dropout(nnx.Module):
-    """The dropout of attention weights: its rate, its random stream, and its switch."""
-
-    def __init__(self, rate: float, rngs: nnx.Rngs | None):
-        checks.assert_probability(dropout_rate=rate)
-        if rate > 0 and rngs is None:
-            raise ValueError(f"dropout_rate = {rate} needs rngs, got None")
-        self.rate = rate
-        self.deterministic = False
-        self.rngs = rngs.dropout.fork() if rate > 0 and rngs is not None else None
-
-    def options(self, deterministic: bool | None) -> dict[str, Any]:
-        """The arguments of `attend` for one call; a key is drawn only if weights are dropped."""
-        off = self.deterministic if deterministic is None else deterministic
-        if off or self.rngs is None:
-            return {}
-        return {"dropout_rate": self.rate, "dropout_key": self.rngs()}
 
 
 class _Pooling(nnx.Module):
     """Single-head pooling; what the modules below share. Each has a score of its own."""
 
-    dropout: _Dropout
+    attend: Attend
+    dropout: nnx.Dropout
+    dtype: Any
+    weight: Any = None  # of the score, if it has one
 
-    def _score(self) -> Score:
+    def _score(self, dtype: Any) -> Score:
         raise NotImplementedError
 
+    @overload
+    def __call__(
+        self, query: Array, key: Array, value: Array, *, return_weights: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Array: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, query: Array, key: Array, value: Array, *, return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, query: Array, key: Array, value: Array, *, return_weights: bool,
+        **options: Unpack[Options],
+    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
     def __call__(
         self,
         query: Array,
@@ -54,30 +54,60 @@ class _Pooling(nnx.Module):
         value: Array,
         *,
         mask: MaskLike = None,
+        modifier: ModifierLike = None,
+        positions: tuple[Array, Array] | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
-    ) -> Any:
+    ) -> Array | tuple[Array, Array]:
         """Pool value `[..., S, V]` into `[..., T, V]`.
 
         Args:
           query: `[..., T, Dq]`.
           key: `[..., S, Dk]`.
           value: `[..., S, V]`.
-          mask: as `jattn.attend` takes it.
+          mask, modifier, positions: as `jattn.attend` takes them.
           return_weights: also return the weights `[..., T, S]`, before dropout.
-          deterministic: switches dropout off; None: as `module.train()` and `module.eval()` have
-            set it.
+          deterministic: switches dropout off; None: as `module.train()`, `module.eval()` or
+            `nnx.view` has set it.
 
         Returns:
           `[..., T, V]`, or a tuple of it and the weights.
+
+        Raises:
+          ValueError: a shape does not fit.
+          TypeError: an argument is not floating point, or is given by `attend=` too.
         """
         checks.assert_shapes(
             query=(query, "... T Dq"), key=(key, "... S Dk"), value=(value, "... S V")
         )
-        result = attend(
-            *(jnp.asarray(array)[..., None, :] for array in (query, key, value)),
-            score=self._score(), mask=mask, return_weights=return_weights,
-            **self.dropout.options(deterministic),
+        checks.assert_floating(query=query, key=key, value=value)
+        query, key = self._compared(query, key)
+        return self._pool(
+            query, key, value,
+            mask=mask, modifier=modifier, positions=positions, return_weights=return_weights,
+            deterministic=deterministic,
+        )  # fmt: skip
+
+    def _compared(self, query: Array, key: Array) -> tuple[Array, Array]:
+        """Query and key as the score compares them."""
+        return query, key
+
+    def _pool(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        return_weights: bool,
+        deterministic: bool | None,
+        **options: Any,
+    ) -> Any:
+        weight = () if self.weight is None else (self.weight[...],)
+        query, key, value, *_ = promoted(self.dtype, query, key, value, *weight)
+        result = self.attend(
+            *(array[..., None, :] for array in (query, key, value)),
+            score=self._score(query.dtype), return_weights=return_weights, **options,
+            **dropped_weights(self.dropout, deterministic),
         )  # fmt: skip
         if not return_weights:
             return result.squeeze(-2)
@@ -93,6 +123,8 @@ class DotProductAttention(_Pooling):
     Args:
       scaled: divide by √D (the default), or use the bare product.
       dropout_rate: for the weights.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which the inputs promote.
       rngs: needed if `dropout_rate` > 0.
 
     Raises:
@@ -107,12 +139,19 @@ class DotProductAttention(_Pooling):
     """
 
     def __init__(
-        self, *, scaled: bool = True, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None
+        self,
+        *,
+        scaled: bool = True,
+        dropout_rate: float = 0.0,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
+        rngs: nnx.Rngs | None = None,
     ):
         self.scaled = scaled
-        self.dropout = _Dropout(dropout_rate, rngs)
+        self.attend, self.dtype = Attend(attend), dtype
+        self.dropout = dropout(dropout_rate, rngs)
 
-    def _score(self) -> Score:
+    def _score(self, dtype: Any) -> Score:
         return scores.scaled_dot_product if self.scaled else scores.dot_product
 
 
@@ -124,6 +163,8 @@ class CosineAttention(_Pooling):
     Args:
       scale: the inverse temperature.
       dropout_rate: for the weights.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which the inputs promote.
       rngs: needed if `dropout_rate` > 0.
 
     Raises:
@@ -138,12 +179,19 @@ class CosineAttention(_Pooling):
     """
 
     def __init__(
-        self, *, scale: float = 1.0, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None
+        self,
+        *,
+        scale: float = 1.0,
+        dropout_rate: float = 0.0,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
+        rngs: nnx.Rngs | None = None,
     ):
         self.scale = scale
-        self.dropout = _Dropout(dropout_rate, rngs)
+        self.attend, self.dtype = Attend(attend), dtype
+        self.dropout = dropout(dropout_rate, rngs)
 
-    def _score(self) -> Score:
+    def _score(self, dtype: Any) -> Score:
         return functools.partial(scores.cosine, scale=self.scale)
 
 
@@ -154,6 +202,8 @@ class BilinearAttention(_Pooling):
       query_features: Dq.
       key_features: Dk.
       dropout_rate: for the weights.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: for initialisation and dropout.
 
@@ -177,6 +227,8 @@ class BilinearAttention(_Pooling):
         key_features: int,
         *,
         dropout_rate: float = 0.0,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -185,10 +237,11 @@ class BilinearAttention(_Pooling):
         self.weight = nnx.Param(
             initializer(rngs.params(), (query_features, key_features), param_dtype)
         )
-        self.dropout = _Dropout(dropout_rate, rngs)
+        self.attend, self.dtype = Attend(attend), dtype
+        self.dropout = dropout(dropout_rate, rngs)
 
-    def _score(self) -> Score:
-        return functools.partial(scores.bilinear, weight=self.weight[...])
+    def _score(self, dtype: Any) -> Score:
+        return functools.partial(scores.bilinear, weight=self.weight.astype(dtype))
 
 
 class AdditiveAttention(_Pooling):
@@ -201,6 +254,8 @@ class AdditiveAttention(_Pooling):
       key_features: Dk.
       hidden_features: width of the projections.
       dropout_rate: for the weights.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: for initialisation and dropout.
 
@@ -227,6 +282,8 @@ class AdditiveAttention(_Pooling):
         hidden_features: int,
         *,
         dropout_rate: float = 0.0,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -235,39 +292,20 @@ class AdditiveAttention(_Pooling):
             key_features=key_features,
             hidden_features=hidden_features,
         )
-        linear = functools.partial(nnx.Linear, use_bias=False, param_dtype=param_dtype, rngs=rngs)
+        self.query_features, self.key_features = query_features, key_features
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.query = linear(query_features, hidden_features)
         self.key = linear(key_features, hidden_features)
         weight = initializers.lecun_normal()(rngs.params(), (hidden_features, 1), param_dtype)
         self.weight = nnx.Param(weight[:, 0])
-        self.dropout = _Dropout(dropout_rate, rngs)
-
-    def __call__(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        mask: MaskLike = None,
-        return_weights: bool = False,
-        deterministic: bool | None = None,
-    ) -> Any:
-        """Pool value `[..., S, V]` into `[..., T, V]`.
-
-        On request also return the weights `[..., T, S]`.
-        """
-        return self.attend_projected(
-            query,
-            self.project_key(key),
-            value,
-            mask=mask,
-            return_weights=return_weights,
-            deterministic=deterministic,
-        )
+        self.attend, self.dtype = Attend(attend), dtype
+        self.dropout = dropout(dropout_rate, rngs)
 
     def project_key(self, key: Array) -> Array:
         """W_k k, `[..., S, Dk] -> [..., S, hidden_features]`: once for all queries of a decoder."""
-        return project("key", self.key, key)
+        return project("key", self.key, key, self.key_features)
 
     def attend_projected(
         self,
@@ -275,18 +313,22 @@ class AdditiveAttention(_Pooling):
         projected_key: Array,
         value: Array,
         *,
-        mask: MaskLike = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
+        **options: Unpack[Given],
     ) -> Any:
         """As a call, with the key as `project_key` returned it."""
-        return super().__call__(
-            project("query", self.query, query), projected_key, value,
-            mask=mask, return_weights=return_weights, deterministic=deterministic,
+        query = project("query", self.query, query, self.query_features)
+        return self._pool(
+            query, projected_key, value,
+            return_weights=return_weights, deterministic=deterministic, **options,
         )  # fmt: skip
 
-    def _score(self) -> Score:
-        return functools.partial(scores.additive, weight=self.weight[...])
+    def _compared(self, query: Array, key: Array) -> tuple[Array, Array]:
+        return project("query", self.query, query, self.query_features), self.project_key(key)
+
+    def _score(self, dtype: Any) -> Score:
+        return functools.partial(scores.additive, weight=self.weight.astype(dtype))
 
 
 class NadarayaWatson(_Pooling):
@@ -297,6 +339,8 @@ class NadarayaWatson(_Pooling):
     For training, predict each point from the others: `mask=masks.no_self()`.
 
     Args:
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which inputs and parameter promote.
       param_dtype: dtype of the parameter.
       rngs: for initialisation, uniform in 0 … 1.
 
@@ -315,23 +359,17 @@ class NadarayaWatson(_Pooling):
       (5, 1)
     """
 
-    def __init__(self, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (), param_dtype))
-        self.dropout = _Dropout(0.0, None)
+        self.attend, self.dtype = Attend(attend), dtype
+        self.dropout = dropout(0.0, None)
 
-    def _score(self) -> Score:
-        return functools.partial(scores.gaussian, weight=self.weight[...])
-
-
-def project(name: str, linear: Callable[[Array], Array], x: Array) -> Array:
-    """Apply a Linear to `[..., length, features]`, naming the argument if its width does not fit.
-
-    Example:
-      >>> project("query", nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((5, 3))).shape
-      (5, 2)
-    """
-    checks.assert_floating(**{name: x})
-    expected = linear.in_features  # type: ignore[attr-defined]
-    if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != expected:
-        raise ValueError(f"{name} must be [..., length, {expected}], got shape {jnp.shape(x)}")
-    return linear(jnp.asarray(x))
+    def _score(self, dtype: Any) -> Score:
+        return functools.partial(scores.gaussian, weight=self.weight.astype(dtype))

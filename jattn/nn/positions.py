@@ -9,6 +9,7 @@ from flax.nnx.nn import initializers
 
 from jattn.functional import checks
 from jattn.functional.positions import sinusoidal_encoding
+from jattn.nn._shared import dropout, promoted, sequence
 
 Array = jax.Array
 
@@ -19,6 +20,7 @@ class SinusoidalPositions(nnx.Module):
     Args:
       features: D, even.
       dropout_rate: for the sum.
+      dtype: to compute in; None: that of x.
       rngs: needed if `dropout_rate` > 0.
 
     Raises:
@@ -31,21 +33,24 @@ class SinusoidalPositions(nnx.Module):
       (2, 5, 4)
     """
 
-    def __init__(self, features: int, *, dropout_rate: float = 0.0, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self,
+        features: int,
+        *,
+        dropout_rate: float = 0.0,
+        dtype: Any = None,
+        rngs: nnx.Rngs | None = None,
+    ):
         # An odd width is an error here rather than in the first call
         sinusoidal_encoding(0, features)
-        checks.assert_probability(dropout_rate=dropout_rate)
-        if dropout_rate > 0 and rngs is None:
-            raise ValueError(f"dropout_rate = {dropout_rate} needs rngs, got None")
-        self.features = features
-        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.features, self.dtype = features, dtype
+        self.dropout = dropout(dropout_rate, rngs)
 
     def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:
-        """Encode x `[..., T, D]`; keeps its shape and dtype."""
-        T, x = _length(x, self.features), jnp.asarray(x)
-        return self.dropout(
-            x + sinusoidal_encoding(T, self.features).astype(x.dtype), deterministic=deterministic
-        )
+        """Encode x `[..., T, D]`; keeps its shape, and its dtype unless the module has one."""
+        (x,) = promoted(self.dtype, sequence(x, self.features))
+        encoding = sinusoidal_encoding(x.shape[-2], self.features).astype(x.dtype)
+        return self.dropout(x + encoding, deterministic=deterministic)
 
 
 class LearnedPositions(nnx.Module):
@@ -54,6 +59,7 @@ class LearnedPositions(nnx.Module):
     Args:
       max_length: number of positions that have an embedding.
       features: D.
+      dtype: to compute in; None: the one to which x and the table promote.
       param_dtype: dtype of the table.
       rngs: for initialisation, normal with standard deviation 0.02.
 
@@ -71,23 +77,35 @@ class LearnedPositions(nnx.Module):
     """
 
     def __init__(
-        self, max_length: int, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self,
+        max_length: int,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         checks.assert_positive(max_length=max_length, features=features)
+        self.dtype = dtype
         initializer = initializers.normal(0.02)
         self.embedding = nnx.Param(initializer(rngs.params(), (max_length, features), param_dtype))
 
     def __call__(self, x: Array) -> Array:
         """Encode x `[..., T, D]`."""
         max_length, features = self.embedding.shape
-        T = _length(x, features)
-        if T > max_length:
+        x = sequence(x, features)
+        T = x.shape[-2]
+        if not _at_most(T, max_length):
             raise ValueError(f"x has length {T}, beyond the {max_length} learned positions")
-        return jnp.asarray(x) + self.embedding[:T]
+        x, table = promoted(self.dtype, x, self.embedding[:T])
+        return x + table
 
 
-def _length(x: Array, features: int) -> int:
-    checks.assert_floating(x=x)
-    if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != features:
-        raise ValueError(f"x must be [..., T, {features}], got shape {jnp.shape(x)}")
-    return jnp.shape(x)[-2]
+def _at_most(length: Any, bound: int) -> bool:
+    try:
+        return length <= bound
+    except jax.core.InconclusiveDimensionOperation:
+        raise ValueError(
+            f"x has a length {length} that may be beyond the {bound} learned positions: give "
+            f'jax.export.symbolic_shape the constraint "{length} <= {bound}"'
+        ) from None

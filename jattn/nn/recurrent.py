@@ -1,6 +1,7 @@
 """Recurrent networks with PyTorch's equations; weights carry over to PyTorch and back."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from flax import nnx
 
 from jattn.functional import checks
 from jattn.functional.recurrence import State
-from jattn.nn.recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell, _promoted
+from jattn.nn._shared import dropout, promoted
+from jattn.nn.recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell
 
 Array = jax.Array
 
@@ -17,31 +19,25 @@ Array = jax.Array
 class _Network(nnx.Module):
     """Layers of cells over a sequence, which the three networks share; each has its own cell."""
 
-    cell: ClassVar[type[Cell]]
-
     def __init__(
         self,
+        cell: Callable[[int], Cell],
         in_features: int,
-        hidden_features: int,
-        *,
-        num_layers: int = 1,
-        bidirectional: bool = False,
-        dropout_rate: float = 0.0,
+        num_layers: int,
+        bidirectional: bool,
+        dropout_rate: float,
         rngs: nnx.Rngs,
-        **options: Any,
     ):
-        checks.assert_positive(
-            in_features=in_features, hidden_features=hidden_features, num_layers=num_layers
-        )
-        checks.assert_probability(dropout_rate=dropout_rate)
+        checks.assert_positive(in_features=in_features, num_layers=num_layers)
+        checks.assert_bool(bidirectional=bidirectional)
+        self.dropout = dropout(dropout_rate, rngs)
         self.layers: nnx.List[Cell] = nnx.List()
         self.backward_layers: nnx.List[Cell] = nnx.List()
         width = in_features
         for _ in range(num_layers):
             for cells in (self.layers, self.backward_layers)[: 1 + bidirectional]:
-                cells.append(self.cell(width, hidden_features, rngs=rngs, **options))
+                cells.append(cell(width))
             width = (1 + bidirectional) * self.layers[-1].hidden_kernel.shape[0]
-        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs if dropout_rate else None)
 
     def __call__(
         self,
@@ -55,41 +51,41 @@ class _Network(nnx.Module):
 
         Args:
           inputs: `[..., T, D]`, floating point, T ≥ 1.
-          state: of every cell before its first step, `[..., R, F]`, where R counts the layers, and
-            with both directions twice the layers: layer by layer, in each the forward cell first.
-            Of an LSTM the pair of h `[..., R, P]` and c `[..., R, F]`. None: zeros.
-          lengths: integers `[...]` from 1 to T: only so many steps of each sequence are real; the
-            backward direction begins at the last of them. None: all are.
+          state: of every cell before its first step, `[..., R, F]`. R is the number of layers, or
+            twice that with both directions: layer by layer, the forward cell of each first. An
+            LSTM has a pair of h `[..., R, P]` and c `[..., R, F]`. None: zeros.
+          lengths: integers `[...]` from 1 to T, the number of real steps of each sequence. The
+            backward direction begins at the last real step. None: all steps are real.
           deterministic: True switches dropout off; None follows `train()` and `eval()`.
 
         Returns:
-          The top layer's h after every step, `[..., T, P]`, or with both directions the two side by
-          side, `[..., T, 2P]`, zero past the end of a sequence; and every cell's state after its
-          last real step, like `state`.
+          The top layer's h after every step, `[..., T, P]`, and the state of every cell after its
+          last real step, like `state`. With both directions the outputs stand side by side,
+          `[..., T, 2P]`. Past the end of a sequence they are zero.
 
         Raises:
           ValueError: a shape does not fit, or a length lies outside 1 … T. Under jit, where lengths
             cannot be seen, the state of such a sequence is NaN.
           TypeError: inputs or state are not floating point, or lengths are not integers.
         """
-        inputs, parts, inside, known = self._check(inputs, state, lengths)
+        inputs, parts, valid, possible = self._check(inputs, state, lengths)
         outputs = rearrange(inputs, "... t d -> t ... d")
-        if inside is not None:
+        if valid is not None:
             # What lies past the end may be anything, NaN included
-            outputs = jnp.where(inside, outputs, 0)
+            outputs = jnp.where(valid, outputs, 0)
         last: list[State] = []
         for layer in range(len(self.layers)):
             below = self.dropout(outputs, deterministic=deterministic) if layer else outputs
             both = []
             for reverse, cell in enumerate(self._cells(layer)):
                 first = tuple(part[..., len(last), :] for part in parts)
-                states, final = cell.run(below, first, inside=inside, reverse=bool(reverse))
+                states, final = cell.run(below, first, valid=valid, reverse=bool(reverse))
                 both.append(states)
                 last.append(final)
             outputs = jnp.concatenate(both, axis=-1)
-        if inside is not None and known is not None:
-            outputs = jnp.where(inside, outputs, 0)
-            last = [tuple(jnp.where(known, part, jnp.nan) for part in final) for final in last]
+        if valid is not None and possible is not None:
+            outputs = jnp.where(valid, outputs, 0)
+            last = [tuple(jnp.where(possible, part, jnp.nan) for part in final) for final in last]
         return rearrange(outputs, "t ... f -> ... t f"), self._stack(last)
 
     def step(self, projected: Array, state: Any, *, deterministic: bool | None = None) -> Any:
@@ -134,9 +130,9 @@ class _Network(nnx.Module):
     def _check(
         self, inputs: Array, state: Any, lengths: Array | None
     ) -> tuple[Array, State, Array | None, Array | None]:
-        """Inputs and state in one dtype; which steps are real, and of which sequences one knows.
+        """Inputs and state in one dtype; which steps are real; which lengths are possible.
 
-        The real steps are `[T, ..., 1]`.
+        The real steps are `[T, ..., 1]`, the possible lengths `[..., 1]`.
         """
         first = self.layers[0]
         own = (first.sizes(len(self.layers) + len(self.backward_layers)), "R D P F")
@@ -153,7 +149,7 @@ class _Network(nnx.Module):
             network=own, inputs=(inputs, "... T D"), **first.patterns(parts, "... R")
         )
         checks.assert_floating(**first.names(parts))
-        inputs, *same = _promoted(inputs, *parts, first.input_kernel[...])
+        inputs, *same, _ = promoted(first.dtype, inputs, *parts, first.input_kernel[...])
         if lengths is None:
             return inputs, tuple(same), None, None
         checks.assert_shapes(inputs=(inputs, "... T D"), lengths=(lengths, "..."))
@@ -178,7 +174,8 @@ class RNN(_Network):
       dropout_rate: of the outputs of every layer but the top one.
       activation: f, `jnp.tanh` (the default) or `jax.nn.relu` as in PyTorch, or any other.
       use_bias: whether each cell has two biases (the default) or none.
-      param_dtype: dtype of the parameters, default float32.
+      dtype: to compute in; None: the one to which inputs, state and parameters promote.
+      param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
     Raises:
@@ -193,15 +190,35 @@ class RNN(_Network):
       ((4, 7, 5), (4, 2, 5))
     """
 
-    cell = RNNCell
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout_rate: float = 0.0,
+        activation: Callable[[Array], Array] = jnp.tanh,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def cell(width: int) -> RNNCell:
+            return RNNCell(
+                width, hidden_features, activation=activation, use_bias=use_bias,
+                dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
+
+        super().__init__(cell, in_features, num_layers, bidirectional, dropout_rate, rngs)
 
 
 class LSTM(_Network):
     """Long short-term memory over a sequence (`lstm_step`); `torch.nn.LSTM`.
 
     Each layer reads the outputs of the one below. Parameters: those of `layers`, a list of L
-    `LSTMCell`s, and of `backward_layers`, as many or none. The state is a pair: h `[..., R, P]` and
-    c `[..., R, F]`.
+    `LSTMCell`s, and of `backward_layers`, as many or none. The state is an `LSTMState`:
+    h `[..., R, P]` and c `[..., R, F]`.
 
     Args:
       in_features: D.
@@ -211,7 +228,8 @@ class LSTM(_Network):
       dropout_rate: of the outputs of every layer but the top one.
       proj_features: P, the width of every h where it is projected; None: F, and no projection.
       use_bias: whether each cell has two biases (the default) or none.
-      param_dtype: dtype of the parameters, default float32.
+      dtype: to compute in; None: the one to which inputs, state and parameters promote.
+      param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
     Raises:
@@ -227,7 +245,27 @@ class LSTM(_Network):
       ((4, 7, 10), (4, 2, 5), (4, 2, 5))
     """
 
-    cell = LSTMCell
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout_rate: float = 0.0,
+        proj_features: int | None = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def cell(width: int) -> LSTMCell:
+            return LSTMCell(
+                width, hidden_features, proj_features=proj_features, use_bias=use_bias,
+                dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
+
+        super().__init__(cell, in_features, num_layers, bidirectional, dropout_rate, rngs)
 
 
 class GRU(_Network):
@@ -243,7 +281,8 @@ class GRU(_Network):
       bidirectional: whether each layer also runs from the end; its outputs stand side by side.
       dropout_rate: of the outputs of every layer but the top one.
       use_bias: whether each cell has two biases (the default) or none.
-      param_dtype: dtype of the parameters, default float32.
+      dtype: to compute in; None: the one to which inputs, state and parameters promote.
+      param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
     Raises:
@@ -258,4 +297,23 @@ class GRU(_Network):
       ((4, 7, 5), (4, 2, 5))
     """
 
-    cell = GRUCell
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout_rate: float = 0.0,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        def cell(width: int) -> GRUCell:
+            return GRUCell(
+                width, hidden_features, use_bias=use_bias,
+                dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            )  # fmt: skip
+
+        super().__init__(cell, in_features, num_layers, bidirectional, dropout_rate, rngs)

@@ -1,7 +1,7 @@
 """One step of each recurrent network, with its parameters."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,16 @@ from flax import nnx
 
 from jattn.functional import checks
 from jattn.functional.recurrence import Gates, State, Weights, advance, gru_step, lstm_step, recur
+from jattn.nn._shared import promoted
 
 Array = jax.Array
+
+
+class LSTMState(NamedTuple):
+    """What a long short-term memory keeps from step to step."""
+
+    h: Array  # the output, [..., P]
+    c: Array  # the cell, [..., F]
 
 
 class Cell(nnx.Module):
@@ -21,13 +29,14 @@ class Cell(nnx.Module):
       hidden_features: F.
       proj_features: P, the width of the output where it is projected; None: F, and no projection.
       use_bias: whether there are two biases or none.
+      dtype: to compute in; None: the one to which inputs, state and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
     """
 
     gates: ClassVar[int]
-    # Whether a step takes the products of input and state apart, not as their sum
-    apart: ClassVar[bool] = False
+    # Whether a step takes the products of input and state as a pair, not as their sum
+    separate: ClassVar[bool] = False
     letters: ClassVar[tuple[str, ...]] = ("F",)  # the width of each part of the state
 
     def __init__(
@@ -37,6 +46,7 @@ class Cell(nnx.Module):
         *,
         proj_features: int | None = None,
         use_bias: bool = True,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -44,6 +54,8 @@ class Cell(nnx.Module):
         checks.assert_positive(
             in_features=in_features, hidden_features=hidden_features, proj_features=state_features
         )
+        checks.assert_bool(use_bias=use_bias)
+        self.dtype = dtype
         bound = hidden_features**-0.5
 
         def uniform(*shape: int) -> nnx.Param:
@@ -63,7 +75,7 @@ class Cell(nnx.Module):
 
         Args:
           inputs: `[..., D]`, floating point.
-          state: h `[..., F]`; of an LSTM the pair of h `[..., P]` and c `[..., F]`.
+          state: h `[..., F]`; of an LSTM an `LSTMState`, h `[..., P]` and c `[..., F]`.
 
         Returns:
           Like `state`, in the dtype to which inputs, state and parameters promote.
@@ -77,25 +89,48 @@ class Cell(nnx.Module):
             cell=(self.sizes(), "D P F"), inputs=(inputs, "... D"), **self.patterns(parts, "...")
         )
         checks.assert_floating(inputs=inputs, **self.names(parts))
-        inputs, *same = _promoted(inputs, *parts, self.hidden_kernel[...])
+        inputs, *same, _ = promoted(self.dtype, inputs, *parts, self.hidden_kernel[...])
         return self.pack(self.advance(self.project(inputs), tuple(same)))
 
-    def project(self, inputs: Array) -> Array:
-        """The part of a step without the state: `inputs [..., D]` to `W x + b`, `[..., G · F]`."""
-        checks.assert_shapes(input_kernel=(self.input_kernel, "D gates"), inputs=(inputs, "... D"))
+    def project(self, inputs: Array, *, first: int | None = None, use_bias: bool = True) -> Array:
+        """The part of a step without the state: `inputs [..., D]` to `W x + b`, `[..., G · F]`.
+
+        The product of inputs that lie side by side is the sum of their products. So a part
+        `[..., D']` that is known earlier may be projected earlier: `first` is the place in D at
+        which it begins, and all parts but one have `use_bias=False`.
+
+        Raises:
+          ValueError: the width is not D, or a part does not lie within D.
+
+        Example:
+          >>> cell, x = RNNCell(3, 5, rngs=nnx.Rngs(0)), jnp.ones((2, 3))
+          >>> early = cell.project(x[:, 1:], first=1, use_bias=False)
+          >>> bool(jnp.allclose(cell.project(x), early + cell.project(x[:, :1], first=0)))
+          True
+        """
+        D, width = self.input_kernel.shape[0], jnp.shape(inputs)[-1]
+        begin = first or 0
+        if begin + width > D or (first is None and width < D):
+            part = "" if first is None else f" from feature {first} on"
+            raise ValueError(
+                f"inputs must be [..., D] with D = {D}{part}, got shape {jnp.shape(inputs)}"
+            )
         weights = self.weights(inputs.dtype)
-        projected = inputs @ weights.input_kernel
-        return projected if weights.input_bias is None else projected + weights.input_bias
+        projected = inputs @ weights.input_kernel[begin : begin + width]
+        bias = weights.input_bias if use_bias else None
+        return projected if bias is None else projected + bias
 
     def advance(self, projected: Array, state: State) -> State:
         """The rest of a step: `projected [..., G · F]` and the state's parts to the next parts.
 
         All are of one dtype.
         """
-        return advance(self.step, projected, state, self.weights(projected.dtype), apart=self.apart)
+        return advance(
+            self.step, projected, state, self.weights(projected.dtype), separate=self.separate
+        )
 
     def run(
-        self, inputs: Array, state: State, *, inside: Array | None = None, reverse: bool = False
+        self, inputs: Array, state: State, *, valid: Array | None = None, reverse: bool = False
     ) -> tuple[Array, State]:
         """All steps, time first: `inputs [T, ..., D]` to h `[T, ..., P]` and the last state.
 
@@ -103,7 +138,7 @@ class Cell(nnx.Module):
         """
         weights = self.weights(inputs.dtype)
         return recur(
-            self.step, inputs, state, weights, apart=self.apart, inside=inside, reverse=reverse
+            self.step, inputs, state, weights, separate=self.separate, valid=valid, reverse=reverse
         )
 
     def step(self, gates: Gates, state: State) -> State:
@@ -130,7 +165,7 @@ class Cell(nnx.Module):
 
     def pack(self, parts: State) -> Any:
         """A state as a caller gets it: the inverse of `unpack`."""
-        return parts[0] if len(parts) == 1 else parts
+        return parts[0] if len(parts) == 1 else LSTMState(*parts)
 
     def names(self, parts: State) -> dict[str, Array]:
         """The parts under the names that errors give them."""
@@ -168,6 +203,7 @@ class RNNCell(Cell):
       hidden_features: F, the width of the state.
       activation: f, `jnp.tanh` or `jax.nn.relu` as in PyTorch, or any other.
       use_bias: whether there are two biases or none.
+      dtype: to compute in; None: the one to which inputs, state and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
 
@@ -191,12 +227,14 @@ class RNNCell(Cell):
         *,
         activation: Callable[[Array], Array] = jnp.tanh,
         use_bias: bool = True,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         super().__init__(
-            in_features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
-        )
+            in_features, hidden_features, use_bias=use_bias, dtype=dtype,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
         self.activation = activation
 
     def step(self, gates: Gates, state: State) -> State:
@@ -213,7 +251,7 @@ class LSTMCell(Cell):
 
     Parameters: `input_kernel [D, 4F]`, `hidden_kernel [P, 4F]`, unless `use_bias=False`
     `input_bias [4F]` and `hidden_bias [4F]`, and with `proj_features` `proj_kernel [F, P]`; gate
-    order i, f, g, o. All begin uniform in ±1/√F. The state is the pair of h `[..., P]` and c
+    order i, f, g, o. All begin uniform in ±1/√F. The state is an `LSTMState`: h `[..., P]` and c
     `[..., F]`.
 
     Args:
@@ -221,6 +259,7 @@ class LSTMCell(Cell):
       hidden_features: F, the width of the cell c.
       proj_features: P, the width of h where it is projected; None: F, and no projection.
       use_bias: whether there are two biases or none.
+      dtype: to compute in; None: the one to which inputs, state and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
 
@@ -239,6 +278,22 @@ class LSTMCell(Cell):
 
     gates = 4
     letters = ("P", "F")
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        proj_features: int | None = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_features, hidden_features, proj_features=proj_features, use_bias=use_bias,
+            dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
 
     def step(self, gates: Gates, state: State) -> State:
         """`lstm_step`."""
@@ -259,6 +314,7 @@ class GRUCell(Cell):
       in_features: D.
       hidden_features: F, the width of the state.
       use_bias: whether there are two biases or none.
+      dtype: to compute in; None: the one to which inputs, state and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
 
@@ -274,7 +330,7 @@ class GRUCell(Cell):
     """
 
     gates = 3
-    apart = True  # the reset gate stands between the two products
+    separate = True  # the reset gate stands between the two products
 
     def __init__(
         self,
@@ -282,19 +338,15 @@ class GRUCell(Cell):
         hidden_features: int,
         *,
         use_bias: bool = True,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         super().__init__(
-            in_features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
-        )
+            in_features, hidden_features, use_bias=use_bias, dtype=dtype,
+            param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
 
     def step(self, gates: Gates, state: State) -> State:
         """`gru_step`."""
         return (gru_step(gates[0], gates[1], state[0]),)
-
-
-def _promoted(*arrays: Array) -> list[Array]:
-    """All arrays but the last, in the dtype to which all promote."""
-    dtype = jnp.result_type(*arrays)
-    return [jnp.asarray(array, dtype) for array in arrays[:-1]]

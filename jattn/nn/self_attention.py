@@ -1,7 +1,9 @@
 """Small self-attentions: one head, heads that share projections, and the residual around any."""
 
 import functools
-from typing import Any
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,96 @@ from flax import nnx
 from jattn.attention import attend
 from jattn.functional import checks, scores
 from jattn.functional.heads import merge_heads, split_heads
-from jattn.nn.pooling import DotProductAttention, project
-from jattn.request import MaskLike
+from jattn.nn._shared import (
+    Attend,
+    Options,
+    dropout,
+    dropped_weights,
+    normalized,
+    promoted,
+    sequence,
+)
+from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array
 
 
-class SelfAttention(nnx.Module):
+class _SelfAttention(nnx.Module):
+    """Attention of a sequence to itself; what the modules below share.
+
+    Each says what query, key and value are, and what becomes of the heads.
+    """
+
+    attend: Attend
+    dropout: nnx.Dropout
+    features: int
+    scale: float | None = None
+
+    def _operands(self, x: Array) -> tuple[Array, Array, Array]:
+        """Query, key and value, each `[..., T, N, H]`."""
+        raise NotImplementedError
+
+    def _merged(self, heads: Array) -> Array:
+        """`[..., T, N, H]` to the output."""
+        raise NotImplementedError
+
+    @overload
+    def __call__(
+        self, x: Array, *, return_weights: Literal[False] = False, **options: Unpack[Options]
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, x: Array, *, return_weights: Literal[True], **options: Unpack[Options]
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self, x: Array, *, return_weights: bool, **options: Unpack[Options]
+    ) -> Array | tuple[Array, Array]: ...
+    def __call__(
+        self,
+        x: Array,
+        *,
+        mask: MaskLike = None,
+        modifier: ModifierLike = None,
+        positions: tuple[Array, Array] | None = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """Attend from a sequence to itself.
+
+        Args:
+          x: `[..., T, D]`.
+          mask, modifier, positions: as `jattn.attend` takes them.
+          return_weights: also return the weights before dropout, `[..., N, T, T]`; of a single head
+            `[..., T, T]`.
+          deterministic: switches dropout off; None: as `module.train()`, `module.eval()` or
+            `nnx.view` has set it.
+
+        Returns:
+          `[..., T, F]`, or a tuple of it and the weights; the class says what F is.
+
+        Raises:
+          ValueError: a shape does not fit.
+          TypeError: x is not floating point, or an argument is given by `attend=` too.
+        """
+        score = None
+        if self.scale is not None:
+            score = functools.partial(scores.scaled_dot_product, scale=self.scale)
+        result = self.attend(
+            *self._operands(sequence(x, self.features)),
+            score=score, mask=mask, modifier=modifier, positions=positions,
+            return_weights=return_weights, **dropped_weights(self.dropout, deterministic),
+        )  # fmt: skip
+        if not return_weights:
+            return self._merged(result)
+        output, weights = result
+        return self._merged(output), self._weights(weights)
+
+    def _weights(self, weights: Array) -> Array:
+        return weights
+
+
+class SelfAttention(_SelfAttention):
     """One head: query, key and value are three projections of one sequence.
 
         output = softmax(Q Kᵀ / √H) V,   Q = x W_q + b_q,   K = x W_k + b_k,   V = x W_v + b_v
@@ -25,8 +110,12 @@ class SelfAttention(nnx.Module):
       in_features: D.
       features: H, the width of the projections and of the output.
       use_bias: whether the projections have biases.
+      dropout_rate: for the weights.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, a score, a mask or
+        a modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
-      rngs: for initialisation.
+      rngs: for initialisation and dropout.
 
     Attributes:
       query, key, value: the projections, each a Linear.
@@ -47,34 +136,35 @@ class SelfAttention(nnx.Module):
         features: int,
         *,
         use_bias: bool = True,
+        dropout_rate: float = 0.0,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         checks.assert_positive(in_features=in_features, features=features)
+        checks.assert_bool(use_bias=use_bias)
         linear = functools.partial(
-            nnx.Linear, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+            nnx.Linear, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
+        self.features = in_features
         self.query = linear(in_features, features)
         self.key = linear(in_features, features)
         self.value = linear(in_features, features)
-        self.pooling = DotProductAttention()
+        self.attend, self.dropout = Attend(attend), dropout(dropout_rate, rngs)
 
-    def __call__(self, x: Array, *, mask: MaskLike = None, return_weights: bool = False) -> Any:
-        """Attend from a sequence to itself.
+    def _operands(self, x: Array) -> tuple[Array, Array, Array]:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        return query[..., None, :], key[..., None, :], value[..., None, :]
 
-        Args:
-          x: `[..., T, D]`.
-          mask: as `jattn.attend` takes it, with N = 1.
-          return_weights: also return the weights `[..., T, T]`.
+    def _merged(self, heads: Array) -> Array:
+        return heads.squeeze(-2)
 
-        Returns:
-          `[..., T, H]`, or a tuple of it and the weights.
-        """
-        projected = (project("x", linear, x) for linear in (self.query, self.key, self.value))
-        return self.pooling(*projected, mask=mask, return_weights=return_weights)
+    def _weights(self, weights: Array) -> Array:
+        return weights.squeeze(-3)
 
 
-class SharedProjectionAttention(nnx.Module):
+class SharedProjectionAttention(_SelfAttention):
     """Multi-head self-attention whose heads share one small projection each of query, key, value.
 
         head_n = softmax(Q_n K_nᵀ / √H) V_n,   Q_n = x_n W_q,   K_n = x_n W_k,   V_n = x_n W_v
@@ -87,9 +177,13 @@ class SharedProjectionAttention(nnx.Module):
     Args:
       num_heads: N.
       features: D = N · H, the width of the input and of the output.
-      scale: factor of the scores, default 1 / √H; some code has 1 / √D.
+      scale: factor of the scores; None: 1 / √H; some code has 1 / √D.
+      dropout_rate: for the weights.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, a score, a mask or
+        a modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
-      rngs: for initialisation.
+      rngs: for initialisation and dropout.
 
     Attributes:
       query, key, value: the shared projections, each a Linear `[H, H]` without bias.
@@ -113,44 +207,29 @@ class SharedProjectionAttention(nnx.Module):
         features: int,
         *,
         scale: float | None = None,
+        dropout_rate: float = 0.0,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         checks.assert_positive(num_heads=num_heads, features=features)
-        if features % num_heads:
-            raise ValueError(
-                f"features ({features}) must be a positive multiple of num_heads ({num_heads})"
-            )
-        self.num_heads = num_heads
-        self.scale = scale
-        linear = functools.partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
+        checks.assert_divisible(features=(features, "num_heads", num_heads))
+        self.num_heads, self.features, self.scale = num_heads, features, scale
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = features // num_heads
         self.query = linear(width, width, use_bias=False)
         self.key = linear(width, width, use_bias=False)
         self.value = linear(width, width, use_bias=False)
         self.out = linear(features, features)
+        self.attend, self.dropout = Attend(attend), dropout(dropout_rate, rngs)
 
-    def __call__(self, x: Array, *, mask: MaskLike = None, return_weights: bool = False) -> Any:
-        """Attend from a sequence to itself.
+    def _operands(self, x: Array) -> tuple[Array, Array, Array]:
+        heads = split_heads(x, self.num_heads)
+        return self.query(heads), self.key(heads), self.value(heads)
 
-        Args:
-          x: `[..., T, D]`.
-          mask: as `jattn.attend` takes it.
-          return_weights: also return the weights `[..., N, T, T]`.
-
-        Returns:
-          `[..., T, D]`, or a tuple of it and the weights.
-        """
-        heads = split_heads(sequence(x, self.out.in_features), self.num_heads)
-        result = attend(
-            self.query(heads), self.key(heads), self.value(heads),
-            score=functools.partial(scores.scaled_dot_product, scale=self.scale),
-            mask=mask, return_weights=return_weights,
-        )  # fmt: skip
-        if not return_weights:
-            return self.out(merge_heads(result))
-        output, weights = result
-        return self.out(merge_heads(output)), weights
+    def _merged(self, heads: Array) -> Array:
+        return self.out(merge_heads(heads))
 
 
 class ResidualAttention(nnx.Module):
@@ -166,6 +245,7 @@ class ResidualAttention(nnx.Module):
       in_features: D.
       out_features: F, default D.
       use_layer_norm: whether a LayerNorm (ε = 1e-5) follows the sum.
+      dtype: in which skip and norm compute; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters of skip and norm.
       rngs: for initialisation.
 
@@ -195,21 +275,39 @@ class ResidualAttention(nnx.Module):
         out_features: int | None = None,
         *,
         use_layer_norm: bool = False,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         out_features = in_features if out_features is None else out_features
         checks.assert_positive(in_features=in_features, out_features=out_features)
-        linear = functools.partial(nnx.Linear, param_dtype=param_dtype, rngs=rngs)
-        norm = functools.partial(
-            nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False, param_dtype=param_dtype, rngs=rngs
-        )
+        checks.assert_bool(use_layer_norm=use_layer_norm)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.in_features, self.out_features = in_features, out_features
-        self.attention = attention
-        self.skip = None if in_features == out_features else linear(in_features, out_features)
-        self.norm = norm(out_features) if use_layer_norm else None
+        self.attention, self.dtype = attention, dtype
+        self.skip = self.norm = nnx.data(None)
+        if in_features != out_features:
+            self.skip = nnx.Linear(in_features, out_features, **options)
+        if use_layer_norm:
+            self.norm = nnx.LayerNorm(
+                out_features, epsilon=1e-5, use_fast_variance=False, **options
+            )
 
-    def __call__(self, x: Array, *, return_weights: bool = False, **options: Any) -> Any:
+    @overload
+    def __call__(
+        self, x: Array, *, return_weights: Literal[False] = False, **options: Any
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, x: Array, *, return_weights: Literal[True], **options: Any
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self, x: Array, *, return_weights: bool, **options: Any
+    ) -> Array | tuple[Array, Array]: ...
+    def __call__(
+        self, x: Array, *, return_weights: bool = False, **options: Any
+    ) -> Array | tuple[Array, Array]:
         """Attend from a sequence to itself and add it.
 
         Args:
@@ -221,30 +319,16 @@ class ResidualAttention(nnx.Module):
           `[..., T, F]`, or a tuple of it and the weights.
         """
         x = sequence(x, self.in_features)
-        result = self.attention(x, return_weights=return_weights, **options)  # type: ignore[operator]
-        pooled, weights = result if return_weights else (result, None)
+        attention: Any = self.attention
+        result = attention(x, return_weights=return_weights, **options)
+        pooled = result[0] if return_weights else result
         expected = (*x.shape[:-1], self.out_features)
         if pooled.shape != expected:
             raise ValueError(
                 f"attention must return [..., length, out_features] = {expected},"
                 f" got {pooled.shape}"
             )
-        z = (x if self.skip is None else self.skip(x)) + pooled
+        z = operator.add(*promoted(self.dtype, x if self.skip is None else self.skip(x), pooled))
         if self.norm is not None:
-            # Inside, Flax promotes float64 with float32
-            with jax.numpy_dtype_promotion("standard"):
-                z = self.norm(z)
-        return (z, weights) if return_weights else z
-
-
-def sequence(x: Array, features: int) -> Array:
-    """The sequence x as an array, checked to be floating point and `[..., length, features]`.
-
-    Example:
-      >>> sequence(jnp.ones((5, 3)), 3).shape
-      (5, 3)
-    """
-    checks.assert_floating(x=x)
-    if jnp.ndim(x) < 2 or jnp.shape(x)[-1] != features:
-        raise ValueError(f"x must be [..., length, {features}], got shape {jnp.shape(x)}")
-    return jnp.asarray(x)
+            z = normalized(self.norm, z)
+        return (z, result[1]) if return_weights else z

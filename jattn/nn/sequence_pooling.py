@@ -4,7 +4,8 @@ Each module says what query, key and value are, one line each; `attend` with the
 does the rest.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks, masks, modifiers, scores
-from jattn.nn.self_attention import sequence
+from jattn.nn._shared import Attend, Given, joined_masks, joined_modifiers, promoted, sequence
+from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array
 
@@ -23,6 +25,8 @@ class _SequencePooling(nnx.Module):
     """Pooling over time; what the modules below share."""
 
     features: int
+    attend: Attend
+    dtype: Any
     context_pattern: str  # of attend's output [..., T, N, V]
     weights_pattern: str  # of attend's weights [..., N, T, S]
 
@@ -30,19 +34,43 @@ class _SequencePooling(nnx.Module):
         """Query `[T, N, H]`, key `[..., S, N, H]` and value `[..., S, N, V]`."""
         raise NotImplementedError
 
-    def _modifier(self) -> modifiers.Modifier | None:
+    def _bias(self) -> Array | None:
+        """What is added to the scores."""
         return None
 
+    @overload
     def __call__(
-        self, x: Array, *, lengths: Array | None = None, return_weights: bool = False
-    ) -> Any:
+        self, x: Array, *, lengths: Array | None = None, return_weights: Literal[False] = False,
+        **options: Unpack[Given],
+    ) -> Array: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, x: Array, *, lengths: Array | None = None, return_weights: Literal[True],
+        **options: Unpack[Given],
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, x: Array, *, lengths: Array | None = None, return_weights: bool,
+        **options: Unpack[Given],
+    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
+    def __call__(
+        self,
+        x: Array,
+        *,
+        lengths: Array | None = None,
+        mask: MaskLike = None,
+        modifier: ModifierLike = None,
+        positions: tuple[Array, Array] | None = None,
+        return_weights: bool = False,
+    ) -> Array | tuple[Array, Array]:
         """Pool x `[..., S, D]` over S.
 
         Args:
           x: `[..., S, D]`, floating point.
-          lengths: integers `[...]` from 0 to S: only so many steps of each sequence are real, and
-            what lies past them reaches nothing. A sequence of none gives zeros. Traced lengths
-            beyond S allow all. None: all are.
+          lengths: integers `[...]` from 0 to S, the number of real steps of each sequence. What
+            lies past them changes nothing, not even where it is NaN. A sequence of none gives
+            zeros. Traced lengths beyond S allow all. None: all steps are real.
+          mask, modifier, positions: as `jattn.attend` takes them, with the class's N and T.
           return_weights: also return the weights.
 
         Returns:
@@ -52,19 +80,20 @@ class _SequencePooling(nnx.Module):
           ValueError: a shape does not fit, or a length lies outside 0 … S.
           TypeError: x is not floating point, or lengths are not integers.
         """
-        x, mask = sequence(x, self.features), None
+        x = sequence(x, self.features)
         if lengths is not None:
             checks.assert_shapes(x=(x, "... S D"), lengths=(lengths, "..."))
-            mask = masks.padding(lengths)
+            mask = joined_masks(masks.padding(lengths), mask)
             end = jnp.asarray(lengths, jnp.int32)[..., None, None]
-            inside = jnp.arange(x.shape[-2], dtype=jnp.int32)[:, None] < end
-            # Else a NaN past the end would reach the gradient of the kernel
-            x = jnp.where(inside, x, 0)
-        query, key, value = self._operands(x)
-        query = jnp.broadcast_to(query, (*x.shape[:-2], *query.shape))
-        result = attend(
-            query, key, value,
-            score=scores.dot_product, mask=mask, modifier=self._modifier(),
+            # A NaN past the end would reach the gradient of the kernel
+            x = jnp.where(jnp.arange(x.shape[-2], dtype=jnp.int32)[:, None] < end, x, 0)
+        query, key, value = promoted(self.dtype, *self._operands(x))
+        bias = self._bias()
+        if bias is not None:
+            modifier = joined_modifiers(modifiers.bias(bias.astype(query.dtype)), modifier)
+        result = self.attend(
+            jnp.broadcast_to(query, (*x.shape[:-2], *query.shape)), key, value,
+            score=scores.dot_product, mask=mask, modifier=modifier, positions=positions,
             return_weights=return_weights,
         )  # fmt: skip
         if not return_weights:
@@ -83,6 +112,8 @@ class FeaturePooling(_SequencePooling):
     Args:
       features: D.
       use_bias: whether there is a b.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: for initialisation.
 
@@ -109,13 +140,16 @@ class FeaturePooling(_SequencePooling):
         features: int,
         *,
         use_bias: bool = True,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         checks.assert_positive(features=features)
-        self.features = features
+        checks.assert_bool(use_bias=use_bias)
+        self.features, self.attend, self.dtype = features, Attend(attend), dtype
         self.key = nnx.Linear(
-            features, features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+            features, features, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array]:
@@ -135,6 +169,8 @@ class MultiHopPooling(_SequencePooling):
       features: D.
       num_hops: R.
       use_bias: whether there is a b.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: for initialisation.
 
@@ -163,11 +199,14 @@ class MultiHopPooling(_SequencePooling):
         num_hops: int,
         *,
         use_bias: bool = True,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         checks.assert_positive(features=features, num_hops=num_hops)
-        self.features = features
+        checks.assert_bool(use_bias=use_bias)
+        self.features, self.attend, self.dtype = features, Attend(attend), dtype
         initializer = initializers.lecun_normal(in_axis=-1, out_axis=-2)
         self.query = nnx.Param(initializer(rngs.params(), (num_hops, features), param_dtype))
         self.bias = nnx.Param(jnp.zeros(num_hops, param_dtype)) if use_bias else nnx.data(None)
@@ -175,8 +214,8 @@ class MultiHopPooling(_SequencePooling):
     def _operands(self, x: Array) -> tuple[Array, Array, Array]:
         return self.query[:, None], x[..., None, :], x[..., None, :]
 
-    def _modifier(self) -> modifiers.Modifier | None:
-        return None if self.bias is None else modifiers.bias(self.bias[:, None])
+    def _bias(self) -> Array | None:
+        return None if self.bias is None else self.bias[:, None]
 
 
 class LearnedQueryPooling(_SequencePooling):
@@ -190,6 +229,8 @@ class LearnedQueryPooling(_SequencePooling):
       features: D.
       hidden_features: width of u and u_w, default D.
       use_bias: whether there is a b.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
       rngs: for initialisation.
 
@@ -218,14 +259,22 @@ class LearnedQueryPooling(_SequencePooling):
         hidden_features: int | None = None,
         *,
         use_bias: bool = True,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         hidden_features = features if hidden_features is None else hidden_features
         checks.assert_positive(features=features, hidden_features=hidden_features)
-        self.features = features
+        checks.assert_bool(use_bias=use_bias)
+        self.features, self.attend, self.dtype = features, Attend(attend), dtype
         self.key = nnx.Linear(
-            features, hidden_features, use_bias=use_bias, param_dtype=param_dtype, rngs=rngs
+            features,
+            hidden_features,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         weight = initializers.lecun_normal()(rngs.params(), (hidden_features, 1), param_dtype)
         self.query = nnx.Param(weight[:, 0])

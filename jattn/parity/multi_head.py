@@ -32,10 +32,30 @@ def wide_heads(arguments: Arguments, dtype: Any) -> nnx.Module:
     num_heads, head_features = arguments["num_heads"], arguments["head_features"]
     return nn.MultiHeadAttention(
         num_heads,
+        arguments["in_features"],
         num_heads * head_features,
-        query_features=arguments["in_features"],
-        out_features=head_features,
+        head_features,
         use_bias=arguments.get("use_bias", False),
+        param_dtype=dtype,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def heads_module(arguments: Arguments, dtype: Any) -> nnx.Module:
+    """`MultiHeadAttention` from the arguments of its PyTorch reference."""
+    given = dict(arguments)
+    num_heads, features = given.pop("num_heads"), given.pop("features")
+    query = given.pop("query_features", features)
+    key = given.pop("key_features", query)
+    return nn.MultiHeadAttention(
+        num_heads,
+        query,
+        features,
+        given.pop("out_features", features),
+        in_kv_features=key,
+        in_value_features=given.pop("value_features", key),
+        use_bias=given.pop("use_bias", False),
+        **given,
         param_dtype=dtype,
         rngs=nnx.Rngs(0),
     )
@@ -88,7 +108,7 @@ SYSTEMS = (
         paper="Vaswani et al. 2017",
         link="https://arxiv.org/abs/1706.03762",
         reference="multi_head.MultiHeadAttention",
-        build=constructor(nn.MultiHeadAttention),
+        build=heads_module,
         call=multi_head,
         rules=layouts.MULTI_HEAD_ATTENTION,
     ),
@@ -103,7 +123,7 @@ SYSTEMS = (
         build=wide_heads,
         call=multi_head,
         rules=layouts.MULTI_HEAD_ATTENTION,
-        note="`features=N * H, out_features=H`",
+        note="`qkv_features=N * H, out_features=H`",
     ),
     System(
         13,
@@ -138,7 +158,7 @@ SYSTEMS = (
         paper="Ainslie et al. 2023",
         link="https://arxiv.org/abs/2305.13245",
         reference="multi_head.MultiHeadAttention",
-        build=constructor(nn.MultiHeadAttention),
+        build=heads_module,
         call=multi_head,
         rules=layouts.MULTI_HEAD_ATTENTION,
         note="`num_kv_heads=K`",
@@ -151,7 +171,7 @@ SYSTEMS = (
         paper="Shazeer 2019",
         link="https://arxiv.org/abs/1911.02150",
         reference="multi_head.MultiHeadAttention",
-        build=constructor(nn.MultiHeadAttention),
+        build=heads_module,
         call=multi_head,
         rules=layouts.MULTI_HEAD_ATTENTION,
         note="`num_kv_heads=1`",

@@ -1,5 +1,6 @@
 """The benchmark compares like with like, and shows all that it measured."""
 
+import importlib
 import json
 import typing
 
@@ -114,6 +115,22 @@ def test_bad_options(option, value, least, capsys):
     with pytest.raises(SystemExit):
         attend.main([f"--{option}={value}"])
     assert f"--{option} must be at least {least}, got {value}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("attend", ["--longest", "5"], "--longest must be at least 1000, the shortest sequence"),
+        ("attend", ["--without", "jax"], "--without must be among FlexAttention, PyTorch, dense"),
+        ("attend", ["--json", "nothing/all.json"], "--json needs a folder that exists"),
+        ("recurrent", ["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        ("seq2seq", ["--batch", "0"], "--batch must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(module, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"experiments.benchmarks.{module}").main(arguments)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.torch

@@ -1,4 +1,4 @@
-"""A run end to end, on texts whose label no short run of characters tells.
+"""A run end to end, on texts whose label no n-gram determines.
 
 Then the reader, the split and the baseline.
 """
@@ -40,7 +40,7 @@ COLUMNS = ["--text-column", "word", "--label-column", "ends"]
 
 
 def ends(word):
-    """Whether the first character comes back at the end; only both ends at once tell it."""
+    """Whether the first and the last character are equal; only both together determine it."""
     return "alike" if word[0] == word[-1] else "different"
 
 
@@ -77,7 +77,7 @@ def fails(capsys, *arguments):
 
 def restored(run, table):
     checkpoint = run.checkpoints.newest()
-    settings = classify.settings_of(checkpoint.metadata)
+    settings = classify.Settings.of(checkpoint.metadata)
     assert settings.data == table
     reader = classify.Reader.build(settings, checkpoint.metadata["known"])
     classify.restore(reader.model, checkpoint)
@@ -113,6 +113,18 @@ def test_classify_with_the_checkpoint(finished_run, capsys):
     classify.main(["--classify", " ж1丁31η ", "--run-dir", str(finished_run.folder)])
     best, other = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert (best[0], other[0]) == ("different", "alike") and float(best[1]) > float(other[1])
+
+
+def test_classify_accepts_a_relative_path_of_the_same_file(
+    finished_run, table, capsys, monkeypatch
+):
+    monkeypatch.chdir(table.parent)
+    run = ("--run-dir", str(finished_run.folder))
+    classify.main(["--classify", "ж1", "--data", table.name, *run])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert "--data other.csv differs" in fails(
+        capsys, "--classify", "ж1", "--data", "other.csv", *run
+    )
 
 
 def test_classify_says_what_it_never_saw(finished_run, capsys):
@@ -186,7 +198,7 @@ def test_unreadable_files(tmp_path, capsys):
         ("--steps", "0", "must be at least 1, got 0"),
         ("--learning-rate", "inf", "must be finite and positive, got inf"),
         ("--dropout", "1", "must lie in [0, 1), got 1.0"),
-        ("--seed", "-2", "must not be negative, got -2"),
+        ("--seed", "-2", "must be at least 0, got -2"),
         ("--classify", "", "must be a text of 1 to 500 characters, got 0"),
     ],
 )

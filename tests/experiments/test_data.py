@@ -71,6 +71,8 @@ def test_other_names_in_other_languages(tmp_path, capsys):
             territories.main([str(path), f"--to={bad}"])
         assert message in capsys.readouterr().err
     assert pairs.read_tsv(path) == rows
+    with pytest.raises(SystemExit, match="No such file"):
+        territories.main([str(tmp_path / "nothing" / "names.tsv")])
 
 
 @pytest.mark.parametrize(

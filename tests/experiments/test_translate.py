@@ -228,9 +228,9 @@ def test_checkpoint_of_another_experiment(copied_run, capsys):
     [
         ("--steps", "0", "must be at least 1, got 0"),
         ("--beam", "-1", "must be at least 1, got -1"),
-        ("--learning-rate", "0", "must be positive, got 0.0"),
+        ("--learning-rate", "0", "must be finite and positive, got 0.0"),
         ("--dropout", "1", "must lie in [0, 1), got 1.0"),
-        ("--seed", "-2", "must not be negative, got -2"),
+        ("--seed", "-2", "must be at least 0, got -2"),
         ("--steps", "many", "many"),
     ],
 )

@@ -118,7 +118,11 @@ def test_an_id_that_jit_cannot_see_gives_no_number(x64, options):
 @pytest.mark.parametrize(
     ("error", "message", "tokens"),
     [
-        (ValueError, r"tokens must lie in 0 … 10 \(the last id\), got 11", np.array([1, 11])),
+        (
+            ValueError,
+            r"tokens must lie in 0 … 10 \(the last id of the vocabulary\), got 11",
+            np.array([1, 11]),
+        ),
         (ValueError, "tokens must lie in 0 … 10", [-1]),
         (TypeError, "tokens must be integers", np.ones(3)),
         (TypeError, "tokens must be integers", np.array([True])),

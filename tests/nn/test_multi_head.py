@@ -28,10 +28,9 @@ def inputs(rng, dtype=np.float64):
 
 
 def make(K=N, **options):
-    widths = {"query_features": DQ, "key_features": DK, "value_features": DV, "num_kv_heads": K}
-    return MultiHeadAttention(
-        N, D, **{**widths, "param_dtype": jnp.float64, "rngs": nnx.Rngs(0), **options}
-    )
+    widths = {"in_kv_features": DK, "in_value_features": DV, "num_kv_heads": K, "out_features": D}
+    kinds = {"param_dtype": jnp.float64, "use_bias": False, "rngs": nnx.Rngs(0)}
+    return MultiHeadAttention(N, DQ, D, **{**widths, **kinds, **options})
 
 
 def affine(linear, x):
@@ -103,9 +102,41 @@ def test_defaults_of_widths_and_inputs(rng, x64):
     assert [
         linear.kernel.shape for linear in (module.query, module.key, module.value, module.out)
     ] == [(D, D)] * 4
-    assert module.query.bias is None
-    key_width = MultiHeadAttention(N, D, key_features=DK, rngs=nnx.Rngs(0))
+    assert module.query.bias.shape == module.out.bias.shape == (D,)
+    key_width = MultiHeadAttention(N, D, in_kv_features=DK, rngs=nnx.Rngs(0))
     assert key_width.value.kernel.shape == (DK, D)
+    heads = MultiHeadAttention(N, DQ, head_features=H, rngs=nnx.Rngs(0))
+    assert heads.query.kernel.shape == (DQ, D) and heads.out.kernel.shape == (D, DQ)
+
+
+@pytest.mark.parametrize(("qkv", "out"), [(True, False), (False, True)])
+def test_biases_of_the_heads_and_of_the_output_are_apart(qkv, out):
+    module = MultiHeadAttention(N, D, use_bias=qkv, use_out_bias=out, rngs=nnx.Rngs(0))
+    assert [
+        linear.bias is not None for linear in (module.query, module.key, module.value, module.out)
+    ] == [qkv, qkv, qkv, out]
+
+
+@pytest.mark.parametrize("norm", [True, nnx.RMSNorm])
+def test_heads_are_normalised_before_they_are_compared(norm, rng, x64):
+    module = MultiHeadAttention(
+        2, 6, normalize_qk=norm, use_bias=False, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    randomise(module, rng)
+    x = rng.standard_normal((5, 6))
+
+    def heads(linear, norm):
+        split = affine(linear, x).reshape(5, 2, 3)
+        if norm is None:
+            return split
+        centred = split - (split.mean(-1, keepdims=True) if isinstance(norm, nnx.LayerNorm) else 0)
+        scale = np.sqrt((centred**2).mean(-1, keepdims=True) + norm.epsilon)
+        return centred / scale * np.asarray(norm.scale[...])
+
+    query, key = heads(module.query, module.query_ln), heads(module.key, module.key_ln)
+    value = heads(module.value, None)
+    output, *_ = oracle.attend(query[None], key[None], value[None], score=oracle.scaled_dot_product)
+    np.testing.assert_allclose(module(x), affine(module.out, output[0].reshape(5, 6)), rtol=1e-11)
 
 
 def test_grouped_heads_reduce_to_repeated_projections(rng, x64):
@@ -208,7 +239,7 @@ def test_a_module_of_ours_inside_a_linen_model(rng):
         @linen.compact
         def __call__(self, x):
             attention = nnx.bridge.to_linen(
-                MultiHeadAttention, N, D, query_features=DQ, name="attention"
+                MultiHeadAttention, N, DQ, D, use_bias=False, name="attention"
             )
             return linen.Dense(1)(attention(x))
 
@@ -217,9 +248,9 @@ def test_a_module_of_ours_inside_a_linen_model(rng):
     variables = jax.jit(model.init)(jax.random.key(0), x)
     kernels = variables["params"]["attention"]
     assert {name: kernels[name]["kernel"].shape for name in kernels} == {
-        "query": (DQ, D), "key": (DQ, D), "value": (DQ, D), "out": (D, D),
+        "query": (DQ, D), "key": (DQ, D), "value": (DQ, D), "out": (D, DQ),
     }  # fmt: skip
-    ours = MultiHeadAttention(N, D, query_features=DQ, rngs=nnx.Rngs(0))
+    ours = MultiHeadAttention(N, DQ, D, use_bias=False, rngs=nnx.Rngs(0))
     for name in kernels:
         getattr(ours, name).kernel[...] = kernels[name]["kernel"]
     dense = variables["params"]["Dense_0"]
@@ -242,9 +273,9 @@ X, Y, Z = of(B, T, DQ), of(B, S, DK), of(B, S, DV)
 @pytest.mark.parametrize(
     ("match", "arguments", "options"),
     [
-        (r"features \(19\) must be a positive multiple of num_heads \(6\)", (6, 19), {}),
+        (r"in_features \(19\) must be a multiple of num_heads \(6\)", (6, 19), {}),
         (
-            r"num_heads \(6\) must be a positive multiple of num_kv_heads \(4\)",
+            r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)",
             (6, 18),
             {"num_kv_heads": 4},
         ),
@@ -253,6 +284,7 @@ X, Y, Z = of(B, T, DQ), of(B, S, DK), of(B, S, DV)
         (r"num_heads \(2\) must be .* num_kv_heads \(4\)", (2, 8), {"num_kv_heads": 4}),
         (r"features must be an integer of at least 1, got 0", (2, 0), {}),
         ("dropout_rate must lie in 0 … 1, got 2", (6, 18), {"dropout_rate": 2}),
+        ("give one of them", (6, 18, 18), {"head_features": 3}),
     ],
 )
 def test_bad_sizes_are_named(match, arguments, options):

@@ -83,7 +83,7 @@ def test_the_table_has_the_dtype_asked_for():
         ),
         (
             ValueError,
-            r"x must be \[..., T, 4\], got shape \(5, 6\)",
+            r"x must be \[..., length, 4\], got shape \(5, 6\)",
             lambda: SinusoidalPositions(4)(np.zeros((5, 6))),
         ),
         (ValueError, r"x must be .*got shape \(4,\)", lambda: SinusoidalPositions(4)(np.zeros(4))),

@@ -98,7 +98,7 @@ def test_vmap_and_no_batch_agree_with_the_batch(name, rng, x64):
 
 def test_shared_projections_are_equal_blocks_on_the_diagonal(rng, x64):
     shared = randomise(make("shared"), rng)
-    full = MultiHeadAttention(N, D, use_bias=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    full = MultiHeadAttention(N, D, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     for name in ("query", "key", "value"):
         getattr(full, name).kernel[...] = jnp.kron(jnp.eye(N), getattr(shared, name).kernel[...])
         getattr(full, name).bias[...] = jnp.zeros(D)

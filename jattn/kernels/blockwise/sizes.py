@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jattn.functional import compat
+from jattn.functional.captures import Captures, Pure
 from jattn.functional.modifiers import Bias, Modifier
-from jattn.kernels.captures import Captures, Pure
 from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import hoist_score
 from jattn.request import Request

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.kernels.captures import Captures
+from jattn.functional.captures import Captures
 
 
 def pure(function, *shapes):

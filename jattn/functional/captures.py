@@ -19,26 +19,30 @@ Array = jax.Array
 
 
 class Pure:
-    """A function `(captured, *arguments) -> array` that holds no array.
+    """A function `(captured, *arguments) -> arrays` that holds no array.
 
     Two of them are equal if they do the same: so a compiled program is found again, though the
     caller wrote the lambda anew.
     """
 
-    def __init__(self, jaxpr: compat.ClosedJaxpr, places: tuple[int, ...]) -> None:
-        """Make one of a jaxpr without constants and the places of what it captured."""
-        self.jaxpr, self.places = jaxpr, places
+    def __init__(self, jaxpr: compat.ClosedJaxpr, places: tuple[int, ...], results: Any) -> None:
+        """Make one of a jaxpr without constants.
+
+        `places` says where in the captured arrays its own stand; `results` is the structure of the
+        pytree that it returns.
+        """
+        self.jaxpr, self.places, self.results = jaxpr, places, results
 
     def __call__(self, captured: list[Array], *arguments: Any) -> Array:
         """Evaluate it."""
         own = [captured[place] for place in self.places]
         leaves = compat.vary_alike(jax.tree.leaves((own, arguments)))
-        return compat.jaxpr_as_fun(self.jaxpr)(*leaves)[0]
+        return jax.tree.unflatten(self.results, compat.jaxpr_as_fun(self.jaxpr)(*leaves))
 
     @functools.cached_property
     def _what_it_does(self) -> Any:
         try:
-            return self.places, compat.what_it_does(self.jaxpr)
+            return self.places, self.results, compat.what_it_does(self.jaxpr)
         except TypeError:  # it equals itself alone
             return id(self)
 
@@ -71,7 +75,7 @@ class Captures:
         """Make a callable pure in what it holds and captures.
 
         Args:
-          function: `(holder, *arguments)`, from arrays to one array.
+          function: `(holder, *arguments)`, from arrays to arrays.
           holder: a pytree of which the function reads arrays: masks, modifiers, `Partial`s. It
             may also be None, and the function may capture arrays.
           *arguments: arrays, or shapes and dtypes, with which it will be called.
@@ -94,7 +98,7 @@ class Captures:
 
         while True:
             shapes = self._shapes((held, *arguments))
-            closed = jax.make_jaxpr(of_held)(*shapes)
+            closed, made = jax.make_jaxpr(of_held, return_shape=True)(*shapes)
             consts = [self._known(const) for const in closed.consts]
             names = self.names.union(*map(compat.varying, consts))
             if names == self.names:
@@ -106,10 +110,8 @@ class Captures:
         def rebound(consts, held, *arguments):
             leaves = jax.tree.leaves((held, arguments))
             if not on_mesh:
-                return compat.jaxpr_as_fun(compat.ClosedJaxpr(closed.jaxpr, consts))(*leaves)[0]
-            return (
-                compat.evaluate(closed, consts, leaves)[0] if consts else of_held(held, *arguments)
-            )
+                return compat.jaxpr_as_fun(compat.ClosedJaxpr(closed.jaxpr, consts))(*leaves)
+            return compat.evaluate(closed, consts, leaves) if consts else of_held(held, *arguments)
 
         # Traced a second time: the first jaxpr refers to the tracers that were captured, and would
         # keep them alive
@@ -118,7 +120,8 @@ class Captures:
 
         retrace = compat.on_automatic_axes(trace, self.mesh, self.manual)
         pure = retrace(self._shapes(consts), *shapes)
-        return Pure(pure, tuple(self._place(array) for array in (*consts, *held)))
+        places = tuple(self._place(array) for array in (*consts, *held))
+        return Pure(pure, places, jax.tree.structure(made))
 
     def _shapes(self, arrays: Any) -> Any:
         return jax.tree.map(lambda array: compat.shape_of(array, self.names), arrays)

@@ -1,0 +1,104 @@
+"""What the experiments on texts share: options, a check of the data, and a text to try."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import tyro
+
+from experiments import BadInput
+from experiments.data.pairs import MAX_CHARACTERS, normalise
+from experiments.training import command
+from experiments.training.checkpoints import Checkpoint
+
+DataFile = Annotated[
+    Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: those named above)")
+]
+
+
+@dataclass(frozen=True)
+class TextSettings(command.Settings):
+    """The options of a recurrent network that learns from a file of texts."""
+
+    data: DataFile = None
+    """Train on your own texts."""
+    batch_size: int = 128
+    """Examples in a step."""
+    features: int = 128
+    """Width of a recurrent layer in each of its directions; the embeddings have half of it."""
+    dropout: float = 0.0
+    """Fraction dropped in training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        command.check_at_least(self, batch_size=1, features=1)
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"--dropout must lie in [0, 1), got {self.dropout}")
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Self:
+        """The settings that a checkpoint was made with, its file of texts included."""
+        path = Path(metadata["data"]) if metadata["data"] else None
+        return cls(data=path, **metadata["settings"])
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the settings; the file by its absolute path."""
+        return {**super().metadata(), "data": self._path()}
+
+    def check_continues(self, before: Self, folder: Path) -> None:
+        """Refuse other settings than the checkpoint's.
+
+        A resumed run may read the same texts from another file: `check_data` compares them.
+        """
+        super().check_continues(before, folder)
+        if not self.resume and self._path() != before._path():
+            raise BadInput(
+                f"--data {self.data} differs from the checkpoint's, {before.data}, in {folder}"
+            )
+
+    def _path(self) -> str | None:
+        return str(self.data.absolute()) if self.data else None
+
+    def _kept(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._kept().items() if name != "data"}
+
+
+def digest(data: Any) -> str:
+    """A hash of the data."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def check_data(data: Any, checkpoint: Checkpoint | None, what: str) -> None:
+    """Refuse data that the checkpoint was not trained on; `what` names its elements."""
+    if checkpoint and checkpoint.metadata["digest"] != digest(data):
+        raise BadInput(f"--data gives other {what} than those that the checkpoint was trained on")
+
+
+def asked_text(settings: TextSettings, checkpoint: Checkpoint, characters: str) -> str:
+    """The text that the command line gives the trained model.
+
+    Warnings say if the model is half trained, and which characters of the text it does not know.
+
+    Raises:
+      BadInput: the text is empty or too long, or the model is not trained.
+    """
+    text = normalise(settings.asked or "")
+    if not 1 <= len(text) <= MAX_CHARACTERS:
+        raise BadInput(
+            f"--{settings.asks} must be a text of 1 to {MAX_CHARACTERS} characters, got {len(text)}"
+        )
+    if checkpoint.step == 0:
+        raise BadInput(
+            "the only checkpoint is of step 0, before any training:"
+            " train first, or continue with --resume"
+        )
+    if checkpoint.step < settings.steps:
+        command.warn(
+            f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}"
+        )
+    if unknown := sorted(set(text) - set(characters)):
+        command.warn(f"never seen in training: {' '.join(unknown)}")
+    return text
