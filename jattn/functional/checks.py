@@ -268,7 +268,9 @@ def assert_bool(**flags: Any) -> None:
 
 
 def assert_divisible(**pairs: tuple[int, str, int]) -> None:
-    """Raise a `ValueError` that names the first argument which a number does not divide.
+    """Raise a `ValueError` that names the first argument that is not a multiple of its divisor.
+
+    A divisor must be an integer of at least 1.
 
     Args:
       **pairs: argument name -> (its value, name of the divisor, the divisor).
@@ -277,6 +279,7 @@ def assert_divisible(**pairs: tuple[int, str, int]) -> None:
       >>> assert_divisible(qkv_features=(12, "num_heads", 3))
     """
     for name, (number, divisor_name, divisor) in pairs.items():
+        assert_positive(**{divisor_name: divisor})
         if number % divisor:
             raise ValueError(f"{name} ({number}) must be a multiple of {divisor_name} ({divisor})")
 

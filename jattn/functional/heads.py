@@ -30,7 +30,7 @@ def split_heads(x: Array, num_heads: int) -> Array:
       (2, 5, 3, 4)
     """
     checks.assert_shapes(x=(x, "... T D"))
-    _check_divisible("the last axis of x", x.shape[-1], "num_heads", num_heads)
+    checks.assert_divisible(**{"the last axis of x": (x.shape[-1], "num_heads", num_heads)})
     return rearrange(x, "... T (N H) -> ... T N H", N=num_heads)
 
 
@@ -81,7 +81,7 @@ def group_heads(x: Array, num_kv_heads: int, axis: int = -2) -> Array:
       (5, 2, 3, 4)
     """
     before, (N, *after) = _split_shape(x, axis, 1, "axis of heads N")
-    _check_divisible("the number of heads of x", N, "num_kv_heads", num_kv_heads)
+    checks.assert_divisible(**{"the number of heads of x": (N, "num_kv_heads", num_kv_heads)})
     return jnp.reshape(x, (*before, num_kv_heads, N // num_kv_heads, *after))
 
 
@@ -150,7 +150,7 @@ def unfold_heads(x: Array, num_heads: int) -> Array:
       (2, 5, 3, 4)
     """
     checks.assert_shapes(x=(x, "B T H"))
-    _check_divisible("the first axis of x", x.shape[0], "num_heads", num_heads)
+    checks.assert_divisible(**{"the first axis of x": (x.shape[0], "num_heads", num_heads)})
     return rearrange(x, "(B N) T H -> B T N H", N=num_heads)
 
 
@@ -186,9 +186,3 @@ def _split_shape(x: Array, axis: int, count: int, what: str) -> tuple[tuple[int,
         raise ValueError(f"x must have the {what} at axis {axis}, got shape {jnp.shape(x)}")
     shape = jnp.shape(x)
     return shape[:axis], list(shape[axis:])
-
-
-def _check_divisible(name: str, size: int, divisor_name: str, divisor: int) -> None:
-    checks.assert_positive(**{divisor_name: divisor})
-    if size % divisor:
-        raise ValueError(f"{name} ({size}) must be divisible by {divisor_name} ({divisor})")

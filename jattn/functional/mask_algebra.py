@@ -159,8 +159,8 @@ class _And(Mask):
 
     def implied_shape(self) -> ImpliedShape:
         (a_batch, *a), (b_batch, *b) = self.left.implied_shape(), self.right.implied_shape()
-        sizes = (max(x or 0, y or 0) or None for x, y in zip(a, b, strict=True))
-        return np.broadcast_shapes(a_batch, b_batch), *sizes
+        N, T, S = (max(x or 0, y or 0) or None for x, y in zip(a, b, strict=True))
+        return np.broadcast_shapes(a_batch, b_batch), N, T, S
 
     def __repr__(self) -> str:
         return " & ".join(

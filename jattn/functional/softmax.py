@@ -59,10 +59,10 @@ def _within(lengths: Any, scores: Array) -> Array:
     lengths = jnp.asarray(lengths)
     checks.assert_integers(lengths=lengths)
     *batch, T, S = scores.shape
-    if lengths.shape not in {tuple(batch), (*batch, T)}:
-        raise ValueError(
-            f"lengths must be [...] = {tuple(batch)} or [..., T] = {(*batch, T)}, got {lengths.shape}"
-        )
+    per_example, per_query = tuple(batch), (*batch, T)
+    if lengths.shape not in {per_example, per_query}:
+        must = f"lengths must be [...] = {per_example} or [..., T] = {per_query}"
+        raise ValueError(f"{must}, got {lengths.shape}")
     checks.assert_in_range("lengths", lengths, 0, S, "S, the number of keys")
     per_row = lengths if lengths.ndim == scores.ndim - 1 else lengths[..., None]
     slots = jnp.arange(S, dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (S,))

@@ -72,7 +72,7 @@ def test_any_leading_axes():
     ("match", "call"),
     [
         (
-            r"\(7\) must be divisible by num_heads \(3\)",
+            r"\(7\) must be a multiple of num_heads \(3\)",
             lambda: heads.split_heads(np.zeros((2, 7)), 3),
         ),
         (
@@ -86,7 +86,7 @@ def test_any_leading_axes():
         (r"x must be .*got shape \(7,\)", lambda: heads.split_heads(np.zeros(7), 7)),
         (r"x must be .*got shape \(2, 7\)", lambda: heads.merge_heads(np.zeros((2, 7)))),
         (
-            r"\(5\) must be divisible by num_kv_heads \(2\)",
+            r"\(5\) must be a multiple of num_kv_heads \(2\)",
             lambda: heads.group_heads(np.zeros((3, 5, 7)), 2),
         ),
         (
@@ -101,7 +101,7 @@ def test_any_leading_axes():
         ("at axis -1, got shape", lambda: heads.ungroup_heads(np.zeros((2, 7)), axis=-1)),
         (r"x must be .*got shape \(2, 5, 7\)", lambda: heads.fold_heads(np.zeros((2, 5, 7)))),
         (
-            r"first axis of x \(5\) must be divisible",
+            r"first axis of x \(5\) must be a multiple",
             lambda: heads.unfold_heads(np.zeros((5, 2, 7)), 3),
         ),
         (r"lengths must be \[B\] or \[B, T\], got shape \(\)", lambda: heads.repeat_lengths(3, 2)),

@@ -431,7 +431,7 @@ def fits(mask, lead=(B,)):
         ),
         (TypeError, "boolean.*got float64", lambda: masks.from_array(np.zeros((T, S)))),
         (TypeError, "boolean.*got int", lambda: masks.from_array(np.zeros((T, S), int))),
-        (TypeError, "mask_mod lifts a callable.*got ndarray", lambda: masks.mask_mod(ARRAY)),
+        (TypeError, "mask_mod takes a callable.*got ndarray", lambda: masks.mask_mod(ARRAY)),
         (
             TypeError,
             "must return a boolean, got int32",
