@@ -135,7 +135,7 @@ def explain(
     Example:
       >>> x = jax.ShapeDtypeStruct((1, 5, 3, 4), jnp.float32)
       >>> print(explain(x, x, x, implementation=("blockwise", "dense"), return_weights=True))
-      blockwise  passed over: it never has all weights at once, for return_weights: "dense" has
+      blockwise  passed over: it never holds all weights, for return_weights: "dense" does
       dense      runs: 75 scores on a device
     """
     lines: list[Any] = []

@@ -413,7 +413,7 @@ def test_explain_names_the_reason_of_each_kernel_that_is_passed_over():
     )
     cudnn, blockwise, dense = told.splitlines()
     assert "passed over: it runs on NVIDIA GPUs" in cudnn and "return_weights" in cudnn
-    assert "passed over: it never has all weights at once" in blockwise
+    assert "passed over: it never holds all weights" in blockwise
     assert "runs" in dense
 
 

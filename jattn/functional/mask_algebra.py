@@ -1,4 +1,4 @@
-"""What every mask can do: evaluate or classify a block, combine with `& | ~`, fill an array, draw."""
+"""What every mask can do: evaluate or classify blocks, combine by `& | ~`, fill an array, draw."""
 
 from typing import Any
 

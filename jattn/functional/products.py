@@ -1,8 +1,8 @@
-"""One matrix product for all: half precision is multiplied as it comes and summed in float32.
+"""One matrix product for all: it multiplies half precision without a cast and sums in float32.
 
-JAX itself transposes such a product into float32 × float32, which accelerators compute many times
-as slowly. Here whatever meets a half-precision operand is rounded to its dtype before they are
-multiplied, cotangents too; on CPU, where wide products are faster, the operand is widened instead.
+JAX transposes such a product into float32 × float32, which is many times slower on accelerators.
+Here the other operand, a cotangent too, is rounded to the half-precision dtype first. On CPU, where
+float32 products are faster, the product casts the rounded operands to float32.
 """
 
 import contextlib
@@ -94,17 +94,17 @@ def _product(x: Array, y: Array, contract: tuple[int, int], precision: str | Non
 # The product in half precision, as an operation with rules of its own
 
 
-def _run(x, y, *, contract, precision, dtype):
+def _run(x: Array, y: Array, *, contract: Any, precision: Any, dtype: Any) -> list[Array]:
     return [_product(x.astype(dtype), y.astype(dtype), contract, precision)]
 
 
-def _run_on_cpu(x, y, *, contract, precision, dtype):
+def _run_on_cpu(x: Array, y: Array, *, contract: Any, precision: Any, dtype: Any) -> list[Array]:
     return [_product(x.astype(jnp.float32), y.astype(jnp.float32), contract, "highest")]
 
 
-def _shapes(x, y, *, contract, precision, dtype):
+def _shapes(x: Any, y: Any, *, contract: Any, precision: Any, dtype: Any) -> list[Any]:
     sizes = x.shape[-3 - contract[0]], y.shape[-3 - contract[1]]
-    return [compat.kind_like(x, (*x.shape[:-2], *sizes), jnp.float32)]
+    return [compat.aval_like(x, (*x.shape[:-2], *sizes), jnp.float32)]
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> Any:
@@ -117,21 +117,30 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> An
     return _half_product(x, y, **params), [sum(terms[1:], terms[0]) if terms else None]
 
 
-def _transpose(cotangents, x, y, *, kinds, contract, precision, dtype):
-    (cotangent,), (kind,) = cotangents, kinds
+def _transpose(
+    cotangents: Sequence[Any],
+    x: Any,
+    y: Any,
+    *,
+    avals: Any,
+    contract: Any,
+    precision: Any,
+    dtype: Any,
+) -> list[Any]:
+    (cotangent,), (aval,) = cotangents, avals
     if cotangent is None:
         return [None]
     # [..., i, j] times [..., j, c] is [..., i, c]: the free axis of the operand, the contracted one
-    known, side, own, other = (y, -1, *contract) if x is None else (x, -2, *contract[::-1])
+    other_operand, side, own, other = (y, -1, *contract) if x is None else (x, -2, *contract[::-1])
     options = {"contract": (side, -3 - other), "precision": precision, "dtype": dtype}
-    (result,) = _half_product(cotangent, known, **options)
-    return [(result if own == -1 else result.mT).astype(kind.dtype)]
+    (result,) = _half_product(cotangent, other_operand, **options)
+    return [(result if own == -1 else result.mT).astype(aval.dtype)]
 
 
-def _batch(arrays, axes, **params):
+def _batch(arrays: Sequence[Array], axes: Sequence[int | None], **params: Any) -> Any:
     (size,) = {a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None}
 
-    def at_front(array, axis):
+    def at_front(array: Array, axis: int | None) -> Array:
         if axis is None:
             return jnp.broadcast_to(array, (size, *array.shape))
         return jnp.moveaxis(array, axis, 0)

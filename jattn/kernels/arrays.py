@@ -1,4 +1,4 @@
-"""What kernels do to arrays, with heads before lengths: `[..., N, T, H]`, `[..., K, S, H']`."""
+"""Array operations of kernels, with heads before lengths: `[..., N, T, H]`, `[..., K, S, H']`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,18 +28,18 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
     """Evaluate a score for every head, without repeating keys: `[..., N, T, S]`, float32 at least.
 
     Args:
-      score: sees `[..., N, T, H]` and `[..., K, S, H']` where N = K, and else
+      score: takes `[..., N, T, H]` and `[..., K, S, H']` where N = K, otherwise
         `[..., K, G, T, H]` and `[..., K, 1, S, H']`.
       query: `[..., N, T, H]`.
       key: `[..., K, S, H']`.
     """
-    *lead, N, T, _ = query.shape
+    *batch, N, T, _ = query.shape
     K, S = key.shape[-3:-1]
     if N == K:
-        scores, expected = score(query, key), (*lead, N, T, S)
+        scores, expected = score(query, key), (*batch, N, T, S)
     else:
         grouped = group_heads(query, K, axis=-3)
-        scores, expected = score(grouped, key[..., None, :, :]), (*lead, K, N // K, T, S)
+        scores, expected = score(grouped, key[..., None, :, :]), (*batch, K, N // K, T, S)
     if not hasattr(scores, "shape"):
         came = type(scores).__name__
         raise TypeError(f"score must return an array [..., T, S] = {expected}, got a {came}")
@@ -47,13 +47,13 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
         each = f"score must return [..., T, S] for each head, {expected}"
         raise ValueError(f"{each}, got {scores.shape}")
     checks.assert_floating(**{"the result of score": scores})
-    return scores.reshape(*lead, N, T, S).astype(dtypes.accumulator(scores.dtype))
+    return scores.reshape(*batch, N, T, S).astype(dtypes.accumulator(scores.dtype))
 
 
 def pool(weights: Array, value: Array) -> Array:
     """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`.
 
-    Half-precision values are multiplied as they come, and sums are kept in float32: see `product`.
+    Half-precision values are multiplied without a cast and summed in float32: see `product`.
     """
     weights = weights.astype(dtypes.accumulator(value.dtype))
     grouped = group_heads(weights, num_kv_heads=value.shape[-3], axis=-3)
@@ -61,7 +61,7 @@ def pool(weights: Array, value: Array) -> Array:
 
 
 def hide(rows: Array, seen: Array | None) -> Array:
-    """Replace hidden entries by zeros, so that nothing depends on what they hold."""
+    """Replace hidden entries by zeros, so that the result does not depend on them."""
     return rows if seen is None else jnp.where(seen, rows, jnp.zeros((), rows.dtype))
 
 
