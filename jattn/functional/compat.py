@@ -122,7 +122,7 @@ def shape_of(array: Any, names: frozenset[str]) -> Any:
 
 
 def evaluate(closed: ClosedJaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr on arrays that vary over more axes or are sharded otherwise than in its trace.
+    """Evaluate a jaxpr on arrays whose varying axes or sharding differ from those in its trace.
 
     Raises:
       NotImplementedError: such an array enters a loop, a branch or a custom rule, whose own trace

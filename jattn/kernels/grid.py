@@ -81,7 +81,7 @@ class Grid:
         return Block(self.batch, self.num_heads, rows, columns, positions, part)
 
     def with_block_batch(self, array: Array) -> Array:
-        """Reshape the result of a rule for a block to the axes `[*block_batch, N, rows, columns]`."""
+        """Reshape a rule's result for a block to the axes `[*block_batch, N, rows, columns]`."""
         if self.examples is None:
             return array
         return array.reshape(*(-1,) * len(self.block_batch), *array.shape[-3:])
@@ -89,7 +89,7 @@ class Grid:
     def allowed(
         self, mask: Mask | None, positions: Positions, b: Any, i: Any, j: Any, first: Any
     ) -> Array:
-        """Which entries of block (i, j) count: the mask allows them, and no earlier block holds them."""
+        """Which entries of block (i, j) count: the mask allows them, no earlier block has them."""
         block = self.block(positions, b, i, j, first)
         is_new = (block.q_slot >= first + i * self.rows) & (block.k_slot >= j * self.columns)
         return self.with_block_batch(is_new if mask is None else is_new & mask.rule(block))

@@ -198,7 +198,7 @@ def hoist_score(request: Request, grid: Grid, captures: Captures) -> Pure:
 
 
 def _split_partial(score: Any) -> tuple[Any, Any]:
-    """Split a score into a function from the arrays that it holds to the score, and these arrays."""
+    """Split a score into a function from its arrays to the score, and these arrays."""
     if isinstance(score, functools.partial):
         options, structure = jax.tree.flatten((score.args, score.keywords))
         places = [place for place, option in enumerate(options) if hasattr(option, "dtype")]

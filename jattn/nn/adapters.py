@@ -103,7 +103,7 @@ def _attend_for_flax(
         implementation=own["implementation"],
         return_weights=module is not None,
     )  # fmt: skip
-    if module is None:
+    if not isinstance(result, tuple):  # no module, so no weights
         return result
     module.sow(
         nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates",

@@ -22,6 +22,7 @@ https://arxiv.org/abs/2205.14135
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def _attend(
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _derivative(scoring, primals, tangents):
+def _derivative(scoring: Scoring, primals: Any, tangents: Any) -> Any:
     """The rule for tangents. For higher orders JAX applies it again, through `_attend`."""
     classes, operands = primals
     names = "attend_output", "attend_lse", "attend_lse"

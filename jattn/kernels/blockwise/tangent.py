@@ -103,7 +103,7 @@ def _term(
     place = (*at.place, operands.first)
     allowed = scoring.allowed(operands.captured, *place) if masked else None
 
-    def scores_and_value(*inner):
+    def scores_and_value(*inner: Array) -> tuple[Array, Array]:
         leaves = list(given)
         for k, leaf in zip(nonzero, inner, strict=True):
             leaves[k] = leaf
