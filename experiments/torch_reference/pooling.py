@@ -215,7 +215,7 @@ class MaskedAttention(DotProductAttention):
                 return dense
         return {"causal": causal, "sliding_window": window, "no_self": i != j}[self.mask]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: torch.Tensor,
         key: torch.Tensor,
