@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,44 @@ from jattn.request import MaskLike, ModifierLike, Precision, Request, Score, che
 Array = jax.Array
 
 
+class _Options(TypedDict, total=False):
+    """The options of `attend` that do not change the type of its result."""
+
+    score: Score
+    mask: MaskLike
+    modifier: ModifierLike
+    positions: tuple[Array, Array] | None
+    dropout_rate: float
+    dropout_key: Array | None
+    precision: Precision
+    implementation: Implementation
+
+
+@overload
+def attend(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False, **options: Unpack[_Options],
+) -> Array: ...  # fmt: skip
+@overload
+def attend(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[True],
+    return_weights: Literal[False] = False, **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def attend(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[False] = False,
+    return_weights: Literal[True], **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def attend(
+    query: Array, key: Array, value: Array, *, return_lse: Literal[True],
+    return_weights: Literal[True], **options: Unpack[_Options],
+) -> tuple[Array, Array, Array]: ...  # fmt: skip
+@overload
+def attend(
+    query: Array, key: Array, value: Array, *, return_lse: bool = False,
+    return_weights: bool = False, **options: Unpack[_Options],
+) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...  # fmt: skip
 def attend(
     query: Array,
     key: Array,
@@ -33,7 +71,7 @@ def attend(
     implementation: Implementation = None,
     return_lse: bool = False,
     return_weights: bool = False,
-) -> Any:
+) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]:
     """Attention pooling: weights(score(query, key), mask) · value.
 
         weights[t, s] = softmax over s of modifier(score(query[t, n], key[s, n // G]))
@@ -106,8 +144,11 @@ def attend(
         return_weights=return_weights,
     )
     output, lse, weights = KERNELS[choose(request, implementation)].run(request)
-    extras = ([lse] if return_lse else []) + ([weights] if return_weights else [])
-    return (output, *extras) if extras else output
+    lse, weights = (lse if return_lse else None), (weights if return_weights else None)
+    if lse is not None and weights is not None:
+        return output, lse, weights
+    extra = weights if lse is None else lse
+    return output if extra is None else (output, extra)
 
 
 def explain(
@@ -135,7 +176,7 @@ def explain(
     Example:
       >>> x = jax.ShapeDtypeStruct((1, 5, 3, 4), jnp.float32)
       >>> print(explain(x, x, x, implementation=("blockwise", "dense"), return_weights=True))
-      blockwise  passed over: it never has all weights at once, for return_weights: "dense" has
+      blockwise  passed over: it never holds all weights, for return_weights: "dense" does
       dense      runs: 75 scores on a device
     """
     lines: list[Any] = []
@@ -243,6 +284,32 @@ def merge_partials(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     return output.astype(outputs.dtype), lse[0]
 
 
+class _Masking(TypedDict, total=False):
+    """The options of `dot_product_attention` that do not change the type of its result."""
+
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: Array | None
+    key_value_seq_lengths: Array | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Implementation
+
+
+@overload
+def dot_product_attention(
+    query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None,
+    *, return_residual: Literal[False] = False, **options: Unpack[_Masking],
+) -> Array: ...  # fmt: skip
+@overload
+def dot_product_attention(
+    query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None,
+    *, return_residual: Literal[True], **options: Unpack[_Masking],
+) -> tuple[Array, Array]: ...  # fmt: skip
+@overload
+def dot_product_attention(
+    query: Array, key: Array, value: Array, bias: Array | None = None, mask: Array | None = None,
+    *, return_residual: bool, **options: Unpack[_Masking],
+) -> Array | tuple[Array, Array]: ...  # fmt: skip
 def dot_product_attention(
     query: Array,
     key: Array,
@@ -257,7 +324,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Implementation = None,
     return_residual: bool = False,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     """`jax.nn.dot_product_attention` by the rules of `attend`: change one import.
 
     Signature and numbers are the same, but for two rules. A query that may attend to nothing gives
@@ -316,9 +383,9 @@ def dot_product_attention(
         implementation=None if implementation == "xla" else implementation,
         return_lse=return_residual,
     )
-    if not return_residual:
+    if not isinstance(results, tuple):
         return results
-    output, lse = results
+    output, lse = results[0], results[1]
     return output, jax.lax.stop_gradient(lse.astype(key.dtype))
 
 

@@ -181,14 +181,14 @@ def check_operands(**operands: Array) -> checks.Sizes:
 
 def _check_fit(sizes: checks.Sizes, mask: Any, parts: Any, positions: Any) -> Any:
     """Check that mask, modifiers and positions fit the scores; return the positions."""
-    lead, N, T, S = sizes["..."], sizes["N"], sizes["T"], sizes["S"]
+    batch, N, T, S = sizes["..."], sizes["N"], sizes["T"], sizes["S"]
 
     def check(N: int, T: int, S: int) -> tuple[Array, Array] | None:
         if mask is not None:
-            mask.check(lead, N, T, S)
+            mask.check(batch, N, T, S)
         for part in parts:
-            part.check(lead, N, T, S, positions is not None)
-        return _as_positions(positions, lead, T, S)
+            part.check(batch, N, T, S, positions is not None)
+        return _as_positions(positions, batch, T, S)
 
     try:
         return check(N, T, S)
@@ -248,7 +248,7 @@ def _check_called(argument: str, function: Any, module: Any) -> None:
 
 
 def _as_positions(
-    positions: Any, lead: tuple[int, ...], T: int, S: int
+    positions: Any, batch: tuple[int, ...], T: int, S: int
 ) -> tuple[Array, Array] | None:
     if positions is None:
         return None
@@ -256,8 +256,8 @@ def _as_positions(
         raise ValueError("positions must be a pair (q_positions, k_positions)")
     for name, array, length in zip(("query", "key"), positions, (T, S), strict=True):
         checks.assert_index(**{f"{name} positions": array})
-        if np.shape(array) not in {(length,), (*lead, length)}:
-            expected, came = f"{(length,)} or {(*lead, length)}", np.shape(array)
+        if np.shape(array) not in {(length,), (*batch, length)}:
+            expected, came = f"{(length,)} or {(*batch, length)}", np.shape(array)
             raise ValueError(f"{name} positions must have shape {expected}, got {came}")
     q_positions, k_positions = dtypes.together(*positions)
     return q_positions, k_positions

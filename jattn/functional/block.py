@@ -1,4 +1,4 @@
-"""A rectangle of the scores: what masks and modifiers are told about the entries they work on."""
+"""A rectangle of the score matrix: what masks and modifiers know of the entries they work on."""
 
 import dataclasses
 import math
@@ -17,25 +17,25 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Rows × columns of the scores `[..., N, T, S]`, over the whole batch and all heads, or a part.
+    """Rows × columns of the scores `[..., N, T, S]`, for all examples and heads or for some.
 
-    Slots say where an entry stands in the arrays; positions say where its token stands in the text.
-    They differ where the caller passes positions of its own (a cache, a ragged prompt, a shard).
-    Every array that a block gives has the rank of its scores, so that nothing broadcasts unsaid.
+    A slot is an entry's index in the arrays; a position is its token's index in the text. They
+    differ where the caller passes positions: a cache, a ragged prompt, a shard. Every array that a
+    block gives has the rank of its scores, so that broadcasting never adds an axis.
 
     Attributes:
-      lead: the leading shape `...`.
+      batch: the leading shape `...` of all scores.
       num_heads: N.
       rows: first query slot and number of rows.
       columns: first key slot and number of columns.
       positions: query positions `[T]` or `[..., T]` and key positions `[S]` or `[..., S]`; None:
         the slots.
-      examples: the flat index of the first example and their number, or None for all.
-      head: the index of one head, or None for all.
+      examples: the flat index of the first example and the number of examples; None: all.
+      head: the index of one head; None: all.
       allowed: which entries count, broadcastable to the scores; None: all.
     """
 
-    lead: tuple[int, ...]
+    batch: tuple[int, ...]
     num_heads: int
     rows: Range
     columns: Range
@@ -58,21 +58,20 @@ class Block:
     def shape(self) -> tuple[int, ...]:
         """The shape of the block's scores."""
         heads = self.num_heads if self.head is None else 1
-        return (*self.batch, heads, self.rows[1], self.columns[1])
+        return (*self.block_batch, heads, self.rows[1], self.columns[1])
 
     @property
-    def batch(self) -> tuple[int, ...]:
-        """The leading axes of the block's scores: those of `lead`, or its examples on the last."""
+    def block_batch(self) -> tuple[int, ...]:
+        """The leading shape of the block's scores: `batch`, or `(1, …, 1, number of examples)`."""
         if self.examples is None:
-            return self.lead
-        return (1,) * (len(self.lead) - 1) + (self.examples[1],)
+            return self.batch
+        return (1,) * (len(self.batch) - 1) + (self.examples[1],)
 
     @property
     def b(self) -> Array:
         """Flat batch index `[..., 1, 1, 1]`; 0 where there are no leading axes."""
-        first, count = (0, math.prod(self.lead)) if self.examples is None else self.examples
-        numbers = jnp.asarray(first, jnp.int32) + jnp.arange(count, dtype=jnp.int32)
-        return numbers.reshape(*self.batch, 1, 1, 1)
+        examples = (0, math.prod(self.batch)) if self.examples is None else self.examples
+        return _indices(examples).reshape(*self.block_batch, 1, 1, 1)
 
     @property
     def h(self) -> Array:
@@ -84,12 +83,12 @@ class Block:
     @property
     def q_slot(self) -> Array:
         """Query slots `[..., 1, rows, 1]`."""
-        return self._full_rank(_count(self.rows), -2)
+        return self._full_rank(_indices(self.rows), -2)
 
     @property
     def k_slot(self) -> Array:
         """Key slots `[..., 1, 1, columns]`."""
-        return self._full_rank(_count(self.columns), -1)
+        return self._full_rank(_indices(self.columns), -1)
 
     @property
     def q_idx(self) -> Array:
@@ -103,7 +102,7 @@ class Block:
 
     @property
     def distance(self) -> Array:
-        """|i − j| of positions as uint32: exact over the whole of int32, where i − j wraps around.
+        """|i − j| of positions as uint32: exact for all of int32, where i − j may overflow.
 
         Example:
           >>> int(Block.point(0, 0, -1, 2**31 - 1).distance.reshape(()))
@@ -115,67 +114,69 @@ class Block:
     @property
     def q_range(self) -> tuple[Array, Array]:
         """Lowest and highest query position, each broadcastable to `[..., 1, 1, 1]`."""
-        return self._range(self.q_idx, self.rows, -2)
+        return self._low_and_high(self.q_idx, self.rows, -2)
 
     @property
     def k_range(self) -> tuple[Array, Array]:
         """Lowest and highest key position, each broadcastable to `[..., 1, 1, 1]`."""
-        return self._range(self.k_idx, self.columns, -1)
+        return self._low_and_high(self.k_idx, self.columns, -1)
 
-    def _range(self, indices: Array, window: Range, axis: int) -> tuple[Array, Array]:
+    def _low_and_high(self, indices: Array, slots: Range, axis: int) -> tuple[Array, Array]:
         if self.positions is None:
-            return jnp.asarray(window[0]), jnp.asarray(window[0] + window[1] - 1)
+            return jnp.asarray(slots[0]), jnp.asarray(slots[0] + slots[1] - 1)
         return indices.min(axis, keepdims=True), indices.max(axis, keepdims=True)
 
     def of_example(self, array: Any) -> Array:
         """Pick `array [...]`, one value per example, as `[..., 1, 1, 1]`."""
-        return self._examples(array)[..., None, None, None]
+        return self._of_examples(array)[..., None, None, None]
 
     def of_query(self, array: Any) -> Array:
         """Pick `array [T]` or `[..., T]`, one value per query slot, as `[..., 1, rows, 1]`."""
-        array = self._examples(array) if jnp.ndim(array) > 1 else jnp.asarray(array)
-        return self._full_rank(_cut(array, -1, self.rows), -2)
+        array = self._of_examples(array) if jnp.ndim(array) > 1 else jnp.asarray(array)
+        return self._full_rank(_slice(array, -1, self.rows), -2)
 
     def of_key(self, array: Any) -> Array:
         """Pick `array [S]` or `[..., S]`, one value per key slot, as `[..., 1, 1, columns]`."""
-        array = self._examples(array) if jnp.ndim(array) > 1 else jnp.asarray(array)
-        return self._full_rank(_cut(array, -1, self.columns), -1)
+        array = self._of_examples(array) if jnp.ndim(array) > 1 else jnp.asarray(array)
+        return self._full_rank(_slice(array, -1, self.columns), -1)
 
     def of_pair(self, array: Any) -> Array:
         """Pick `array`, broadcastable to `[..., N, T, S]`; axes of size 1 are kept."""
         array = jnp.asarray(array)
-        array = array.reshape((1,) * (len(self.lead) + 3 - array.ndim) + array.shape)
+        array = array.reshape((1,) * (len(self.batch) + 3 - array.ndim) + array.shape)
         heads = (0, self.num_heads) if self.head is None else (self.head, 1)
-        for axis, window in ((-3, heads), (-2, self.rows), (-1, self.columns)):
-            array = array if array.shape[axis] == 1 else _cut(array, axis, window)
+        for axis, indices in ((-3, heads), (-2, self.rows), (-1, self.columns)):
+            array = array if array.shape[axis] == 1 else _slice(array, axis, indices)
         if self.examples is None or all(size == 1 for size in array.shape[:-3]):
             return array
-        lead = array.shape[:-3] if len(self.lead) == 1 else self.lead
-        return self._examples(jnp.broadcast_to(array, (*lead, *array.shape[-3:])))
+        batch = array.shape[:-3] if len(self.batch) == 1 else self.batch
+        return self._of_examples(jnp.broadcast_to(array, (*batch, *array.shape[-3:])))
 
-    def _examples(self, array: Any) -> Array:
+    def _of_examples(self, array: Any) -> Array:
         array = jnp.asarray(array)
         if self.examples is None:
             return array
-        rest = array.shape[len(self.lead) :]
-        return _cut(array.reshape(-1, *rest), 0, self.examples).reshape(*self.batch, *rest)
+        rest = array.shape[len(self.batch) :]
+        flat = _slice(array.reshape(-1, *rest), 0, self.examples)
+        return flat.reshape(*self.block_batch, *rest)
 
     def _full_rank(self, array: Array, axis: int) -> Array:
-        """Move the last axis to `axis` of the scores; what stands before it are leading axes."""
-        lead = array.shape[:-1] or (1,) * len(self.lead)
-        own = [1, 1, 1]
-        own[axis] = array.shape[-1]
-        return array.reshape(*lead, *own)
+        """`[..., n]` in the rank of the scores: leading axes stay, n moves to `axis`."""
+        batch = array.shape[:-1] or (1,) * len(self.batch)
+        last_three = [1, 1, 1]
+        last_three[axis] = array.shape[-1]
+        return array.reshape(*batch, *last_three)
 
 
-def _count(window: Range) -> Array:
-    return jnp.asarray(window[0], jnp.int32) + jnp.arange(window[1], dtype=jnp.int32)
+def _indices(indices: Range) -> Array:
+    start, size = indices
+    return jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32)
 
 
-def _cut(array: Array, axis: int, window: Range) -> Array:
-    start, size = window
+def _slice(array: Array, axis: int, indices: Range) -> Array:
+    start, size = indices
     if isinstance(start, int) and start == 0 and size == array.shape[axis]:
         return array
-    most, of_array = array.shape[axis] - size, f"axis {axis} of an array {array.shape}"
-    checks.assert_in_range("a block's start", start, 0, most, of_array)
+    last, of_array = array.shape[axis] - size, f"axis {axis} of an array {array.shape}"
+    checks.assert_in_range("a block's start", start, 0, last, of_array)
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)

@@ -33,24 +33,24 @@ class Pure:
         """
         self.jaxpr, self.places, self.results = jaxpr, places, results
 
-    def __call__(self, captured: list[Array], *arguments: Any) -> Array:
+    def __call__(self, captured: list[Array], *arguments: Any) -> Any:
         """Evaluate it."""
         own = [captured[place] for place in self.places]
         leaves = compat.vary_alike(jax.tree.leaves((own, arguments)))
         return jax.tree.unflatten(self.results, compat.jaxpr_as_fun(self.jaxpr)(*leaves))
 
     @functools.cached_property
-    def _what_it_does(self) -> Any:
+    def _fingerprint(self) -> Any:
         try:
-            return self.places, self.results, compat.what_it_does(self.jaxpr)
+            return self.places, self.results, compat.fingerprint(self.jaxpr)
         except TypeError:  # it equals itself alone
             return id(self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pure) and self._what_it_does == other._what_it_does
+        return isinstance(other, Pure) and self._fingerprint == other._fingerprint
 
     def __hash__(self) -> int:
-        return hash(self._what_it_does)
+        return hash(self._fingerprint)
 
 
 class Captures:
@@ -91,15 +91,15 @@ class Captures:
           Array([3., 4., 5.], dtype=float32)
         """
         leaves, structure = jax.tree.flatten(holder)
-        held = [self._known(leaf) for leaf in leaves]
+        held = [self._as_array(leaf) for leaf in leaves]
 
-        def of_held(held, *arguments):
+        def of_held(held: list[Array], *arguments: Any) -> Any:
             return function(jax.tree.unflatten(structure, held), *arguments)
 
         while True:
             shapes = self._shapes((held, *arguments))
             closed, made = jax.make_jaxpr(of_held, return_shape=True)(*shapes)
-            consts = [self._known(const) for const in closed.consts]
+            consts = [self._as_array(const) for const in closed.consts]
             names = self.names.union(*map(compat.varying, consts))
             if names == self.names:
                 break
@@ -107,7 +107,7 @@ class Captures:
 
         on_mesh = bool(self.names) or self.mesh is not None
 
-        def rebound(consts, held, *arguments):
+        def rebound(consts: list[Array], held: list[Array], *arguments: Any) -> Any:
             leaves = jax.tree.leaves((held, arguments))
             if not on_mesh:
                 return compat.jaxpr_as_fun(compat.ClosedJaxpr(closed.jaxpr, consts))(*leaves)
@@ -115,7 +115,7 @@ class Captures:
 
         # Traced a second time: the first jaxpr refers to the tracers that were captured, and would
         # keep them alive
-        def trace(*shapes):
+        def trace(*shapes: Any) -> Any:
             return jax.make_jaxpr(rebound)(*shapes)
 
         retrace = compat.on_automatic_axes(trace, self.mesh, self.manual)
@@ -126,10 +126,10 @@ class Captures:
     def _shapes(self, arrays: Any) -> Any:
         return jax.tree.map(lambda array: compat.shape_of(array, self.names), arrays)
 
-    def _known(self, given: Any) -> Array:
-        """What was given as an array of JAX: the same one each time."""
-        for known, array in self._given:
-            if known is given:
+    def _as_array(self, given: Any) -> Array:
+        """Convert to a JAX array: the same one each time for the same object."""
+        for earlier, array in self._given:
+            if earlier is given:
                 return array
         array = jnp.asarray(given)
         # Of a NumPy array JAX may return one that it made earlier, with 64 bits enabled
@@ -139,8 +139,8 @@ class Captures:
         return array
 
     def _place(self, array: Array) -> int:
-        for place, known in enumerate(self.arrays):
-            if known is array:
+        for place, earlier in enumerate(self.arrays):
+            if earlier is array:
                 return place
         self.arrays.append(array)
         return len(self.arrays) - 1

@@ -54,10 +54,10 @@ def _bind(arguments: Mapping[str, tuple[tuple[int, ...], str]]) -> Sizes:
     for name, (shape, pattern) in arguments.items():
         letters = pattern.split()
         named = letters[1:] if letters[0] == "..." else letters
-        lead = shape[: max(len(shape) - len(named), 0)] if letters[0] == "..." else ()
-        known = {letter: sizes[letter] for letter in letters if letter in sizes}
-        expected = (*known.get("...", lead), *(known.get(letter) for letter in named))
-        detail = ", ".join(f"{letter} = {size}" for letter, size in known.items())
+        leading = shape[: max(len(shape) - len(named), 0)] if letters[0] == "..." else ()
+        bound = {letter: sizes[letter] for letter in letters if letter in sizes}
+        expected = (*bound.get("...", leading), *(bound.get(letter) for letter in named))
+        detail = ", ".join(f"{letter} = {size}" for letter, size in bound.items())
         wanted = f"[{', '.join(letters)}]{' with ' + detail if detail else ''}"
         message = f"{name} must be {wanted}, got shape {shape}"
         try:
@@ -67,13 +67,13 @@ def _bind(arguments: Mapping[str, tuple[tuple[int, ...], str]]) -> Sizes:
         except ValueError:
             # the caller's own words; Chex would put "input 0" before them
             raise ValueError(message) from None
-        sizes |= {"...": lead} if letters[0] == "..." else {}
-        sizes |= dict(zip(named, shape[len(lead) :], strict=True))
+        sizes |= {"...": leading} if letters[0] == "..." else {}
+        sizes |= dict(zip(named, shape[len(leading) :], strict=True))
     return sizes
 
 
 def _fits_when_swapped(arguments: Mapping[str, tuple[Any, str]], axes: tuple[int, int]) -> str:
-    def swapped(names):
+    def swapped(names: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
         bound = {}
         for name, (array, pattern) in arguments.items():
             shape = list(np.shape(array))
@@ -169,7 +169,7 @@ def entrywise(name: str, takes: str, function: Any, *entries: Any) -> Any:
     except ValueError:  # one that does not tell
         pass
 
-    def checked(*scalars):
+    def checked(*scalars: Any) -> Any:
         result = function(*scalars)
         if not isinstance(result, (bool, int, float)) and not hasattr(result, "dtype"):
             raise TypeError(f"{name} must return a number, got {type(result).__name__}")
@@ -268,7 +268,9 @@ def assert_bool(**flags: Any) -> None:
 
 
 def assert_divisible(**pairs: tuple[int, str, int]) -> None:
-    """Raise a `ValueError` that names the first argument which a number does not divide.
+    """Raise a `ValueError` that names the first argument that is not a multiple of its divisor.
+
+    A divisor must be an integer of at least 1.
 
     Args:
       **pairs: argument name -> (its value, name of the divisor, the divisor).
@@ -277,6 +279,7 @@ def assert_divisible(**pairs: tuple[int, str, int]) -> None:
       >>> assert_divisible(qkv_features=(12, "num_heads", 3))
     """
     for name, (number, divisor_name, divisor) in pairs.items():
+        assert_positive(**{divisor_name: divisor})
         if number % divisor:
             raise ValueError(f"{name} ({number}) must be a multiple of {divisor_name} ({divisor})")
 

@@ -32,23 +32,23 @@ def equations(jaxpr: Any) -> Iterator[Any]:
             yield from equations(inner)
 
 
-def what_it_does(closed: Any) -> Any:
-    """All that a jaxpr computes, hashable: equal for two that do the same.
+def fingerprint(closed: Any) -> Any:
+    """A hashable value that is equal for two jaxprs with the same equations.
 
-    Functions, such as the rules of a `jax.custom_jvp`, are equal only to themselves.
+    A function in a jaxpr, such as a rule of a `jax.custom_jvp`, is equal only to itself.
 
     Raises:
-      TypeError: something that the jaxpr holds, such as an array, cannot be compared.
+      TypeError: the jaxpr holds something that is not comparable, such as an array.
 
     Example:
-      >>> two = [what_it_does(jax.make_jaxpr(lambda x: x + 1)(1)) for _ in range(2)]
+      >>> two = [fingerprint(jax.make_jaxpr(lambda x: x + 1)(1)) for _ in range(2)]
       >>> two[0] == two[1]
       True
     """
     jaxpr = closed.jaxpr
     numbers = {variable: n for n, variable in enumerate((*jaxpr.constvars, *jaxpr.invars))}
 
-    def known(variable: Any) -> Any:
+    def operand(variable: Any) -> Any:
         if not isinstance(variable, Literal):
             return numbers[variable]
         if jnp.ndim(variable.val) > 0:
@@ -57,20 +57,20 @@ def what_it_does(closed: Any) -> Any:
 
     steps = []
     for equation in jaxpr.eqns:
-        inputs = tuple(map(known, equation.invars))
+        inputs = tuple(map(operand, equation.invars))
         params = tuple((key, _comparable(value)) for key, value in sorted(equation.params.items()))
         made = tuple(str(variable.aval) for variable in equation.outvars)
         numbers |= {variable: len(numbers) + n for n, variable in enumerate(equation.outvars)}
         steps.append((equation.primitive, inputs, params, made))
-    kinds = tuple(str(variable.aval) for variable in (*jaxpr.constvars, *jaxpr.invars))
-    return kinds, tuple(steps), tuple(map(known, jaxpr.outvars))
+    avals = tuple(str(variable.aval) for variable in (*jaxpr.constvars, *jaxpr.invars))
+    return avals, tuple(steps), tuple(map(operand, jaxpr.outvars))
 
 
 def _comparable(value: Any) -> Any:
     if hasattr(value, "eqns") or isinstance(value, ClosedJaxpr):
         if getattr(value, "consts", ()):
             raise TypeError("a jaxpr that holds arrays")
-        return what_it_does(value if hasattr(value, "jaxpr") else ClosedJaxpr(value, ()))
+        return fingerprint(value if hasattr(value, "jaxpr") else ClosedJaxpr(value, ()))
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(_comparable, value))
     if isinstance(value, dict):
@@ -91,16 +91,16 @@ def varying(array: Any) -> frozenset[str]:
     return varying_of(jax.typeof(array))
 
 
-def varying_of(kind: Any) -> frozenset[str]:
-    """The same of a value's type."""
-    return frozenset(getattr(getattr(kind, "mat", kind), "varying", None) or ())
+def varying_of(aval: Any) -> frozenset[str]:
+    """The same for the type of a value, its aval."""
+    return frozenset(getattr(getattr(aval, "mat", aval), "varying", None) or ())
 
 
 def vary_alike(arrays: Any, like: Any = ()) -> Any:
     """Let all arrays differ over every axis over which one of them, or of `like`, does.
 
-    Loops and rules for derivatives want it so. The transpose of this step sums what replicated
-    arrays get from each device: it stands outside every loop, once.
+    Loops and derivative rules need this. The transpose of this step sums the cotangents of a
+    replicated array over devices. It is outside of every loop, and so runs once.
     """
     return vary_over(frozenset().union(*map(varying, jax.tree.leaves((arrays, like)))), arrays)
 
@@ -108,7 +108,7 @@ def vary_alike(arrays: Any, like: Any = ()) -> Any:
 def vary_over(names: Iterable[str], arrays: Any) -> Any:
     """Let all arrays differ over these axes of an enclosing `jax.shard_map`."""
 
-    def lift(array):
+    def lift(array: Any) -> Any:
         missing = tuple(sorted(frozenset(names) - varying(array)))
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
@@ -116,28 +116,28 @@ def vary_over(names: Iterable[str], arrays: Any) -> Any:
 
 
 def shape_of(array: Any, names: frozenset[str]) -> Any:
-    """Something of this shape and dtype that differs over these axes, wherever it is stored."""
+    """A value of this shape and dtype that differs over these axes; its sharding is left out."""
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
     return vary_over(names, jnp.zeros(shape.shape, shape.dtype)) if names else shape
 
 
 def evaluate(closed: ClosedJaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr where its arrays differ over more axes, or lie otherwise, than in its trace.
+    """Evaluate a jaxpr on arrays whose varying axes or sharding differ from those in its trace.
 
     Raises:
-      NotImplementedError: such an array goes into a loop, a branch or a custom rule, whose trace
-        says otherwise.
+      NotImplementedError: such an array enters a loop, a branch or a custom rule, whose own trace
+        is fixed.
     """
     return _evaluate(closed.jaxpr, consts, arguments)
 
 
-def _fits(array: Any, kind: Any) -> bool:
+def _fits(array: Any, aval: Any) -> bool:
     own = jax.typeof(array)
-    return varying_of(own) == varying_of(kind) and own.sharding.mesh == kind.sharding.mesh
+    return varying_of(own) == varying_of(aval) and own.sharding.mesh == aval.sharding.mesh
 
 
 def explicit_mesh(arrays: Any) -> Any:
-    """The mesh of explicit axes on which the arrays lie, or which is in use; None: there is none.
+    """The mesh with explicit axes that the arrays or the context have; None: there is none.
 
     Explicit axes are those whose sharding is part of an array's type.
     """
@@ -149,14 +149,14 @@ def explicit_mesh(arrays: Any) -> Any:
 
 
 def has_manual_axes(mesh: Any) -> bool:
-    """Whether a `jax.shard_map` is entered over some axes of the mesh."""
+    """Whether the code runs inside a `jax.shard_map` over some axes of the mesh."""
     return jax.sharding.AxisType.Manual in mesh.axis_types
 
 
 def on_automatic_axes(
     function: Callable[..., Any], mesh: Any, manual: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """The function, traced as where explicit axes of the mesh are automatic, and these manual."""
+    """The function, traced with all axes of the mesh automatic, except for these manual ones."""
     if mesh is None:
         return function
     types = dict.fromkeys(mesh.axis_names, jax.sharding.AxisType.Auto)
@@ -172,14 +172,14 @@ def on_automatic_axes(
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     names = (*jaxpr.constvars, *jaxpr.invars)
-    known = dict(zip(names, (*consts, *arguments), strict=True))
+    env = dict(zip(names, (*consts, *arguments), strict=True))
 
     def value(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else known[variable]
+        return variable.val if isinstance(variable, Literal) else env[variable]
 
     for equation in jaxpr.eqns:
         results = _apply(equation, [value(variable) for variable in equation.invars])
-        known.update(zip(equation.outvars, results, strict=True))
+        env.update(zip(equation.outvars, results, strict=True))
     return [value(variable) for variable in jaxpr.outvars]
 
 
@@ -197,7 +197,7 @@ def _apply(equation: Any, inputs: list[Any]) -> Sequence[Any]:
             f"on a mesh, an array that a score, mask or modifier closes over goes into {name}: "
             "hold it in a functools.partial or a value of jattn.masks or jattn.modifiers instead"
         )
-    # Where results lie is left to the compiler
+    # The compiler chooses the sharding of results
     placed = [key for key, value in params.items() if isinstance(value, jax.sharding.Sharding)]
     bound = equation.primitive.get_bind_params(params | dict.fromkeys(placed))
     functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # JAX 0.10.0
@@ -206,7 +206,7 @@ def _apply(equation: Any, inputs: list[Any]) -> Sequence[Any]:
 
 
 def is_explicit(arrays: Any) -> bool:
-    """Whether the type of one of the arrays says how it is sharded.
+    """Whether the type of one of the arrays holds its sharding.
 
     Example:
       >>> is_explicit(jnp.ones(3))
@@ -230,12 +230,12 @@ def primitive(
     Args:
       name: what a jaxpr calls it.
       run: `(*arrays, **params) -> results`, written in JAX.
-      shapes: `(*kinds, **params)`: the kind, `jax.typeof`, of each result.
+      shapes: `(*avals, **params)`: the aval, `jax.typeof`, of each result.
       jvp: `(primals, tangents, **params) -> (results, tangents)`; None for a tangent of zero.
       transpose: `(cotangents, *arrays, **params)`: a cotangent for each array in which the
-        operation is linear; those are None, as are cotangents of zero.
+        operation is linear. Those arrays are None, and so are cotangents of zero.
       batch: `(arrays, axes, **params) -> (results, axes)`; None for an array without the axis.
-      run_on_cpu: what is compiled on CPU in the place of `run`.
+      run_on_cpu: compiled on CPU instead of `run`.
 
     Returns:
       `(*arrays, **params) -> results`.
@@ -252,19 +252,20 @@ def primitive(
         arrays, [axis for axis in axes], **params
     )
 
-    def differentiate(primals, tangents, **params):
-        results, moved = jvp(primals, [_or_none(t) for t in tangents], **params)
+    def differentiate(primals: Any, tangents: Any, **params: Any) -> Any:
+        results, result_tangents = jvp(primals, [_or_none(t) for t in tangents], **params)
         zeros = [
             ad.Zero(jax.typeof(r).to_tangent_aval()) if t is None else t
-            for r, t in zip(results, moved, strict=True)
+            for r, t in zip(results, result_tangents, strict=True)
         ]
         return results, zeros
 
-    def pull_back(cotangents, *arrays, **params):
+    def pull_back(cotangents: Any, *arrays: Any, **params: Any) -> list[Any]:
         linear = [ad.is_undefined_primal(array) for array in arrays]
-        known = [None if one else array for one, array in zip(linear, arrays, strict=True)]
-        kinds = [array.aval for one, array in zip(linear, arrays, strict=True) if one]
-        found = iter(transpose([_or_none(c) for c in cotangents], *known, kinds=kinds, **params))
+        residuals = [None if one else array for one, array in zip(linear, arrays, strict=True)]
+        avals = [array.aval for one, array in zip(linear, arrays, strict=True) if one]
+        cotangents = [_or_none(c) for c in cotangents]
+        found = iter(transpose(cotangents, *residuals, avals=avals, **params))
         return [next(found) if one else None for one in linear]
 
     ad.primitive_jvps[made] = differentiate
@@ -278,25 +279,26 @@ def _or_none(tangent: Any) -> Any:
 
 
 def ambient_precision() -> str | None:
-    """Of matrix products: what `jax.default_matmul_precision` holds now.
+    """The precision of matrix products that `jax.default_matmul_precision` sets now.
 
     Example:
       >>> ambient_precision() is None
       True
     """
-    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    precision: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return precision
 
 
-def kind_like(like: Any, shape: Sequence[int], dtype: Any) -> Any:
-    """The kind of an array of this shape and dtype that varies as `like` does."""
+def aval_like(like: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """The aval of an array of this shape and dtype that varies as `like` does."""
     return like.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False)
 
 
 def automatically(function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
-    """The function, for which explicit axes of a mesh are automatic.
+    """The function, which sees explicit axes of a mesh as automatic.
 
-    Loops and gathers in it need not say how each array is sharded. The specs, a pytree of
-    `PartitionSpec`s, say how its results are. Without explicit axes the function runs as it is.
+    Its loops and gathers need not give the sharding of each array. `specs`, a pytree of
+    `PartitionSpec`s, gives that of its results. Without explicit axes the function runs as it is.
 
     Example:
       >>> take = automatically(lambda table, ids: table[ids], PartitionSpec(None))

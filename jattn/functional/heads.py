@@ -1,4 +1,4 @@
-"""Splitting a width into heads and back, and grouping query heads over shared key/value heads."""
+"""Split a width into heads and merge them; group query heads over shared key/value heads."""
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,41 @@ Array = jax.Array
 def split_heads(x: Array, num_heads: int) -> Array:
     """Split the last axis into heads: `[..., T, N·H] -> [..., T, N, H]`.
 
+    Args:
+      x: `[..., T, N·H]`, any dtype.
+      num_heads: N.
+
+    Returns:
+      `[..., T, N, H]`, in the dtype of `x`.
+
     Raises:
-      ValueError: the width is not divisible by the number of heads.
+      ValueError: x has no length axis, `num_heads` is not a positive integer, or the width is not
+        divisible by it.
+
+    Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
 
     Example:
       >>> split_heads(jnp.zeros((2, 5, 12)), 3).shape
       (2, 5, 3, 4)
     """
     checks.assert_shapes(x=(x, "... T D"))
-    _check_divisible("the last axis of x", x.shape[-1], "num_heads", num_heads)
+    checks.assert_divisible(**{"the last axis of x": (x.shape[-1], "num_heads", num_heads)})
     return rearrange(x, "... T (N H) -> ... T N H", N=num_heads)
 
 
 def merge_heads(x: Array) -> Array:
-    """Concatenate the heads, the inverse of `split_heads`: `[..., T, N, H] -> [..., T, N·H]`.
+    """Concatenate the heads: `[..., T, N, H] -> [..., T, N·H]`. The inverse of `split_heads`.
+
+    Args:
+      x: `[..., T, N, H]`, any dtype.
+
+    Returns:
+      `[..., T, N·H]`, in the dtype of `x`.
 
     Raises:
       ValueError: x has no head axis.
+
+    Paper: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
 
     Example:
       >>> merge_heads(jnp.zeros((2, 5, 3, 4))).shape
@@ -38,13 +56,23 @@ def merge_heads(x: Array) -> Array:
     return rearrange(x, "... T N H -> ... T (N H)")
 
 
-def group_heads(x: Array, num_kv_heads: int) -> Array:
-    """Group query heads that share a key head: `[..., T, N, H] -> [..., T, K, G, H]`.
+def group_heads(x: Array, num_kv_heads: int, axis: int = -2) -> Array:
+    """Group the query heads that share a key head: `[..., T, N, H] -> [..., T, K, G, H]`.
 
-    Query head h uses key head `h // G`.
+    Query head n becomes member `n % G` of group `n // G`.
+
+    Args:
+      x: any dtype, with N heads along `axis`.
+      num_kv_heads: K, a divisor of N; G = N / K.
+      axis: the axis of the heads, counted from the last: −2 for `[..., T, N, H]`, −3 for
+        `[..., N, T, H]`.
+
+    Returns:
+      `x` with axes K and G in the place of N, in the same dtype.
 
     Raises:
-      ValueError: N is not divisible by K.
+      ValueError: x has no such axis, `num_kv_heads` is not a positive integer, or N is not
+        divisible by it.
 
     Paper: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
 
@@ -52,48 +80,45 @@ def group_heads(x: Array, num_kv_heads: int) -> Array:
       >>> group_heads(jnp.zeros((5, 6, 4)), 2).shape
       (5, 2, 3, 4)
     """
-    checks.assert_shapes(x=(x, "... T N H"))
-    _check_divisible("the number of heads of x", x.shape[-2], "num_kv_heads", num_kv_heads)
-    return rearrange(x, "... T (K G) H -> ... T K G H", K=num_kv_heads)
+    before, (N, *after) = _split_shape(x, axis, 1, "axis of heads N")
+    checks.assert_divisible(**{"the number of heads of x": (N, "num_kv_heads", num_kv_heads)})
+    return jnp.reshape(x, (*before, num_kv_heads, N // num_kv_heads, *after))
 
 
-def ungroup_heads(x: Array) -> Array:
-    """The inverse of `group_heads`: `[..., T, K, G, H] -> [..., T, N, H]`.
+def ungroup_heads(x: Array, axis: int = -3) -> Array:
+    """Undo `group_heads`: `[..., T, K, G, H] -> [..., T, N, H]`.
+
+    Args:
+      x: any dtype, with K key heads along `axis` and G query heads of each along the next.
+      axis: the axis of the key heads, counted from the last: −3 for `[..., T, K, G, H]`, −4 for
+        `[..., K, G, T, H]`.
+
+    Returns:
+      `x` with one axis of N = K · G heads in the place of K and G, in the same dtype.
 
     Raises:
-      ValueError: x has no group axis.
+      ValueError: x has no such axes.
+
+    Paper: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
 
     Example:
       >>> ungroup_heads(jnp.zeros((5, 2, 3, 4))).shape
       (5, 6, 4)
     """
-    checks.assert_shapes(x=(x, "... T K G H"))
-    return rearrange(x, "... T K G H -> ... T (K G) H")
-
-
-def repeat_kv(x: Array, num_heads: int) -> Array:
-    """Repeat every key/value head for its query heads: `[..., S, K, H] -> [..., S, N, H]`.
-
-    Each query head gets its own copy of the key/value head that it shares with others.
-    `attend` does not need this; it is for code that knows no grouped heads.
-
-    Raises:
-      ValueError: N is not divisible by K.
-
-    Example:
-      >>> repeat_kv(jnp.array([[[1.0], [2.0]]]), 4)[0, :, 0]
-      Array([1., 1., 2., 2.], dtype=float32)
-    """
-    checks.assert_shapes(x=(x, "... S K H"))
-    checks.assert_positive(num_heads=num_heads)
-    _check_divisible("num_heads", num_heads, "the number of heads of x", x.shape[-2])
-    return repeat(x, "... S K H -> ... S (K G) H", G=num_heads // x.shape[-2])
+    before, (K, G, *after) = _split_shape(x, axis, 2, "axes of key heads K and group members G")
+    return jnp.reshape(x, (*before, K * G, *after))
 
 
 def fold_heads(x: Array) -> Array:
     """Make heads part of the batch: `[B, T, N, H] -> [B·N, T, H]`.
 
     Head n of example b becomes row b·N + n.
+
+    Args:
+      x: `[B, T, N, H]`, any dtype.
+
+    Returns:
+      `[B·N, T, H]`, in the dtype of `x`.
 
     Raises:
       ValueError: x is not of rank 4.
@@ -107,22 +132,41 @@ def fold_heads(x: Array) -> Array:
 
 
 def unfold_heads(x: Array, num_heads: int) -> Array:
-    """The inverse of `fold_heads`: `[B·N, T, H] -> [B, T, N, H]`.
+    """Undo `fold_heads`: `[B·N, T, H] -> [B, T, N, H]`.
+
+    Args:
+      x: `[B·N, T, H]`, any dtype.
+      num_heads: N.
+
+    Returns:
+      `[B, T, N, H]`, in the dtype of `x`.
 
     Raises:
-      ValueError: the first axis is not divisible by the number of heads.
+      ValueError: x is not of rank 3, `num_heads` is not a positive integer, or the first axis is
+        not divisible by it.
 
     Example:
       >>> unfold_heads(jnp.zeros((6, 5, 4)), 3).shape
       (2, 5, 3, 4)
     """
     checks.assert_shapes(x=(x, "B T H"))
-    _check_divisible("the first axis of x", x.shape[0], "num_heads", num_heads)
+    checks.assert_divisible(**{"the first axis of x": (x.shape[0], "num_heads", num_heads)})
     return rearrange(x, "(B N) T H -> B T N H", N=num_heads)
 
 
 def repeat_lengths(lengths: Array, num_heads: int) -> Array:
     """Repeat lengths for folded heads, once per head: `[B] -> [B·N]`, or `[B, T] -> [B·N, T]`.
+
+    Args:
+      lengths: integers `[B]` or `[B, T]`.
+      num_heads: N.
+
+    Returns:
+      Integers `[B·N]` or `[B·N, T]`.
+
+    Raises:
+      ValueError: `lengths` has another rank, or `num_heads` is not a positive integer.
+      TypeError: `lengths` are not integers.
 
     Example:
       >>> repeat_lengths(jnp.array([3, 5]), 2)
@@ -136,7 +180,9 @@ def repeat_lengths(lengths: Array, num_heads: int) -> Array:
     return repeat(lengths, "B ... -> (B N) ...", N=num_heads)
 
 
-def _check_divisible(name: str, size: int, divisor_name: str, divisor: int) -> None:
-    checks.assert_positive(**{divisor_name.replace(" ", "_"): divisor})
-    if size % divisor:
-        raise ValueError(f"{name} ({size}) must be divisible by {divisor_name} ({divisor})")
+def _split_shape(x: Array, axis: int, count: int, what: str) -> tuple[tuple[int, ...], list[int]]:
+    """The sizes before `axis`, and those from it on, of which `count` must be there."""
+    if axis + count > 0 or -axis > jnp.ndim(x):
+        raise ValueError(f"x must have the {what} at axis {axis}, got shape {jnp.shape(x)}")
+    shape = jnp.shape(x)
+    return shape[:axis], list(shape[axis:])

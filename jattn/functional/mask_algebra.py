@@ -1,7 +1,4 @@
-"""Every mask can be evaluated, classified, combined, materialised and drawn.
-
-A mask is evaluated or classified on a block; `& | ~` combine masks.
-"""
+"""What every mask can do: evaluate or classify blocks, combine by `& | ~`, fill an array, draw."""
 
 from typing import Any
 
@@ -14,6 +11,8 @@ from jattn.functional.block import FULL, PARTIAL, Block
 from jattn.functional.pytree import pytree
 
 Array = jax.Array
+# Leading shape, N, T and S; None for a size that is not known
+ImpliedShape = tuple[tuple[int, ...], int | None, int | None, int | None]
 LARGEST_PICTURE = 32  # queries and keys that printing a mask draws
 
 
@@ -21,37 +20,31 @@ class Mask:
     """A set of (query, key) pairs. Make one with a function of this module."""
 
     def rule(self, block: Block) -> Array:
-        """Tell which entries of the block may be attended to.
-
-        The result is boolean and broadcastable to `[..., N, rows, columns]`.
-        """
+        """Which entries of the block are allowed: boolean, broadcastable to the block's scores."""
         raise NotImplementedError
 
     def classify(self, block: Block) -> Array:
-        """Tell for each example whether the block is EMPTY (0), PARTIAL (1) or FULL (2).
+        """Whether the block is EMPTY (0), PARTIAL (1) or FULL (2) for each example and head.
 
-        The result is broadcastable to `[..., N, 1, 1]`; in doubt it is PARTIAL.
+        The result is broadcastable to `[..., N, 1, 1]`. A mask that cannot tell returns PARTIAL.
         """
         return jnp.asarray(PARTIAL)
 
-    def check(self, lead: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
-        """Raise a `ValueError` if the mask does not fit scores `[*lead, num_heads, T, S]`."""
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        """Raise a `ValueError` if the mask does not fit scores `[*batch, num_heads, T, S]`."""
 
-    def extent(self) -> tuple[tuple[int, ...], int | None, int | None, int | None]:
-        """Return the leading shape, N, T and S that the mask's own arrays imply.
-
-        Where they imply none, the leading shape is `()` and a size is None.
-        """
+    def implied_shape(self) -> ImpliedShape:
+        """The leading shape, N, T and S that the mask's own arrays imply: `()` or None if none."""
         return (), None, None, None
 
     def __call__(self, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
-        """One entry, from scalars; arrays of the mask are read as having one batch axis."""
+        """Whether one entry is allowed. Arrays that the mask holds must have one batch axis."""
         return self.rule(Block.point(b, h, q_idx, k_idx)).reshape(())
 
     def to_array(
         self, T: int, S: int, *, batch: tuple[int, ...] | None = None, num_heads: int = 1
     ) -> Array:
-        """Materialise the mask.
+        """Write the mask as one boolean array.
 
         Args:
           T: number of queries.
@@ -61,15 +54,27 @@ class Mask:
 
         Returns:
           Boolean `[T, S]`, or `[..., N or 1, T, S]` if the mask differs between examples or heads.
+
+        Raises:
+          ValueError: the mask's own arrays do not fit these sizes.
         """
-        lead = self.extent()[0] if batch is None else batch
-        self.check(lead, num_heads, T, S)
-        allowed = self.rule(Block(lead, num_heads, (0, T), (0, S)))
+        batch = self.implied_shape()[0] if batch is None else batch
+        self.check(batch, num_heads, T, S)
+        allowed = self.rule(Block(batch, num_heads, (0, T), (0, S)))
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:-2], T, S))
-        return allowed.reshape(T, S) if allowed.size == T * S and not lead else allowed
+        return allowed.reshape(T, S) if allowed.size == T * S and not batch else allowed
 
     def draw(self, T: int | None = None, S: int | None = None, *, b: int = 0, h: int = 0) -> str:
-        """Draw the mask of flat example b and head h: a row per query, `█` where it may attend.
+        """Draw the mask as text: a row per query, `█` where it may attend.
+
+        Args:
+          T: number of queries; None takes it from the mask's own arrays, or 8.
+          S: number of keys; None takes it from the mask's own arrays, or 8.
+          b: flat index of the example.
+          h: query head.
+
+        Raises:
+          ValueError: the mask's own arrays do not fit these sizes.
 
         Example:
           >>> from jattn.functional.masks import causal
@@ -78,20 +83,20 @@ class Mask:
           █ █ ·
         """
         T, S = self._lengths(T, S)
-        lead, N, *_ = self.extent()
-        self.check(lead, N or h + 1, T, S)
+        batch, N, *_ = self.implied_shape()
+        self.check(batch, N or h + 1, T, S)
         return self._draw_corner(T, S, b, h)
 
     def _lengths(self, T: int | None, S: int | None) -> tuple[int, int]:
-        _, _, own_T, own_S = self.extent()
+        _, _, own_T, own_S = self.implied_shape()
         return T or own_T or own_S or 8, S or own_S or own_T or 8
 
     def _draw_corner(self, rows: int, columns: int, b: int = 0, h: int = 0) -> str:
-        lead, N, *_ = self.extent()
+        batch, N, *_ = self.implied_shape()
         N = N or h + 1
         with jax.ensure_compile_time_eval():
-            allowed = np.asarray(self.rule(Block(lead, N, (0, rows), (0, columns))))
-        picture = np.broadcast_to(allowed, (*lead, N, rows, columns)).reshape(-1, N, rows, columns)
+            allowed = np.asarray(self.rule(Block(batch, N, (0, rows), (0, columns))))
+        picture = np.broadcast_to(allowed, (*batch, N, rows, columns)).reshape(-1, N, rows, columns)
         lines = (" ".join("█" if entry else "·" for entry in row) for row in picture[b, h])
         return "\n".join(lines)
 
@@ -111,7 +116,7 @@ class Mask:
     def __or__(self, other: "Mask") -> "Mask":
         return _Or(self, _as_mask(other))
 
-    __array_ufunc__ = None  # let NumPy leave `array & mask` to the mask, which refuses it by name
+    __array_ufunc__ = None  # so that `array & mask` calls the mask, which raises a clear error
 
     def __rand__(self, other: Any) -> "Mask":
         return _as_mask(other) & self
@@ -121,7 +126,7 @@ class Mask:
 
     def __bool__(self) -> bool:
         raise TypeError(
-            "a mask is neither true nor false: combine masks with & | ~, not with and, or, not"
+            "a mask has no truth value: combine masks with & | ~ instead of and, or, not"
         )
 
     def __invert__(self) -> "Mask":
@@ -130,12 +135,10 @@ class Mask:
 
 def _as_mask(mask: Any) -> Mask:
     if not isinstance(mask, Mask):
-        way = (
-            "call it first, or lift it with masks.mask_mod"
-            if callable(mask)
-            else "masks.from_array(array)"
+        use = (
+            "masks.mask_mod(function), or call it" if callable(mask) else "masks.from_array(array)"
         )
-        raise TypeError(f"a mask combines with masks only, got {type(mask).__name__}: {way}")
+        raise TypeError(f"a mask combines with masks only, got {type(mask).__name__}: use {use}")
     return mask
 
 
@@ -144,22 +147,22 @@ class _And(Mask):
     left: Mask
     right: Mask
 
-    def rule(self, block):
+    def rule(self, block: Block) -> Array:
         return self.left.rule(block) & self.right.rule(block)
 
-    def classify(self, block):
+    def classify(self, block: Block) -> Array:
         return jnp.minimum(self.left.classify(block), self.right.classify(block))
 
-    def check(self, lead, num_heads, T, S):
-        self.left.check(lead, num_heads, T, S)
-        self.right.check(lead, num_heads, T, S)
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        self.left.check(batch, num_heads, T, S)
+        self.right.check(batch, num_heads, T, S)
 
-    def extent(self):
-        (a_lead, *a), (b_lead, *b) = self.left.extent(), self.right.extent()
-        sizes = (max(x or 0, y or 0) or None for x, y in zip(a, b, strict=True))
-        return np.broadcast_shapes(a_lead, b_lead), *sizes
+    def implied_shape(self) -> ImpliedShape:
+        (a_batch, *a), (b_batch, *b) = self.left.implied_shape(), self.right.implied_shape()
+        N, T, S = (max(x or 0, y or 0) or None for x, y in zip(a, b, strict=True))
+        return np.broadcast_shapes(a_batch, b_batch), N, T, S
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return " & ".join(
             f"({part!r})" if isinstance(part, _Or) else repr(part)
             for part in (self.left, self.right)
@@ -168,13 +171,13 @@ class _And(Mask):
 
 @pytree
 class _Or(_And):
-    def rule(self, block):
+    def rule(self, block: Block) -> Array:
         return self.left.rule(block) | self.right.rule(block)
 
-    def classify(self, block):
+    def classify(self, block: Block) -> Array:
         return jnp.maximum(self.left.classify(block), self.right.classify(block))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{self.left!r} | {self.right!r}"
 
 
@@ -182,17 +185,17 @@ class _Or(_And):
 class _Not(Mask):
     mask: Mask
 
-    def rule(self, block):
+    def rule(self, block: Block) -> Array:
         return ~self.mask.rule(block)
 
-    def classify(self, block):
+    def classify(self, block: Block) -> Array:
         return FULL - self.mask.classify(block)
 
-    def check(self, lead, num_heads, T, S):
-        self.mask.check(lead, num_heads, T, S)
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        self.mask.check(batch, num_heads, T, S)
 
-    def extent(self):
-        return self.mask.extent()
+    def implied_shape(self) -> ImpliedShape:
+        return self.mask.implied_shape()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"~({self.mask!r})" if isinstance(self.mask, _And) else f"~{self.mask!r}"

@@ -2,12 +2,12 @@
 
 Combine masks with `&`, `|` and `~`.
 
-A mask is a small value that can be evaluated on any block of the score matrix, so that no `[T, S]`
-array has to exist. Python integers in it are static; arrays (lengths, ids) are pytree leaves and
-may be traced.
+A mask can be evaluated on any block of the score matrix, so that no `[T, S]` array has to exist. It
+is a pytree: Python integers in it are static; arrays (lengths, ids) are leaves and may be traced.
 
 `causal`, `sliding_window`, `no_self` and callables see positions; `padding`, `segments` and
-`from_array` see array slots. The two are the same unless the caller of `attend` passes positions.
+`from_array` see slots, the indices of the arrays. The two are the same unless the caller of
+`attend` passes positions.
 
 Example:
   >>> print(causal() & no_self())
@@ -31,7 +31,8 @@ import numpy as np
 
 from jattn.functional import checks, dtypes
 from jattn.functional.block import EMPTY, FULL, PARTIAL, Block
-from jattn.functional.mask_algebra import Mask
+from jattn.functional.mask_algebra import ImpliedShape
+from jattn.functional.mask_algebra import Mask as Mask
 from jattn.functional.pytree import pytree
 
 Array = jax.Array
@@ -43,8 +44,12 @@ def causal(offset: int | Array = 0) -> Mask:
         j ≤ i + offset
 
     Args:
-      offset: how many later keys are visible too; with S > T, `S − T` aligns the ends. An integer,
-        or an integer array `[]` or `[...]` with one offset per example.
+      offset: the number of later keys that are visible, too; with S > T, `S − T` aligns the ends.
+        An integer, or an integer array `[]` or `[...]` with one offset per example.
+
+    Raises:
+      TypeError: the offset is not an integer or an array of integers.
+      ValueError: an offset is beyond 32 bits.
 
     Example:
       >>> print(causal().draw(3, 4))
@@ -65,7 +70,8 @@ def sliding_window(left: int | Array, right: int | Array = 0) -> Mask:
       right: the same.
 
     Raises:
-      ValueError: the window is empty: left + right < 0.
+      TypeError: left or right is not an integer or an array of integers.
+      ValueError: the window is empty, left + right < 0; or a number is beyond 32 bits.
 
     Paper: Beltagy et al. 2020, https://arxiv.org/abs/2004.05150
 
@@ -79,19 +85,23 @@ def sliding_window(left: int | Array, right: int | Array = 0) -> Mask:
     left, right = _integer("left", left), _integer("right", right)
     if isinstance(left, int) and isinstance(right, int) and left + right < 0:
         raise ValueError(
-            f"sliding_window holds no key at all: left + right must be ≥ 0, got {left} and {right}"
+            f"sliding_window must hold a key, left + right ≥ 0, got left = {left}, right = {right}"
         )
     return _SlidingWindow(left, right)
 
 
 def padding(lengths: Array) -> Mask:
-    """Only the first keys are real.
+    """A query sees the first `length` keys; the others are padding.
 
         j < length
 
     Args:
-      lengths: integers `[...]` (one per example) or `[..., T]` (one per query), from 0 to S; traced
-        lengths beyond S allow all S keys.
+      lengths: integers `[...]` (one per example) or `[..., T]` (one per query), from 0 to S. A
+        traced length above S allows all S keys.
+
+    Raises:
+      TypeError: lengths are not integers.
+      ValueError: in `attend`, if a known length lies outside 0 … S.
 
     Example:
       >>> print(padding(np.array(2)).draw(3, 4))
@@ -103,9 +113,15 @@ def padding(lengths: Array) -> Mask:
 
 
 def prefix_lm(lengths: Array) -> Mask:
-    """All queries see the prefix; only later queries see what follows it.
+    """A query sees the prefix, itself and what came before it: `causal() | padding(lengths)`.
 
-    It is `causal() | padding(lengths)`.
+        j < length  or  j ≤ i
+
+    Args:
+      lengths: of the prefixes, integers `[...]` or `[..., T]`, from 0 to S.
+
+    Raises:
+      TypeError: lengths are not integers.
 
     Paper: Raffel et al. 2020, https://arxiv.org/abs/1910.10683
 
@@ -120,13 +136,17 @@ def prefix_lm(lengths: Array) -> Mask:
 
 
 def segments(q_ids: Array, k_ids: Array | None = None) -> Mask:
-    """Query and key must lie in the same segment (document) of a packed sequence.
+    """A query sees the keys of its own segment (document) in a packed sequence.
 
         q_ids[i] = k_ids[j]
 
     Args:
       q_ids: integers `[..., T]`.
-      k_ids: integers `[..., S]`; None for self-attention: the same as `q_ids`.
+      k_ids: integers `[..., S]`; None: the same as `q_ids`, for self-attention.
+
+    Raises:
+      TypeError: ids are not integers.
+      ValueError: an id is beyond 32 bits.
 
     Example:
       >>> print(segments(np.array([0, 0, 1, 1])))
@@ -141,7 +161,11 @@ def segments(q_ids: Array, k_ids: Array | None = None) -> Mask:
 
 
 def no_self() -> Mask:
-    """A query sees every key but the one at its own position: j ≠ i. For leave-one-out prediction.
+    """A query sees every key but the one at its own position.
+
+        j ≠ i
+
+    With it, attention predicts each value from all others: leave-one-out.
 
     Example:
       >>> print(no_self().draw(3, 3))
@@ -153,10 +177,13 @@ def no_self() -> Mask:
 
 
 def from_array(array: Any) -> Mask:
-    """A boolean array, True = may attend.
+    """A query sees the keys that a boolean array allows.
+
+        array[..., n, i, j]
 
     Args:
-      array: broadcastable to `[..., N, T, S]`; `[T, S]` is shared by all examples and heads.
+      array: boolean, True = may attend, broadcastable to `[..., N, T, S]`; `[T, S]` is shared by
+        all examples and heads.
 
     Raises:
       TypeError: the array is not boolean.
@@ -171,7 +198,7 @@ def from_array(array: Any) -> Mask:
     if array.dtype != bool:
         raise TypeError(
             f"a mask array must be boolean (True = may attend), got {array.dtype}: use "
-            "mask.astype(bool), or modifiers.bias for what is added to scores"
+            "mask.astype(bool), or modifiers.bias for an array that is added to scores"
         )
     return _Dense(array)
 
@@ -180,15 +207,18 @@ def mask_mod(
     function: Callable[[Array, Array, Array, Array], Array],
     bounds: Callable[[Array, Array, Array, Array], Array] | None = None,
 ) -> Mask:
-    """Make a mask of a callable `(b, h, q_idx, k_idx) -> bool` on scalars.
-
-    Then `&`, `|` and `~` apply to it.
+    """Make a mask of a callable `(b, h, q_idx, k_idx) -> bool`, so that `& | ~` apply to it.
 
     Args:
-      function: sees the flat batch index, the query head and the positions of query and key; may
-        capture arrays (of JAX, if it indexes them: the indices are traced).
-      bounds: `(q_low, q_high, k_low, k_high) -> EMPTY | PARTIAL | FULL`, both ends inclusive: lets
-        kernels skip blocks.
+      function: takes scalars: the flat batch index, the query head and the positions of query and
+        key. It may capture arrays; one that it indexes must be a JAX array, because the indices
+        are traced.
+      bounds: `(q_low, q_high, k_low, k_high) -> EMPTY | PARTIAL | FULL` on scalars, both ends
+        inclusive. With it a kernel skips EMPTY blocks and evaluates `function` on PARTIAL ones
+        alone.
+
+    Raises:
+      TypeError: `function` is not callable.
 
     Paper: the signature of FlexAttention, Dong et al. 2024, https://arxiv.org/abs/2412.05496
 
@@ -200,7 +230,7 @@ def mask_mod(
     """
     if not callable(function):
         raise TypeError(
-            f"mask_mod lifts a callable (b, h, q_idx, k_idx) -> bool, got {type(function).__name__}"
+            f"mask_mod takes a callable (b, h, q_idx, k_idx) -> bool, got {type(function).__name__}"
         )
     return _Mod(function, bounds)
 
@@ -209,21 +239,21 @@ def mask_mod(
 class _Causal(Mask):
     offset: Any
 
-    def rule(self, block):
-        return _at_most(block.k_idx, _shift(block.q_idx, _each(block, self.offset)))
+    def rule(self, block: Block) -> Array:
+        return _at_most(block.k_idx, _shift(block.q_idx, _per_example(block, self.offset)))
 
-    def classify(self, block):
-        offset, (k_low, k_high) = _each(block, self.offset), block.k_range
-        reach_low, reach_high = (_shift(q, offset) for q in block.q_range)
-        return _classified(empty=~_at_most(k_low, reach_high), full=_at_most(k_high, reach_low))
+    def classify(self, block: Block) -> Array:
+        offset, (k_low, k_high) = _per_example(block, self.offset), block.k_range
+        first_end, last_end = (_shift(q, offset) for q in block.q_range)
+        return _class_of(empty=~_at_most(k_low, last_end), full=_at_most(k_high, first_end))
 
-    def check(self, lead, num_heads, T, S):
-        _check_each("offset", self.offset, lead)
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        _check_per_example("offset", self.offset, batch)
 
-    def extent(self):
+    def implied_shape(self) -> ImpliedShape:
         return np.shape(self.offset), None, None, None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shown = _show(self.offset) if _is_array(self.offset) or self.offset else ""
         return f"causal({shown})"
 
@@ -233,31 +263,29 @@ class _SlidingWindow(Mask):
     left: Any
     right: Any
 
-    def rule(self, block):
+    def rule(self, block: Block) -> Array:
         first, last = self._ends(block, block.q_idx)
         return _at_most(first, block.k_idx) & _at_most(block.k_idx, last)
 
-    def _ends(self, block, q_idx):
-        return _shift(q_idx, -_each(block, self.left)), _shift(q_idx, _each(block, self.right))
+    def _ends(self, block: Block, q_idx: Array) -> tuple[Array, Array]:
+        """First and last key position that queries see."""
+        left, right = (_per_example(block, number) for number in (self.left, self.right))
+        return _shift(q_idx, -left), _shift(q_idx, right)
 
-    def classify(self, block):
-        (q_low, q_high), (k_low, k_high) = block.q_range, block.k_range
-        (low_first, low_last), (high_first, high_last) = (
-            self._ends(block, q) for q in (q_low, q_high)
-        )
-        empty = ~(_at_most(low_first, k_high) & _at_most(k_low, high_last))
-        return _classified(
-            empty=empty, full=_at_most(high_first, k_low) & _at_most(k_high, low_last)
-        )
+    def classify(self, block: Block) -> Array:
+        k_low, k_high = block.k_range
+        low, high = (self._ends(block, q_idx) for q_idx in block.q_range)
+        empty = ~(_at_most(low[0], k_high) & _at_most(k_low, high[1]))
+        return _class_of(empty=empty, full=_at_most(high[0], k_low) & _at_most(k_high, low[1]))
 
-    def check(self, lead, num_heads, T, S):
-        _check_each("left", self.left, lead)
-        _check_each("right", self.right, lead)
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        _check_per_example("left", self.left, batch)
+        _check_per_example("right", self.right, batch)
 
-    def extent(self):
+    def implied_shape(self) -> ImpliedShape:
         return np.broadcast_shapes(np.shape(self.left), np.shape(self.right)), None, None, None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"sliding_window({_show(self.left)}, {_show(self.right)})"
 
 
@@ -265,34 +293,35 @@ class _SlidingWindow(Mask):
 class _Padding(Mask):
     lengths: Any
 
-    def _per_query(self, block):
+    def _of_block(self, block: Block) -> Array:
         """Lengths `[..., 1, rows or 1, 1]`."""
-        per_query = np.ndim(self.lengths) == len(block.lead) + 1
+        per_query = np.ndim(self.lengths) == len(block.batch) + 1
         pick = block.of_query if per_query else block.of_example
         return pick(dtypes.lengths(self.lengths))
 
-    def rule(self, block):
-        return block.k_slot < self._per_query(block)
+    def rule(self, block: Block) -> Array:
+        return block.k_slot < self._of_block(block)
 
-    def classify(self, block):
-        lengths, (start, size) = self._per_query(block), block.columns
+    def classify(self, block: Block) -> Array:
+        lengths, (start, size) = self._of_block(block), block.columns
         shortest, longest = lengths.min(-2, keepdims=True), lengths.max(-2, keepdims=True)
-        return _classified(empty=start >= longest, full=start + size <= shortest)
+        return _class_of(empty=start >= longest, full=start + size <= shortest)
 
-    def check(self, lead, num_heads, T, S):
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
         shape = np.shape(self.lengths)
-        if shape not in {lead, (*lead, T)}:
-            per_example, per_query = f"[...] = {lead}", f"[..., T] = {(*lead, T)}"
-            expected = f"{per_example} (one per example) or {per_query} (one per query)"
-            raise ValueError(f"padding lengths must be {expected}, got shape {shape}")
+        if shape not in {batch, (*batch, T)}:
+            raise ValueError(
+                f"padding lengths must be [...] = {batch} (one per example) or [..., T] = "
+                f"{(*batch, T)} (one per query), got shape {shape}"
+            )
         checks.assert_in_range("padding lengths", self.lengths, 0, S, "S, the number of keys")
 
-    def extent(self):
+    def implied_shape(self) -> ImpliedShape:
         lengths = checks.concrete(self.lengths)
         longest = None if lengths is None or lengths.size == 0 else max(int(lengths.max()), 1)
         return np.shape(self.lengths)[:1], None, (np.shape(self.lengths)[1:] or (None,))[0], longest
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"padding({_show(self.lengths)})"
 
 
@@ -301,47 +330,48 @@ class _Segments(Mask):
     q_ids: Any
     k_ids: Any
 
-    def rule(self, block):
-        q_ids, k_ids = self._of(block)
+    def rule(self, block: Block) -> Array:
+        q_ids, k_ids = self._of_block(block)
         return q_ids == k_ids
 
-    def _of(self, block):
+    def _of_block(self, block: Block) -> tuple[Array, Array]:
+        """Ids of queries `[..., 1, rows, 1]` and of keys `[..., 1, 1, columns]`."""
         q_ids, k_ids = dtypes.together(self.q_ids, self.k_ids)
         return block.of_query(q_ids), block.of_key(k_ids)
 
-    def classify(self, block):
-        q_ids, k_ids = self._of(block)
+    def classify(self, block: Block) -> Array:
+        q_ids, k_ids = self._of_block(block)
         q_low, q_high = q_ids.min(-2, keepdims=True), q_ids.max(-2, keepdims=True)
         k_low, k_high = k_ids.min(-1, keepdims=True), k_ids.max(-1, keepdims=True)
-        one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-        return _classified(empty=(q_high < k_low) | (k_high < q_low), full=one)
+        all_equal = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return _class_of(empty=(q_high < k_low) | (k_high < q_low), full=all_equal)
 
-    def check(self, lead, num_heads, T, S):
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
         for name, ids, shape in (
-            ("q_ids", self.q_ids, (*lead, T)),
-            ("k_ids", self.k_ids, (*lead, S)),
+            ("q_ids", self.q_ids, (*batch, T)),
+            ("k_ids", self.k_ids, (*batch, S)),
         ):
             if np.shape(ids) != shape:
                 raise ValueError(f"segments {name} must have shape {shape}, got {np.shape(ids)}")
 
-    def extent(self):
+    def implied_shape(self) -> ImpliedShape:
         return np.shape(self.q_ids)[:-1], None, np.shape(self.q_ids)[-1], np.shape(self.k_ids)[-1]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"segments({list(np.shape(self.q_ids))}, {list(np.shape(self.k_ids))})"
 
 
 @pytree
 class _NoSelf(Mask):
-    def rule(self, block):
+    def rule(self, block: Block) -> Array:
         return block.k_idx != block.q_idx
 
-    def classify(self, block):
+    def classify(self, block: Block) -> Array:
         (q_low, q_high), (k_low, k_high) = block.q_range, block.k_range
-        one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-        return _classified(empty=one, full=(q_high < k_low) | (k_high < q_low))
+        all_equal = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return _class_of(empty=all_equal, full=(q_high < k_low) | (k_high < q_low))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "no_self()"
 
 
@@ -349,23 +379,23 @@ class _NoSelf(Mask):
 class _Dense(Mask):
     array: Any
 
-    def rule(self, block):
+    def rule(self, block: Block) -> Array:
         return block.of_pair(self.array)
 
-    def classify(self, block):
+    def classify(self, block: Block) -> Array:
         allowed = self.rule(block)
-        any_, all_ = allowed.any((-2, -1), keepdims=True), allowed.all((-2, -1), keepdims=True)
-        return _classified(empty=~any_, full=all_)
+        empty = ~allowed.any((-2, -1), keepdims=True)
+        return _class_of(empty=empty, full=allowed.all((-2, -1), keepdims=True))
 
-    def check(self, lead, num_heads, T, S):
-        checks.assert_broadcastable("mask", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
+    def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
+        checks.assert_broadcastable("mask", self.array, (*batch, num_heads, T, S), "[..., N, T, S]")
 
-    def extent(self):
+    def implied_shape(self) -> ImpliedShape:
         shape = np.shape(self.array)
         N, T, S = (size if size != 1 else None for size in (None, None, None, *shape)[-3:])
         return shape[:-3], N, T, S
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"from_array({list(np.shape(self.array))})"
 
 
@@ -374,23 +404,23 @@ class _Mod(Mask):
     function: Any
     bounds: Any
 
-    def rule(self, block):
+    def rule(self, block: Block) -> Array:
         entries = block.b, block.h, block.q_idx, block.k_idx
         allowed = checks.entrywise("mask", "(b, h, q_idx, k_idx)", self.function, *entries)
         if allowed.dtype != bool:
             raise TypeError(f"a mask_mod must return a boolean, got {allowed.dtype}")
         return allowed
 
-    def classify(self, block):
+    def classify(self, block: Block) -> Array:
         if self.bounds is None:
             return jnp.asarray(PARTIAL)
         return jnp.asarray(jnp.vectorize(self.bounds)(*block.q_range, *block.k_range))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"mask_mod({getattr(self.function, '__name__', type(self.function).__name__)})"
 
 
-def _classified(*, empty: Array, full: Array) -> Array:
+def _class_of(*, empty: Array, full: Array) -> Array:
     return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
 
 
@@ -413,7 +443,7 @@ def _is_array(value: Any) -> bool:
     return not isinstance(value, int)
 
 
-def _each(block: Block, value: Any) -> Any:
+def _per_example(block: Block, value: Any) -> Any:
     if not _is_array(value):
         return value
     value = dtypes.indices(value)
@@ -426,22 +456,23 @@ def _at_most(first: Any, second: Any) -> Array:
 
 
 def _shift(position: Array, offset: Any) -> Array:
-    """position + offset, held at the ends of int32 where it would wrap around."""
+    """position + offset, clipped to int32 where the sum would overflow."""
     if isinstance(offset, int) and offset == 0:
         return position
     position, offset = dtypes.together(position, offset)
     total = position + offset
     if total.dtype == jnp.int64:
         return total
-    least, most = (jnp.asarray(end, jnp.int32) for end in (-(2**31), 2**31 - 1))
-    up, down = jnp.where(total < position, most, total), jnp.where(total > position, least, total)
+    lowest, highest = (jnp.asarray(end, jnp.int32) for end in (-(2**31), 2**31 - 1))
+    up = jnp.where(total < position, highest, total)
+    down = jnp.where(total > position, lowest, total)
     return jnp.where(offset >= 0, up, down)
 
 
-def _check_each(name: str, value: Any, lead: tuple[int, ...]) -> None:
-    if np.shape(value) not in {(), lead}:
+def _check_per_example(name: str, value: Any, batch: tuple[int, ...]) -> None:
+    if np.shape(value) not in {(), batch}:
         raise ValueError(
-            f"{name} must be one integer or one per example {lead}, got shape {np.shape(value)}"
+            f"{name} must be one integer or one per example {batch}, got shape {np.shape(value)}"
         )
 
 

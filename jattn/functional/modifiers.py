@@ -30,9 +30,9 @@ class Modifier:
         raise NotImplementedError
 
     def check(
-        self, lead: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+        self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
     ) -> None:
-        """Raise a `ValueError` if the modifier does not fit scores `[*lead, num_heads, T, S]`."""
+        """Raise a `ValueError` if the modifier does not fit scores `[*batch, num_heads, T, S]`."""
 
     def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
         """Change one score; arrays of the modifier are read as having one batch axis."""
@@ -44,16 +44,16 @@ class Modifier:
 class ScoreMod(Modifier):
     """A user's function `(score, b, h, q_idx, k_idx) -> score` on scalars, evaluated on blocks.
 
-    It may be singular where the mask forbids, `slope · log(i − j + 1)` under `causal()`, and there
-    the derivative by `slope` would be 0 · NaN. So at forbidden entries it sees what it sees at one
-    that is allowed.
+    It may be singular at forbidden entries: `slope · log(i − j + 1)` under `causal()`. There the
+    derivative by `slope` would be 0 · NaN. So at forbidden entries it gets the arguments of an
+    allowed one.
     """
 
     function: Any
 
-    def rule(self, scores, block):
+    def rule(self, scores: Array, block: Block) -> Array:
         """Apply the function to every entry; the result has the dtype of the scores."""
-        entries = (scores, block.b, block.h, block.q_idx, block.k_idx)
+        entries = [scores, block.b, block.h, block.q_idx, block.k_idx]
         if block.allowed is not None:
             entries = _at_allowed(block.allowed, *entries)
         takes = "(score, b, h, q_idx, k_idx)"
@@ -64,13 +64,13 @@ class ScoreMod(Modifier):
 
 
 def _at_allowed(allowed: Array, *entries: Array) -> list[Array]:
-    """Replace what stands at forbidden entries by what stands at the first allowed one."""
+    """Replace the values at forbidden entries by those at the first allowed entry."""
     if 0 in allowed.shape:
         return list(entries)
     first = jnp.unravel_index(jnp.argmax(allowed), allowed.shape)
     zero = jnp.zeros((), first[0].dtype)
 
-    def replaced(array):
+    def replaced(array: Array) -> Array:
         moves = [a != 1 and b != 1 for a, b in zip(array.shape, allowed.shape, strict=True)]
         if not any(moves):
             return array
@@ -99,8 +99,8 @@ def soft_cap(cap: float | Array) -> Modifier:
       >>> float(soft_cap(2.0)(1000.0, 0, 0, 0, 0))
       2.0
     """
-    known = checks.concrete(cap)
-    if known is not None and not (known.ndim == 0 and 0 < known < np.inf):
+    value = checks.concrete(cap)
+    if value is not None and not (value.ndim == 0 and 0 < value < np.inf):
         raise ValueError(f"cap must be one positive finite number, got {cap}")
     return _SoftCap(cap)
 
@@ -229,7 +229,7 @@ def bias(array: Array) -> Modifier:
 class _SoftCap(Modifier):
     cap: Any
 
-    def rule(self, scores, block):
+    def rule(self, scores: Array, block: Block) -> Array:
         cap = jnp.asarray(self.cap, scores.dtype)
         return cap * jnp.tanh(scores / cap)
 
@@ -238,11 +238,13 @@ class _SoftCap(Modifier):
 class _Alibi(Modifier):
     slopes: Any
 
-    def rule(self, scores, block):
+    def rule(self, scores: Array, block: Block) -> Array:
         slopes = jnp.asarray(self.slopes, scores.dtype)[block.h]
         return scores - slopes * block.distance.astype(scores.dtype)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(
+        self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+    ) -> None:
         _check_heads("alibi slopes", np.shape(self.slopes)[0], num_heads)
 
 
@@ -250,7 +252,7 @@ class _Alibi(Modifier):
 class _RelativeBias(Modifier):
     table: Any
 
-    def rule(self, scores, block):
+    def rule(self, scores: Array, block: Block) -> Array:
         table = jnp.asarray(self.table, scores.dtype)
         middle = (table.shape[-1] - 1) // 2
         distance = jnp.minimum(block.distance, np.uint32(middle + 1)).astype(jnp.int32)
@@ -260,12 +262,14 @@ class _RelativeBias(Modifier):
         where = (index,) if table.ndim == 1 else (block.h, index)
         return scores + table.at[where].get(mode="fill", fill_value=jnp.nan)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(
+        self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+    ) -> None:
         if np.ndim(self.table) == 2:
             _check_heads("relative_bias table", np.shape(self.table)[0], num_heads)
         longest = (np.shape(self.table)[-1] + 1) // 2
-        known = [n for n in (T, S) if isinstance(n, int)]
-        if max(known, default=0) > longest and not own_positions:
+        lengths = [n for n in (T, S) if isinstance(n, int)]
+        if max(lengths, default=0) > longest and not own_positions:
             raise ValueError(
                 f"relative_bias table holds offsets of lengths up to {longest}, "
                 f"got T = {T} and S = {S}"
@@ -278,10 +282,10 @@ class _T5Bias(Modifier):
     bidirectional: bool
     max_distance: int
 
-    def rule(self, scores, block):
+    def rule(self, scores: Array, block: Block) -> Array:
         return scores + jnp.asarray(self.table, scores.dtype)[self._bucket(block), block.h]
 
-    def _bucket(self, block):
+    def _bucket(self, block: Block) -> Array:
         num_buckets = np.shape(self.table)[0] // (2 if self.bidirectional else 1)
         is_later, most = block.k_idx > block.q_idx, np.uint32(2**31 - 1)
         distance = jnp.minimum(block.distance, most).astype(jnp.int32)  # all beyond share a bucket
@@ -299,7 +303,9 @@ class _T5Bias(Modifier):
         )
         return later + jnp.where(distance < near, distance, far)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(
+        self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+    ) -> None:
         _check_heads("t5_bias table", np.shape(self.table)[1], num_heads)
 
 
@@ -309,13 +315,15 @@ class Bias(Modifier):
 
     array: Any
 
-    def rule(self, scores, block):
+    def rule(self, scores: Array, block: Block) -> Array:
         """Add the block's part of the array."""
         return scores + block.of_pair(self.array).astype(scores.dtype)
 
-    def check(self, lead, num_heads, T, S, own_positions):
+    def check(
+        self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+    ) -> None:
         """The array must broadcast to the scores."""
-        checks.assert_broadcastable("bias", self.array, (*lead, num_heads, T, S), "[..., N, T, S]")
+        checks.assert_broadcastable("bias", self.array, (*batch, num_heads, T, S), "[..., N, T, S]")
 
 
 def _check_heads(name: str, came: int, num_heads: int) -> None:

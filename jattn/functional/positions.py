@@ -1,4 +1,4 @@
-"""Codes for positions: sinusoidal, rotary, relative offsets."""
+"""Position codes: sinusoidal and rotary."""
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +108,8 @@ def rotary(
     x = jnp.asarray(x)
     sizes = checks.assert_shapes(x=(x, "... T N H"))
     checks.assert_floating(x=x)
-    lead, T = sizes["..."], sizes["T"]
-    if positions is not None and np.shape(positions) not in {(T,), (*lead, T)}:
+    batch, T = sizes["..."], sizes["T"]
+    if positions is not None and np.shape(positions) not in {(T,), (*batch, T)}:
         raise ValueError(
             f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}"
         )
@@ -122,30 +122,6 @@ def rotary(
     rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos])
     back = "two ... J -> ... (J two)" if interleaved else "two ... J -> ... (two J)"
     return rearrange(rotated, back).astype(x.dtype)
-
-
-def relative_positions(q_positions: int | Array, k_positions: int | Array) -> Array:
-    """The offset of every query from every key, i − j.
-
-    Args:
-      q_positions: a length T, or integers `[..., T]`.
-      k_positions: a length S, or integers `[..., S]`.
-
-    Returns:
-      Integers `[..., T, S]`.
-
-    Example:
-      >>> relative_positions(2, 3)
-      Array([[ 0, -1, -2],
-             [ 1,  0, -1]], dtype=int32)
-    """
-    checks.assert_integers(q_positions=q_positions, k_positions=k_positions)
-    q_idx, k_idx = (
-        jnp.asarray(_as_positions(positions), jnp.int32) for positions in (q_positions, k_positions)
-    )
-    checks.assert_shapes(q_positions=(q_idx, "... T"))
-    checks.assert_shapes(k_positions=(k_idx, "... S"))
-    return q_idx[..., :, None] - k_idx[..., None, :]
 
 
 def _as_positions(positions: int | Array) -> np.ndarray | Array:

@@ -22,13 +22,13 @@ def pytree(cls: type[T]) -> type[T]:
     made = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
 
-    def flatten(value):
+    def flatten(value: T) -> Any:
         fields = {name: getattr(value, name) for name in names}
         static = {name: field for name, field in fields.items() if _is_static(field)}
         leaves = [field for name, field in fields.items() if name not in static]
         return leaves, (tuple(static.items()), tuple(name for name in names if name not in static))
 
-    def unflatten(treedef, leaves):
+    def unflatten(treedef: Any, leaves: Any) -> T:
         value = object.__new__(made)
         for name, field in (*treedef[0], *zip(treedef[1], leaves, strict=True)):
             object.__setattr__(value, name, field)

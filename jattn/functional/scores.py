@@ -20,10 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from jattn.functional import checks, dtypes
-from jattn.functional.products import product
+from jattn.functional.products import grouped_product, product
 
 Array = jax.Array
 
@@ -45,8 +44,8 @@ def constant(query: Array, key: Array) -> Array:
       Array([[0., 0.]], dtype=float32)
     """
     query, key = _pair(query, key, same_width=False)
-    lead = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-    return jnp.zeros((*lead, query.shape[-2], key.shape[-2]), query.dtype)
+    batch = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    return jnp.zeros((*batch, query.shape[-2], key.shape[-2]), query.dtype)
 
 
 def dot_product(query: Array, key: Array) -> Array:
@@ -252,9 +251,7 @@ def _products(query: Array, key: Array, dtype: Any = None) -> Array:
     """Inner products of all rows; heads that share a key make one matrix product."""
     if not query.ndim == key.ndim > 2 or key.shape[-3] > 1 or query.shape[-3] == 1:
         return product(query, key, dtype=dtype)
-    rows = rearrange(query, "... g t h -> ... (g t) h")
-    products = product(rows, key[..., 0, :, :], dtype=dtype)
-    return rearrange(products, "... (g t) s -> ... g t s", g=query.shape[-3])
+    return grouped_product(query, key[..., 0, :, :], (-1, -1), dtype)
 
 
 def _is_power_of_two(factor: Any) -> bool:

@@ -58,11 +58,11 @@ def masked_softmax(
 def _within(lengths: Any, scores: Array) -> Array:
     lengths = jnp.asarray(lengths)
     checks.assert_integers(lengths=lengths)
-    *lead, T, S = scores.shape
-    if lengths.shape not in {tuple(lead), (*lead, T)}:
-        raise ValueError(
-            f"lengths must be [...] = {tuple(lead)} or [..., T] = {(*lead, T)}, got {lengths.shape}"
-        )
+    *batch, T, S = scores.shape
+    per_example, per_query = tuple(batch), (*batch, T)
+    if lengths.shape not in {per_example, per_query}:
+        must = f"lengths must be [...] = {per_example} or [..., T] = {per_query}"
+        raise ValueError(f"{must}, got {lengths.shape}")
     checks.assert_in_range("lengths", lengths, 0, S, "S, the number of keys")
     per_row = lengths if lengths.ndim == scores.ndim - 1 else lengths[..., None]
     slots = jnp.arange(S, dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (S,))

@@ -1,4 +1,4 @@
-"""What kernels do to arrays, with heads before lengths: `[..., N, T, H]`, `[..., K, S, H']`."""
+"""Array operations of kernels, with heads before lengths: `[..., N, T, H]`, `[..., K, S, H']`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jattn.functional import checks, dtypes
-from jattn.functional.products import product
+from jattn.functional.heads import group_heads, ungroup_heads
+from jattn.functional.products import grouped_product
 
 Array = jax.Array
 
@@ -27,18 +28,18 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
     """Evaluate a score for every head, without repeating keys: `[..., N, T, S]`, float32 at least.
 
     Args:
-      score: sees `[..., N, T, H]` and `[..., K, S, H']` where N = K, and else
+      score: takes `[..., N, T, H]` and `[..., K, S, H']` where N = K, otherwise
         `[..., K, G, T, H]` and `[..., K, 1, S, H']`.
       query: `[..., N, T, H]`.
       key: `[..., K, S, H']`.
     """
-    *lead, N, T, _ = query.shape
+    *batch, N, T, _ = query.shape
     K, S = key.shape[-3:-1]
     if N == K:
-        scores, expected = score(query, key), (*lead, N, T, S)
+        scores, expected = score(query, key), (*batch, N, T, S)
     else:
-        grouped = rearrange(query, "... (K G) T H -> ... K G T H", K=K)
-        scores, expected = score(grouped, key[..., None, :, :]), (*lead, K, N // K, T, S)
+        grouped = group_heads(query, K, axis=-3)
+        scores, expected = score(grouped, key[..., None, :, :]), (*batch, K, N // K, T, S)
     if not hasattr(scores, "shape"):
         came = type(scores).__name__
         raise TypeError(f"score must return an array [..., T, S] = {expected}, got a {came}")
@@ -46,22 +47,21 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
         each = f"score must return [..., T, S] for each head, {expected}"
         raise ValueError(f"{each}, got {scores.shape}")
     checks.assert_floating(**{"the result of score": scores})
-    return scores.reshape(*lead, N, T, S).astype(dtypes.accumulator(scores.dtype))
+    return scores.reshape(*batch, N, T, S).astype(dtypes.accumulator(scores.dtype))
 
 
 def pool(weights: Array, value: Array) -> Array:
     """Weighted sums of values: `[..., N, T, S], [..., K, S, V] -> [..., N, T, V]`.
 
-    Half-precision values are multiplied as they come, and sums are kept in float32: see `product`.
+    Half-precision values are multiplied without a cast and summed in float32: see `product`.
     """
-    K, N = value.shape[-3], weights.shape[-3]
-    grouped = rearrange(weights, "... (K G) T S -> ... K (G T) S", K=K)
-    pooled = product(grouped.astype(dtypes.accumulator(value.dtype)), value, (-1, -2))
-    return rearrange(pooled, "... K (G T) V -> ... (K G) T V", G=N // K)
+    weights = weights.astype(dtypes.accumulator(value.dtype))
+    grouped = group_heads(weights, num_kv_heads=value.shape[-3], axis=-3)
+    return ungroup_heads(grouped_product(grouped, value, (-1, -2)), axis=-4)
 
 
 def hide(rows: Array, seen: Array | None) -> Array:
-    """Replace hidden entries by zeros, so that nothing depends on what they hold."""
+    """Replace hidden entries by zeros, so that the result does not depend on them."""
     return rows if seen is None else jnp.where(seen, rows, jnp.zeros((), rows.dtype))
 
 
@@ -71,7 +71,7 @@ def keys_seen(allowed: Array | None, num_kv_heads: int) -> Array | None:
         return None
     seen = allowed.any(-2)  # [..., N or 1, S or 1]
     if seen.shape[-2] > 1:
-        seen = rearrange(seen, "... (K G) S -> ... K G S", K=num_kv_heads).any(-2)
+        seen = group_heads(seen, num_kv_heads).any(-2)
     return seen[..., None]
 
 

@@ -1,4 +1,4 @@
-"""Which kernel runs: an ordered table that is asked, never tried."""
+"""Choose a kernel: the first in an order that does not refuse the request."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -21,15 +21,15 @@ class Kernel(Protocol):
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {"dense": dense, "blockwise": blockwise, "cudnn": cudnn}
 )
-# From so many scores on blockwise comes first: on two CPU cores it took up to 1.3 times as long as
-# dense at 2**20 scores, and from 2**21 on dense took 1.0 to 3.8 times as long as it
+# blockwise comes first from this number of scores on. On two CPU cores, blockwise takes up to 1.3
+# times as long as dense at 2**20 scores; from 2**21 on, dense takes 1.0 to 3.8 times as long
 MANY_SCORES = 2**21
-# So many scores on a device are held only where they were asked for by name: 0.5 GiB in float32
+# Above this number of scores on a device, 0.5 GiB in float32, dense runs only by name
 TOO_MANY_SCORES = 2**27
 
 
 class Line(NamedTuple):
-    """A line of the table: a kernel, and why it is passed over; None: it can run."""
+    """A line of the table: a kernel, and the reason why it cannot run; None: it can."""
 
     name: str
     refusal: str | None
@@ -54,14 +54,14 @@ def table(request: Request, implementation: Implementation = None) -> list[Line]
         return [Line(name, _refusal(name, request, by_name=False)) for name in names]
     names = [implementation] if isinstance(implementation, str) else list(implementation)
     if not names or any(name not in KERNELS for name in names):
-        known = f"implementation must be None, or one or several of {sorted(KERNELS)}"
-        raise ValueError(f"{known}, got {implementation!r}")
+        must = f"implementation must be None, or one or several of {sorted(KERNELS)}"
+        raise ValueError(f"{must}, got {implementation!r}")
     return [Line(name, _refusal(name, request, by_name=True)) for name in names]
 
 
 def _refusal(name: str, request: Request, by_name: bool) -> str | None:
-    silent = not by_name and not request.return_weights
-    if name == "dense" and silent and request.num_scores > TOO_MANY_SCORES:
+    by_default = not by_name and not request.return_weights
+    if name == "dense" and by_default and request.num_scores > TOO_MANY_SCORES:
         return (
             f"{request.num_scores:,} scores would be held at once, over 2**27 on a device; if that "
             'is meant, say implementation="dense"'

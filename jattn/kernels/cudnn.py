@@ -1,12 +1,13 @@
 """NVIDIA's fused attention, through `jax.nn.dot_product_attention`.
 
-It takes what it honours exactly: scaled dot products of half-precision operands without modifiers,
-dropout, log-sum-exp or weights, under no mask, or under `causal()` with T = S. There every query
-sees a key and every key is seen, so that no rule about empty or hidden rows is in question.
+It takes only requests that it computes exactly: scaled dot products of half-precision operands
+without modifiers, dropout, log-sum-exp or weights, without a mask or with `causal()` where T = S.
+There every query sees a key and a query sees every key, so that jattn's rules for rows without one
+do not apply.
 
-It lacks everything else: forward mode, second derivatives, a `vmap` that maps some operands and
-not others, platforms other than CUDA. So it comes by name alone, or first of several
-names, `implementation=("cudnn", "blockwise")`.
+It lacks forward mode, second derivatives, a `vmap` over some operands and not others, and platforms
+other than CUDA. So `attend` runs it only by name: `implementation="cudnn"`, or first of several,
+`implementation=("cudnn", "blockwise")`.
 """
 
 import functools
@@ -33,7 +34,7 @@ def refuses(request: Request) -> str | None:
         "its mask sees no positions": request.positions is not None and mask is not None,
         "it has no dropout": request.dropout_rate > 0,
         "it has no log-sum-exp: return_lse": request.return_lse,
-        "it never has all weights at once: return_weights": request.return_weights,
+        "it never holds all weights: return_weights": request.return_weights,
         "its values have the width of its keys": not width == key.shape[-1] == value.shape[-1],
         "it needs a query and a key": 0 in (query.size, key.size),
     }

@@ -1,4 +1,4 @@
-"""The readable kernel: all scores at once. It is the specification that the others are held to.
+"""The readable kernel: all scores at once. It is the specification of the other kernels.
 
 weights = masked softmax(modifier(score(query, key)), mask)
 output  = dropout(weights) · value
@@ -22,12 +22,10 @@ def refuses(request: Request) -> str | None:
 
 def run(request: Request) -> Result:
     """Attention by this kernel."""
-    *lead, T, N, _ = request.query.shape
+    *batch, T, N, _ = request.query.shape
     S = request.key.shape[-3]
-    captures, grid = (
-        Captures(request.names, request.mesh),
-        Grid(tuple(lead), N, T, S, T, S, examples=None),
-    )
+    captures = Captures(request.names, request.mesh)
+    grid = Grid(tuple(batch), N, T, S, rows=T, columns=S, examples=None)
     score = hoist_score(request, grid, captures)
     run = _output_and_weights if request.return_weights else _output
     return execute(run, *prepare(request, grid, score, captures), request)
@@ -38,16 +36,16 @@ def _output(scoring: Scoring, operands: Operands) -> Result:
 
 
 def _output_and_weights(scoring: Scoring, operands: Operands) -> Result:
-    everything = (operands.first,) * 4  # 0: there is one block
+    at = (operands.first,) * 4  # 0, 0, 0, 0: there is one block
     captured = operands.captured
     query, key, value = map(heads_first, operands[:3])
-    allowed = scoring.allowed(captured, *everything) if scoring.is_masked else None
+    allowed = scoring.allowed(captured, *at) if scoring.is_masked else None
     with scoring.at_precision():
-        scores = scoring.scores(captured, query, key, operands.biases, allowed, *everything)
+        scores = scoring.scores(captured, query, key, operands.biases, allowed, *at)
         weights, lse = softmax_and_logsumexp(scores, allowed)
-        dropped = scoring.dropped(operands.dropout, weights, *everything)
+        dropped = scoring.dropped(operands.dropout, weights, *at)
         output = pool(dropped, hide(value, keys_seen(allowed, value.shape[-3])))
-    output = hide(output, queries_seen(allowed))  # zeros already, but not for a NaN cotangent
+    output = hide(output, queries_seen(allowed))  # already zeros; this stops a NaN cotangent
     output = checkpoint_name(heads_last(output).astype(value.dtype), "attend_output")
     lse = checkpoint_name(heads_last(lse[..., None])[..., 0], "attend_lse")
     return Result(output, lse, weights)

@@ -1,4 +1,4 @@
-"""Dropout of attention weights that every kernel repeats exactly, whatever blocks it works in."""
+"""Dropout of attention weights, the same in every kernel for any size of blocks."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from jattn.functional.block import Block
 Array = jax.Array
 
 
-def drop(weights: Array, block: Block, rate: float, words: Array) -> Array:
+def drop(weights: Array, block: Block, rate: float, key_data: Array) -> Array:
     """Zero each weight with probability `rate` and scale the others by 1 / (1 − rate).
 
-    Whether a weight is dropped depends on the random key and on its example, head, query slot and
-    key slot alone.
+    Whether a weight is dropped depends only on the random key and on the weight's example, head,
+    query slot and key slot.
 
     Args:
       weights: `[..., N, rows, columns]` of the block.
-      block: where the weights stand.
-      rate: from 0 to 1; at 1 everything is dropped.
-      words: the data of a JAX random key, `jax.random.key_data`: `[words]`, uint32.
+      block: the entries that the weights belong to.
+      rate: from 0 to 1; at 1 all weights are dropped.
+      key_data: of a JAX random key, `jax.random.key_data`: `[words]`, uint32.
 
     Returns:
       The shape and dtype of `weights`.
@@ -34,30 +34,30 @@ def drop(weights: Array, block: Block, rate: float, words: Array) -> Array:
     """
     if rate == 1:
         return jnp.zeros_like(weights)
-    keep = random_bits(words, block) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    keep = random_bits(key_data, block) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(keep, weights / (1 - rate), 0)
 
 
-def random_bits(words: Array, block: Block) -> Array:
-    """Independent 32-bit words for the entries of a block, as a function of their slots.
+def random_bits(key_data: Array, block: Block) -> Array:
+    """Independent random 32-bit words for the entries of a block, as a function of their slots.
 
-    JAX's threefry generator makes two words per example and head, whatever generator the random key
-    is for: that of rbg gives other numbers under `vmap` than in a loop. A mixing hash, whose every
-    output bit depends on every input bit, extends them over rows and columns. Only the hash runs
-    once per weight.
+    JAX's threefry generator makes two words per example and head. It does so for keys of every
+    generator, because rbg gives other numbers under `vmap` than in a loop. A mixing hash, in which
+    every output bit depends on every input bit, extends the two words over rows and columns. Only
+    the hash runs once per weight.
 
     Returns:
       `[..., N, rows, columns]`, uint32.
 
     Example:
-      >>> words = jax.random.key_data(jax.random.key(0))
-      >>> whole = random_bits(words, Block((), 1, (0, 5), (0, 7)))
-      >>> part = random_bits(words, Block((), 1, (2, 3), (4, 3)))
+      >>> key_data = jax.random.key_data(jax.random.key(0))
+      >>> whole = random_bits(key_data, Block((), 1, (0, 5), (0, 7)))
+      >>> part = random_bits(key_data, Block((), 1, (2, 3), (4, 3)))
       >>> bool((whole[:, 2:, 4:] == part).all())
       True
     """
-    key = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
-    for word in words[2:]:
+    key = jax.random.wrap_key_data(key_data[:2], impl="threefry2x32")
+    for word in key_data[2:]:
         key = jax.random.fold_in(key, word)
     stream = block.b * block.num_heads + block.h  # [..., N, 1, 1]
     numbers = jax.vmap(

@@ -18,54 +18,50 @@ Specs: Any = Result  # how each array of a result is sharded
 def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
     """Call a kernel.
 
-    It is traced and compiled once for all calls that ask for the same, inside of `jit` and outside.
-    In a `jax.shard_map`, all operands are made to vary over the same axes. On a mesh with explicit
-    axes it runs as on one with automatic axes, where loops need not agree on where each array lies;
-    what comes out lies as the query does. Where queries are sharded, each device takes its own, and
-    all keys.
+    JAX traces and compiles it once for all equal requests, inside of `jit` and outside. In a
+    `jax.shard_map`, all operands vary over the same axes. On a mesh with explicit axes, the kernel
+    runs as if they were automatic, because loops need not agree there on the sharding of each
+    array; results have the sharding of the query. Where queries are sharded, each device computes
+    its own queries over all keys.
     """
     operands = compat.vary_alike(operands)
     run = _compiled(run)
     if request.mesh is None:
         return run(scoring, operands)
-    leaves, structure = jax.tree.flatten(
-        operands._replace(
-            key=_gathered(operands.key, request.mesh), value=_gathered(operands.value, request.mesh)
-        )
+    operands = operands._replace(
+        key=_gathered(operands.key, request.mesh), value=_gathered(operands.value, request.mesh)
     )
-
-    def unflattened(*leaves: Any) -> Result:
-        given = jax.tree.unflatten(structure, leaves)
-        if scoring.grid.T < request.query.shape[-3]:  # the kernel wants a shard of the queries
-            return _over_rows(run, scoring, given, request)
-        return run(scoring, given)
-
-    return jax.sharding.auto_axes(unflattened, out_sharding=_out_sharding(request))(*leaves)
+    is_sharded = scoring.grid.T < request.query.shape[-3]  # the grid is that of one shard
+    local = functools.partial(_over_rows, run, request) if is_sharded else run
+    run_on_mesh = compat.automatically(functools.partial(local, scoring), _result_specs(request))
+    result: Result = run_on_mesh(operands)
+    return result
 
 
 def mesh_refusal(request: Request) -> str | None:
     """Why no kernel of ours can run where the arrays lie; None if it can."""
     if request.mesh is not None and compat.has_manual_axes(request.mesh):
         return (
-            "some axes of the mesh are manual, in a shard_map, and others explicit, from where JAX "
-            "has no way on: make all of them manual"
+            "some axes of the mesh are manual, in a shard_map, and others explicit: JAX does not "
+            "support both at once; make all of them manual"
         )
     return None
 
 
 def _gathered(rows: jax.Array, mesh: Any) -> jax.Array:
-    """Keys or values, each device with all of them: once, and not in a loop."""
+    """Gather keys or values on each device, once, before any loop."""
     spec = list(jax.typeof(rows).sharding.spec)
     if spec[-3] is None:
         return rows
     spec[-3] = None
-    return jax.sharding.reshard(rows, NamedSharding(mesh, PartitionSpec(*spec)))
+    gathered: jax.Array = jax.sharding.reshard(rows, NamedSharding(mesh, PartitionSpec(*spec)))
+    return gathered
 
 
-def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Request) -> Result:
+def _over_rows(run: Kernel, request: Request, scoring: Scoring, operands: Operands) -> Result:
     """Each device computes its own queries, over all keys."""
     axes = request.row_axes
-    lead = (None,) * (request.query.ndim - 3)
+    batch = (None,) * (request.query.ndim - 3)
 
     def of_bias(bias: Any) -> PartitionSpec:
         rows = axes if bias.shape[-2] > 1 else None
@@ -75,7 +71,7 @@ def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Reque
         first = jax.lax.axis_index(axes) * scoring.grid.T
         return run(scoring, operands._replace(first=first))
 
-    whole, rows = PartitionSpec(), PartitionSpec(*lead, axes)
+    whole, rows = PartitionSpec(), PartitionSpec(*batch, axes)
     given = jax.tree.map(lambda _: whole, operands)
     given = given._replace(query=rows, biases=[of_bias(bias) for bias in operands.biases])
     sharded = jax.shard_map(
@@ -85,17 +81,14 @@ def _over_rows(run: Kernel, scoring: Scoring, operands: Operands, request: Reque
         axis_names=set(axes),
         check_vma=False,
     )
-    return jax.jit(sharded)(operands)  # eagerly, a shard_map over some axes alone is refused
+    result: Result = jax.jit(sharded)(operands)  # JAX refuses a partial shard_map outside of jit
+    return result
 
 
-def _out_sharding(request: Request) -> Any:
-    *lead, T, N, _ = jax.typeof(request.query).sharding.spec
-
-    def placed(*spec: Any) -> NamedSharding:
-        return NamedSharding(request.mesh, PartitionSpec(*spec))
-
-    weights = placed(*lead, N, T, None) if request.return_weights else None
-    return Specs(placed(*lead, T, N, None), placed(*lead, T, N), weights)
+def _result_specs(request: Request) -> Any:
+    *batch, T, N, _ = jax.typeof(request.query).sharding.spec
+    weights = PartitionSpec(*batch, N, T, None) if request.return_weights else None
+    return Specs(PartitionSpec(*batch, T, N, None), PartitionSpec(*batch, T, N), weights)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The grid of blocks into which a kernel cuts the scores `[..., N, T, S]`."""
+"""The grid of blocks into which a kernel divides the scores `[..., N, T, S]`."""
 
 import dataclasses
 import math
@@ -18,21 +18,21 @@ Positions = tuple[Array, Array] | None
 class Grid:
     """Block (i, j) holds `rows` queries from `i · rows` and `columns` keys from `j · columns` on.
 
-    The last block of an axis ends where the axis ends, so that nothing is padded: it starts early.
-    An entry that two blocks hold counts in the first of them; there it is fresh. With `examples` a
-    block belongs to part b of the batch, and a part holds that number of examples.
+    The last block of an axis starts early, so that it ends where the axis ends: no array is padded.
+    An entry that two blocks hold counts only in the first of them. With `examples`, a block belongs
+    to part b of the batch, and a part holds that number of examples.
 
-    Where queries are sharded over devices, each has a grid of its own, T of its own, and `first`,
-    the slot of its first query, in every function here.
+    Where queries are sharded over devices, each device has its own grid with its own T. `first` is
+    then the slot of its first query.
 
     Attributes:
-      lead, num_heads, T, S: the shape of the scores.
+      batch, num_heads, T, S: the shape of the scores.
       rows, columns: the shape of a block.
       examples: how many examples a block holds, a divisor of the batch; None: the whole batch,
         with all its axes.
     """
 
-    lead: tuple[int, ...]
+    batch: tuple[int, ...]
     num_heads: int
     T: int
     S: int
@@ -53,12 +53,12 @@ class Grid:
     @property
     def num_parts(self) -> int:
         """Parts of the batch."""
-        return 1 if self.examples is None else math.prod(self.lead) // self.examples
+        return 1 if self.examples is None else math.prod(self.batch) // self.examples
 
     @property
-    def batch(self) -> tuple[int, ...]:
-        """The batch axes of a block: one for several examples, none for one; or all of them."""
-        return self.lead if self.examples is None else (self.examples,) * (self.examples > 1)
+    def block_batch(self) -> tuple[int, ...]:
+        """The batch axes of a block: all; with `examples`, one axis, or none for one example."""
+        return self.batch if self.examples is None else (self.examples,) * (self.examples > 1)
 
     @property
     def overlap(self) -> bool:
@@ -78,38 +78,39 @@ class Grid:
         rows = first + self.row_start(i), self.rows
         columns = self.column_start(j), self.columns
         part = None if self.examples is None else (b * self.examples, self.examples)
-        return Block(self.lead, self.num_heads, rows, columns, positions, part)
+        return Block(self.batch, self.num_heads, rows, columns, positions, part)
 
-    def own_axes(self, array: Array) -> Array:
-        """What a rule returned for a block, with the batch axes that the block has here."""
+    def with_block_batch(self, array: Array) -> Array:
+        """Reshape a rule's result for a block to the axes `[*block_batch, N, rows, columns]`."""
         if self.examples is None:
             return array
-        return array.reshape(*(-1,) * len(self.batch), *array.shape[-3:])
+        return array.reshape(*(-1,) * len(self.block_batch), *array.shape[-3:])
 
     def allowed(
         self, mask: Mask | None, positions: Positions, b: Any, i: Any, j: Any, first: Any
     ) -> Array:
-        """Which entries of block (i, j) count: allowed by the mask, and fresh."""
+        """Which entries of block (i, j) count: the mask allows them, no earlier block has them."""
         block = self.block(positions, b, i, j, first)
-        fresh = (block.q_slot >= first + i * self.rows) & (block.k_slot >= j * self.columns)
-        return self.own_axes(fresh if mask is None else fresh & mask.rule(block))
+        is_new = (block.q_slot >= first + i * self.rows) & (block.k_slot >= j * self.columns)
+        return self.with_block_batch(is_new if mask is None else is_new & mask.rule(block))
 
     def classes(self, mask: Mask | None, positions: Positions, b: Any, i: Any, first: Any) -> Array:
         """EMPTY, PARTIAL or FULL, over all heads and examples, in row i: `[num_columns]`."""
 
-        def one(j):
-            moved = (self.row_start(i) != i * self.rows) | (
+        def one(j: Array) -> Array:
+            overlaps = (self.row_start(i) != i * self.rows) | (
                 self.column_start(j) != j * self.columns
             )
-            whole = jnp.where(moved, PARTIAL, FULL)
+            whole = jnp.where(overlaps, PARTIAL, FULL)
             if mask is None:
                 return whole
             classes = mask.classify(self.block(positions, b, i, j, first))
             uniform = jnp.where((classes == FULL).all(), whole, PARTIAL)
             return jnp.where((classes == EMPTY).all(), EMPTY, uniform)
 
-        return jax.vmap(one)(jnp.arange(self.num_columns, dtype=jnp.int32)).astype(jnp.int8)
+        columns = jnp.arange(self.num_columns, dtype=jnp.int32)
+        return jnp.asarray(jax.vmap(one)(columns), jnp.int8)
 
     def parts(self, array: Array) -> Array:
-        """`[..., a, b, c]` as `[parts, *batch, a, b, c]`."""
-        return array.reshape(self.num_parts, *self.batch, *array.shape[len(self.lead) :])
+        """`[..., a, b, c]` as `[parts, *block_batch, a, b, c]`."""
+        return array.reshape(self.num_parts, *self.block_batch, *array.shape[len(self.batch) :])

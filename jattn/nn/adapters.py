@@ -84,7 +84,7 @@ def _attend_for_flax(
         attn_weights_value_einsum=attn_weights_value_einsum or attn_weights_value_einsum_cls,
     )
     arrays = promote_dtype((query, key, value), dtype=dtype)
-    run = functools.partial(
+    run: Any = functools.partial(
         attend,
         score=own["score"],
         modifier=joined_modifiers(own["modifier"], None if bias is None else modifiers.bias(bias)),
@@ -104,7 +104,7 @@ def _attend_for_flax(
         if drops:
             asked |= {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
         result = run(*arrays, **asked)
-    if module is None:
+    if not isinstance(result, tuple):  # no module, so no weights
         return result
     output, weights = result
     kind: Any = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"

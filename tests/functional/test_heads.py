@@ -21,15 +21,22 @@ def test_split_heads_puts_every_entry_where_it_belongs(rng):
 
 @pytest.mark.parametrize("K", [1, 2, 3, 6])
 def test_query_head_h_shares_key_head_h_over_G(K, rng):
-    x, kv = rng.standard_normal((B, T, N, H)), rng.standard_normal((B, T, K, H))
-    x, kv = x.astype(np.float32), kv.astype(np.float32)
-    grouped, repeated = heads.group_heads(x, K), heads.repeat_kv(kv, N)
+    x = rng.standard_normal((B, T, N, H)).astype(np.float32)
+    grouped = heads.group_heads(x, K)
     assert grouped.shape == (B, T, K, N // K, H)
     for n in range(N):
-        shared = n // (N // K)
-        np.testing.assert_array_equal(grouped[:, :, shared, n % (N // K)], x[:, :, n])
-        np.testing.assert_array_equal(repeated[:, :, n], kv[:, :, shared])
+        np.testing.assert_array_equal(grouped[:, :, n // (N // K), n % (N // K)], x[:, :, n])
     np.testing.assert_array_equal(heads.ungroup_heads(grouped), x)
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_heads_are_grouped_along_any_axis(axis, rng):
+    x = np.moveaxis(rng.standard_normal((B, T, N)).astype(np.float32), -1, axis)
+    grouped = heads.group_heads(x, 2, axis=axis)
+    for n in range(N):
+        members = np.moveaxis(grouped, (axis - 1, axis), (0, 1))
+        np.testing.assert_array_equal(members[n // 3, n % 3], np.moveaxis(x, axis, 0)[n])
+    np.testing.assert_array_equal(heads.ungroup_heads(grouped, axis=axis - 1), x)
 
 
 def test_folding_is_batch_major(rng):
@@ -65,7 +72,7 @@ def test_any_leading_axes():
     ("match", "call"),
     [
         (
-            r"\(7\) must be divisible by num_heads \(3\)",
+            r"\(7\) must be a multiple of num_heads \(3\)",
             lambda: heads.split_heads(np.zeros((2, 7)), 3),
         ),
         (
@@ -79,16 +86,22 @@ def test_any_leading_axes():
         (r"x must be .*got shape \(7,\)", lambda: heads.split_heads(np.zeros(7), 7)),
         (r"x must be .*got shape \(2, 7\)", lambda: heads.merge_heads(np.zeros((2, 7)))),
         (
-            r"\(5\) must be divisible by num_kv_heads \(2\)",
+            r"\(5\) must be a multiple of num_kv_heads \(2\)",
             lambda: heads.group_heads(np.zeros((3, 5, 7)), 2),
         ),
-        (r"x must be .*got shape \(3, 5, 7\)", lambda: heads.ungroup_heads(np.zeros((3, 5, 7)))),
-        (r"num_heads \(5\) must be divisible", lambda: heads.repeat_kv(np.zeros((3, 2, 7)), 5)),
-        ("num_heads", lambda: heads.repeat_kv(np.zeros((3, 2, 7)), 0)),
-        ("num_heads", lambda: heads.repeat_kv(np.zeros((3, 2, 7)), -2)),
+        (
+            r"x must have the axis of heads N at axis -2, got shape \(7,\)",
+            lambda: heads.group_heads(np.zeros(7), 7),
+        ),
+        (
+            r"x must have the axes of key heads K .* at axis -3, got shape \(5, 7\)",
+            lambda: heads.ungroup_heads(np.zeros((5, 7))),
+        ),
+        ("at axis 0, got shape", lambda: heads.group_heads(np.zeros((2, 7)), 2, axis=0)),
+        ("at axis -1, got shape", lambda: heads.ungroup_heads(np.zeros((2, 7)), axis=-1)),
         (r"x must be .*got shape \(2, 5, 7\)", lambda: heads.fold_heads(np.zeros((2, 5, 7)))),
         (
-            r"first axis of x \(5\) must be divisible",
+            r"first axis of x \(5\) must be a multiple",
             lambda: heads.unfold_heads(np.zeros((5, 2, 7)), 3),
         ),
         (r"lengths must be \[B\] or \[B, T\], got shape \(\)", lambda: heads.repeat_lengths(3, 2)),

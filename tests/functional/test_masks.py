@@ -410,7 +410,7 @@ def fits(mask, lead=(B,)):
         (TypeError, "right must be an integer.*got '1'", lambda: masks.sliding_window(1, "1")),
         (
             ValueError,
-            "left \\+ right must be ≥ 0, got -2 and 1",
+            r"left \+ right ≥ 0, got left = -2, right = 1",
             lambda: masks.sliding_window(-2, 1),
         ),
         (
@@ -431,7 +431,7 @@ def fits(mask, lead=(B,)):
         ),
         (TypeError, "boolean.*got float64", lambda: masks.from_array(np.zeros((T, S)))),
         (TypeError, "boolean.*got int", lambda: masks.from_array(np.zeros((T, S), int))),
-        (TypeError, "mask_mod lifts a callable.*got ndarray", lambda: masks.mask_mod(ARRAY)),
+        (TypeError, "mask_mod takes a callable.*got ndarray", lambda: masks.mask_mod(ARRAY)),
         (
             TypeError,
             "must return a boolean, got int32",

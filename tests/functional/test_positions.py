@@ -149,17 +149,6 @@ def test_rotary_under_jit_vmap_and_grad(rng, x64):
     np.testing.assert_allclose(pull(whole)[0], x, rtol=1e-12, atol=1e-14)
 
 
-def test_relative_positions_are_differences(rng):
-    q_positions, k_positions = rng.integers(-50, 50, (2, 3, 5)), rng.integers(-50, 50, (2, 3, 7))
-    came = positions.relative_positions(q_positions, k_positions)
-    for b, c, t, s in np.ndindex(2, 3, 5, 7):
-        assert came[b, c, t, s] == q_positions[b, c, t] - k_positions[b, c, s]
-    np.testing.assert_array_equal(
-        positions.relative_positions(5, 7), np.arange(5)[:, None] - np.arange(7)
-    )
-    assert positions.relative_positions(0, 7).shape == (0, 7)
-
-
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
@@ -197,17 +186,6 @@ def test_relative_positions_are_differences(rng):
             ValueError,
             r"positions must be .*got \(1, 5\)",
             lambda: positions.rotary(np.zeros((2, 5, 1, 4), np.float32), np.zeros((1, 5), int)),
-        ),
-        (ValueError, "must not be negative, got -1", lambda: positions.relative_positions(-1, 3)),
-        (
-            TypeError,
-            "integers, got float64",
-            lambda: positions.relative_positions(np.array([0.5, 1.7]), 3),
-        ),
-        (
-            TypeError,
-            "integers, got float64",
-            lambda: positions.relative_positions(3, np.array([0.5, 1.7])),
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_two_parts_of_two_examples_are_the_batch(monkeypatch, rng, x64):
     for came, truth in zip(results("blockwise", *arrays), results("dense", *arrays), strict=True):
         np.testing.assert_allclose(came, truth, rtol=1e-10, atol=1e-12)
     grid, *_ = sizes.choose_grid(request(query, key, value))
-    assert (grid.num_parts, grid.batch) == (2, (2,))
+    assert (grid.num_parts, grid.block_batch) == (2, (2,))
 
 
 def test_blocks_stay_within_bounds_whatever_the_batch_and_the_score(monkeypatch):

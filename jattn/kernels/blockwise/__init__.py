@@ -10,8 +10,8 @@
           fold into the row's sums                forward.py: output, lse
                                                   tangent.py: their derivatives
 
-No array of T × S elements exists but those that the caller brings, such as a bias, and their
-gradients. (A class is kept for each block: a byte for some 100,000 scores.)
+No array of T × S elements exists except those that the caller passes, such as a bias, and their
+gradients. (Each block has a class: one byte for some 100,000 scores.)
 
 The forward pass is an online softmax (forward.py). Its tangent is a sum over blocks (tangent.py),
 which is one operation with rules for its own tangent, transpose and batch (sums.py): so gradients,
@@ -22,6 +22,7 @@ https://arxiv.org/abs/2205.14135
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ Array = jax.Array
 def refuses(request: Request) -> str | None:
     """Why this kernel cannot do what is asked; None if it can."""
     if request.return_weights:
-        return 'it never has all weights at once, for return_weights: "dense" has'
+        return 'it never holds all weights, for return_weights: "dense" does'
     if request.is_symbolic:
         return "its loops need lengths that are numbers, not symbols"
     return mesh_refusal(request)
@@ -50,10 +51,10 @@ def refuses(request: Request) -> str | None:
 
 def run(request: Request) -> Result:
     """Attention by this kernel."""
-    *lead, T, N, _ = request.query.shape
-    if 0 in (*lead, T, request.key.shape[-3]):
-        output = jnp.zeros((*lead, T, N, request.value.shape[-1]), request.value.dtype)
-        lse = jnp.full((*lead, T, N), -jnp.inf, dtypes.accumulator(request.query.dtype))
+    *batch, T, N, _ = request.query.shape
+    if 0 in (*batch, T, request.key.shape[-3]):
+        output = jnp.zeros((*batch, T, N, request.value.shape[-1]), request.value.dtype)
+        lse = jnp.full((*batch, T, N), -jnp.inf, dtypes.accumulator(request.query.dtype))
         return Result(output, lse, None)
     return execute(_run, *prepare(request, *sizes.choose_grid(request)), request)
 
@@ -88,18 +89,18 @@ def _attend(
 
 
 @functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _derivative(scoring, primals, tangents):
-    """The rule for tangents; for higher orders JAX comes back to it through `_attend`."""
+def _derivative(scoring: Scoring, primals: Any, tangents: Any) -> Any:
+    """The rule for tangents. For higher orders JAX applies it again, through `_attend`."""
     classes, operands = primals
     names = "attend_output", "attend_lse", "attend_lse"
     results = tuple(map(checkpoint_name, _attend(scoring, classes, operands), names))
-    moved = jax.tree.map(
+    d_operands = jax.tree.map(
         lambda t: None if isinstance(t, SymbolicZero) else t,
         tangents[1],
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
-    if all(t is None for t in jax.tree.leaves(moved, is_leaf=lambda t: t is None)):
+    if all(t is None for t in jax.tree.leaves(d_operands, is_leaf=lambda t: t is None)):
         return results, jax.tree.map(jnp.zeros_like, results)
-    d_output, d_lse = tangent(scoring, classes, operands, results, moved)
-    # The maximum and the logarithm add up to the log-sum-exp: all of its tangent goes to the latter
+    d_output, d_lse = tangent(scoring, classes, operands, results, d_operands)
+    # The log-sum-exp is maximum + log_total: all of its tangent is the tangent of log_total
     return results, (d_output, jnp.zeros_like(results[1]), d_lse)

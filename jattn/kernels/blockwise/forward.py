@@ -9,15 +9,20 @@ from jattn.functional import compat, dtypes
 from jattn.kernels import arrays
 from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen
 from jattn.kernels.blockwise import sizes
-from jattn.kernels.blockwise.cuts import Cut, Index, read
+from jattn.kernels.blockwise.block_specs import BlockSpec, Index, read
 from jattn.kernels.blockwise.sums import loop, over_columns
 from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import Operands, Scoring
 
 Array = jax.Array
 Statistics = tuple[Array, Array, Array]  # of a row's weights: maximum, total, pooled values
-# How the grid cuts queries [parts, *batch, T, N, H], keys and values [parts, *batch, S, K, H]
-OF_QUERIES, OF_KEYS, LINES = Cut((0,), rows=-3), Cut((0,), columns=-3), Cut((0,))
+# How the grid divides queries [parts, *batch, T, N, H], keys and values [parts, *batch, S, K, H],
+# and classes of blocks [parts, num_rows, num_columns]
+QUERY_SPEC, KEY_SPEC, CLASSES_SPEC = (
+    BlockSpec((0,), rows=-3),
+    BlockSpec((0,), columns=-3),
+    BlockSpec((0,)),
+)
 
 
 def forward(
@@ -25,7 +30,8 @@ def forward(
 ) -> tuple[Array, Array, Array]:
     """Output, largest score and logarithm of the sum over it, for every query.
 
-    Their sum is the log-sum-exp. They are kept apart, because a large score swallows the logarithm.
+    The log-sum-exp is their sum. They are two results, because a sum with a large score rounds the
+    logarithm away.
 
     Args:
       scoring: what to compute.
@@ -38,7 +44,7 @@ def forward(
       allowed key it is −1.
     """
     run = functools.partial(_forward, scoring)
-    # Under vmap, too, each example pays for its own length; elsewhere all run as the longest does
+    # On one CPU device vmap becomes a loop, so that each example skips its own EMPTY blocks
     if sizes.one_cpu_device():
         run = jax.custom_batching.sequential_vmap(run)
     return run(classes, operands)
@@ -50,14 +56,14 @@ def _forward(
     grid, shape = scoring.grid, operands.query.shape[:-1]
     dtype = dtypes.accumulator(operands.value.dtype)
     of_scores = scoring.score.jaxpr.out_avals[0].dtype
-    kinds = ((*shape, operands.value.shape[-1]), dtype), *[((*shape, 1), of_scores)] * 2
-    results = compat.vary_alike([jnp.zeros(*kind) for kind in kinds], (classes, operands))
+    shapes = ((*shape, operands.value.shape[-1]), dtype), *[((*shape, 1), of_scores)] * 2
+    results = compat.vary_alike([jnp.zeros(*each) for each in shapes], (classes, operands))
 
     def part(b: Array, results: list[Array]) -> list[Array]:
         return loop(0, grid.num_rows, functools.partial(row, b), results)
 
     def row(b: Array, backwards: Array, results: list[Array]) -> list[Array]:
-        # Where two rows of blocks overlap, the earlier one holds all that counts
+        # From last to first: where two rows of blocks overlap, the earlier one overwrites the later
         at = Index((b,), grid.num_rows - 1 - backwards, jnp.zeros((), jnp.int32))
         found = _row(scoring, classes, operands, at)
         return [
@@ -83,13 +89,13 @@ def _row(
     Dropout drops terms of o, not of l.
     """
     grid, of_scores = scoring.grid, scoring.score.jaxpr.out_avals[0].dtype
-    lowest = jnp.finfo(of_scores).min  # in place of −inf, which has no difference from itself
-    query = heads_first(read(operands.query, OF_QUERIES, grid, at))
+    lowest = jnp.finfo(of_scores).min  # not −inf: −inf − (−inf) is NaN
+    query = heads_first(read(operands.query, QUERY_SPEC, grid, at))
     step = _step_of_values(operands.value, grid.S)
 
     def term(masked: bool, at: Index) -> Statistics:
         scores, allowed = scores_of_block(scoring, operands, query, masked, at)
-        value = heads_first(read(operands.value, OF_KEYS, grid, at))
+        value = heads_first(read(operands.value, KEY_SPEC, grid, at))
         value = hide(value, keys_seen(allowed, value.shape[-3])) * step
         if allowed is not None:
             scores = jnp.where(allowed, scores, -jnp.inf)
@@ -107,18 +113,18 @@ def _row(
         jnp.zeros((*shape, V), dtypes.accumulator(operands.value.dtype)),
     )
     nothing = compat.vary_alike(nothing, (classes, operands))
-    lines = None if classes is None else read(classes, LINES, grid, at)[at.i]
+    of_row = None if classes is None else read(classes, CLASSES_SPEC, grid, at)[at.i]
     maximum, total, output = over_columns(
-        grid, scoring.is_masked, lines, at, term, _merge, nothing, nothing
+        grid, scoring.is_masked, of_row, at, term, _merge, nothing, nothing
     )
-    divisor = jnp.maximum(total, 1)  # the largest weight alone is 1, so it is more, or nothing
+    divisor = jnp.maximum(total, 1)  # a total is 0 or at least 1, the largest weight
     log_total = jnp.where(total == 0, -1, jnp.log(divisor))
     output = output / divisor[..., None].astype(output.dtype) / step.astype(output.dtype)
     return output, maximum[..., None], log_total[..., None]
 
 
 def _merge(_: Index, sums: Statistics, parts: Statistics) -> Statistics:
-    """Sums over two sets of keys, from those over each, relative to the larger maximum."""
+    """Add the sums over two sets of keys, both relative to the larger maximum."""
     maximum = jnp.maximum(sums[0], parts[0])
     old, new = jnp.exp(sums[0] - maximum), jnp.exp(parts[0] - maximum)
     total = sums[1] * old + parts[1] * new
@@ -131,20 +137,20 @@ def scores_of_block(
 ) -> tuple[Array, Array | None]:
     """Scores of a block, and which of its entries are allowed; None: all."""
     grid, place = scoring.grid, (*at.place, operands.first)
-    key = heads_first(read(operands.key, OF_KEYS, grid, at))
-    biases = [read(bias, cut_of_bias(bias, grid), grid, at) for bias in operands.biases]
+    key = heads_first(read(operands.key, KEY_SPEC, grid, at))
+    biases = [read(bias, bias_spec(bias, grid), grid, at) for bias in operands.biases]
     allowed = scoring.allowed(operands.captured, *place) if masked else None
     return scoring.scores(operands.captured, query, key, biases, allowed, *place), allowed
 
 
-def cut_of_bias(bias: Array, grid: Grid) -> Cut:
-    """How the grid cuts `[parts, *batch, N or 1, T or 1, S or 1]`, or this without `parts`."""
+def bias_spec(bias: Array, grid: Grid) -> BlockSpec:
+    """How the grid divides `[parts, *batch, N or 1, T or 1, S or 1]`, or this without `parts`."""
     rows, columns = (axis if bias.shape[axis] > 1 else None for axis in (-2, -1))
-    return Cut((0,) if bias.ndim > len(grid.batch) + 3 else (), rows, columns)
+    return BlockSpec((0,) if bias.ndim > len(grid.block_batch) + 3 else (), rows, columns)
 
 
 def _step_of_values(value: Array, S: int) -> Array:
-    """A power of two by which values are divided while they are summed, so that no sum overflows.
+    """A power of two by which values are multiplied, so that no sum of them overflows.
 
     The weights of a row sum to at most S before they are divided by their sum. (Values below S
     times the smallest normal number lose digits.)

@@ -1,4 +1,4 @@
-"""How large the blocks are: as large as the cache, and their largest intermediate array, allow."""
+"""The size of blocks: as large as the cache and a limit on intermediate arrays allow."""
 
 import dataclasses
 import math
@@ -14,31 +14,31 @@ from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import hoist_score
 from jattn.request import Request
 
-# On CPU a block's scores should fit into the cache, but XLA gives a matrix product both cores only
-# from 512 rows on: so many rows, and as many columns and examples as make about so many scores
+# On CPU a block's scores should fit into the cache, but XLA runs a matrix product on both cores
+# only from 512 rows on. So a block has ROWS rows, and columns and examples for about SCORES scores
 # (measured on two cores)
 ROWS, SCORES = 512, 2**20
 COLUMNS = 128, 1024  # at least and at most
 # Additive scores have an intermediate of rows × columns × width: their blocks are smaller
 BLOCK_BYTES = 2**24
-# Blocks are halved while rows or columns exceed this: where a block holds a part of the batch, and
-# where it holds all of it
+# Blocks are halved only while rows or columns exceed the first number where a block holds a part of
+# the batch, or the second where it holds the whole batch
 LEAST = 32, 128
 
 
 def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
-    """The grid, the score as a pure function of a block of it, and what the score captured."""
-    (*lead, _, N, _), T, S = request.query.shape, request.local_T, request.key.shape[-3]
+    """The grid, the score as a pure function of one of its blocks, and the captured arrays."""
+    (*batch, _, N, _), T, S = request.query.shape, request.local_T, request.key.shape[-3]
     rows = block_size(T, ROWS)
     columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
-    grid = Grid(tuple(lead), N, T, S, rows, columns, None)
-    if lead and one_cpu_device() and not any(_is_shared_in_part(m) for m in request.modifiers):
+    grid = Grid(tuple(batch), N, T, S, rows, columns, None)
+    if batch and one_cpu_device() and not any(_is_shared_in_part(m) for m in request.modifiers):
         grid = dataclasses.replace(grid, examples=_examples(grid))
         try:
             return _small_enough(request, grid)
         except Exception:
-            # The score may capture an array that has batch axes, and so need the whole batch; if
-            # it is plainly wrong, it says so again
+            # The score may capture an array with batch axes, and so need the whole batch. If the
+            # score is wrong, it raises again below
             grid = dataclasses.replace(grid, examples=None)
     return _small_enough(request, grid)
 
@@ -46,14 +46,14 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
 def _is_shared_in_part(modifier: Modifier) -> bool:
     """Whether a bias is shared along some leading axes and not along others.
 
-    Parts of the batch would each need their own: it would be repeated along the former.
+    Each part of the batch would need its own copy, which repeats the bias along the former.
     """
-    lead = np.shape(modifier.array)[:-3] if isinstance(modifier, Bias) else ()
-    return max(lead, default=1) > 1 and 1 in lead
+    batch = np.shape(modifier.array)[:-3] if isinstance(modifier, Bias) else ()
+    return max(batch, default=1) > 1 and 1 in batch
 
 
 def _small_enough(request: Request, grid: Grid) -> tuple[Grid, Pure, Captures]:
-    """Make blocks smaller until the largest array on the way to their scores is small enough."""
+    """Make blocks smaller until the largest intermediate array of the score is small enough."""
     while True:
         captures = Captures(request.names, request.mesh, request.row_axes)
         score = hoist_score(request, grid, captures)
@@ -86,13 +86,13 @@ def _smaller(grid: Grid) -> Grid | None:
 def _examples(grid: Grid) -> int:
     """How many examples share a block."""
     room = SCORES // (grid.num_heads * grid.rows * grid.columns)
-    return nearest_divisor(math.prod(grid.lead), max(room, 1))
+    return nearest_divisor(math.prod(grid.batch), max(room, 1))
 
 
 def one_cpu_device() -> bool:
-    """Whether parts of a batch run one after another, and each pays for its own length.
+    """Whether parts of a batch run one after another, each with the cost of its own length.
 
-    Elsewhere all examples share a block.
+    Otherwise all examples share a block.
     """
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
@@ -123,6 +123,6 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 
 def _largest_intermediate(jaxpr: compat.ClosedJaxpr) -> int:
-    """Bytes of the largest array that a jaxpr makes on its way."""
+    """Bytes of the largest array that a jaxpr makes."""
     made: list[Any] = [v.aval for e in compat.equations(jaxpr.jaxpr) for v in e.outvars]
     return max((math.prod(array.shape) * array.dtype.itemsize for array in made), default=0)

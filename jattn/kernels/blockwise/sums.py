@@ -1,6 +1,6 @@
 """A sum over blocks, and its derivatives of every kind: sums over blocks again.
 
-    result[rows of block] += term(parts of the operands that the block reads)
+    result[part of block] += term(parts of the operands that the block reads)
 
 A term is a function of a block, nonlinear in some operands and perhaps linear in others. Then
 
@@ -9,11 +9,11 @@ A term is a function of a block, nonlinear in some operands and perhaps linear i
     added where the term had read                                  (reverse mode)
     a batch of sums is a sum over one more axis                    (vmap)
 
-so that nothing is kept between blocks: each computes again what it needs, and memory is that of
-operands and results. To JAX a sum is one operation. Its loops are never differentiated, so their
-bounds may depend on data: a row of blocks visits the columns that its mask leaves.
+so that nothing is kept between blocks: each block recomputes what it needs, and memory is that of
+operands and results. To JAX a sum is one operation. JAX never differentiates its loops, so their
+bounds may depend on data: a row of blocks visits only the columns that its mask allows.
 
-What a callable captures is read whole by every block, and so its gradient is added whole.
+Every block reads captured arrays as a whole, and adds to their gradients as a whole.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jattn.functional import compat, dtypes
 from jattn.functional.block import EMPTY, PARTIAL
 from jattn.kernels.blockwise import sizes
-from jattn.kernels.blockwise.cuts import Cut, Index, add, block_shape, read
+from jattn.kernels.blockwise.block_specs import BlockSpec, Index, add, block_shape, read
 from jattn.kernels.grid import Grid
 
 Array = jax.Array
@@ -41,13 +41,13 @@ class Sum:
 
     Attributes:
       grid: the blocks.
-      loops: how many parts each loop around the grid has: the batch, then what `vmap` added.
+      loops: the length of each loop around the grid: parts of the batch, then axes of `vmap`.
       terms: `(at, *blocks) -> parts of the results`, of a PARTIAL block and of a FULL one.
-      is_masked: whether any entry may be forbidden.
-      classes: how the classes of blocks, `[parts, num_rows, num_columns]`, are cut; None: all are
-        PARTIAL if masked, else FULL.
-      operands: how each operand is cut.
-      results: how each result is cut.
+      is_masked: whether an entry may be forbidden.
+      classes: how the classes of blocks, `[parts, num_rows, num_columns]`, are divided;
+        None: all are PARTIAL if masked, else FULL.
+      operands: how each operand is divided into blocks.
+      results: how each result is divided into blocks.
       shapes: shape of each result.
       dtypes: dtype of each result.
     """
@@ -56,9 +56,9 @@ class Sum:
     loops: tuple[int, ...]
     terms: tuple[Term, ...]
     is_masked: bool
-    classes: Cut | None
-    operands: tuple[Cut, ...]
-    results: tuple[Cut, ...]
+    classes: BlockSpec | None
+    operands: tuple[BlockSpec, ...]
+    results: tuple[BlockSpec, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
 
@@ -83,10 +83,10 @@ def _run(*arrays: Array, sum: Sum) -> list[Array]:
 
     def over_rows(parts: tuple[Array, ...], i: Array, totals: list[Array]) -> list[Array]:
         at = Index(parts, i, jnp.zeros((), jnp.int32))
-        kinds = None
+        classes_of_row = None
         if sum.classes is not None and classes is not None:
-            kinds = read(classes, sum.classes, sum.grid, at)[i]
-        return _row(sum, operands, kinds, at, totals)
+            classes_of_row = read(classes, sum.classes, sum.grid, at)[i]
+        return _row(sum, operands, classes_of_row, at, totals)
 
     return loop(0, math.prod(sum.loops), over_parts, totals)
 
@@ -99,37 +99,38 @@ def _split(sum: Sum, arrays: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
 def _row(
     sum: Sum, operands: Sequence[Array], classes: Array | None, at: Index, totals: list[Array]
 ) -> list[Array]:
-    """Add a row of blocks. What belongs to its queries alone is summed apart, and added once."""
+    """Add a row of blocks. Results per query are summed in a carry of their own, and added once."""
     grid = sum.grid
-    of_row = [cut.rows is not None and cut.columns is None for cut in sum.results]
-    cuts = list(zip(sum.operands, operands, strict=True))
+    of_row = [spec.rows is not None and spec.columns is None for spec in sum.results]
+    specs = list(zip(sum.operands, operands, strict=True))
     per_row = [
-        None if cut.columns is not None else read(operand, cut, grid, at) for cut, operand in cuts
+        None if spec.columns is not None else read(operand, spec, grid, at)
+        for spec, operand in specs
     ]
 
     def term(masked: bool, at: Index) -> list[Array]:
         blocks = [
-            read(operand, cut, grid, at) if known is None else known
-            for known, (cut, operand) in zip(per_row, cuts, strict=True)
+            read(operand, spec, grid, at) if block is None else block
+            for block, (spec, operand) in zip(per_row, specs, strict=True)
         ]
         parts = sum.terms[0 if masked else 1](at, *blocks)
         return [part.astype(dtype) for part, dtype in zip(parts, sum.dtypes, strict=True)]
 
     def fold(at: Index, sums: list[Array], parts: list[Array]) -> list[Array]:
         return [
-            total + part if row else add(total, part, cut, grid, at)
-            for total, part, cut, row in zip(sums, parts, sum.results, of_row, strict=True)
+            total + part if row else add(total, part, spec, grid, at)
+            for total, part, spec, row in zip(sums, parts, sum.results, of_row, strict=True)
         ]
 
     nothing = [
-        jnp.zeros_like(read(total, cut, grid, at))
-        for total, cut in zip(totals, sum.results, strict=True)
+        jnp.zeros_like(read(total, spec, grid, at))
+        for total, spec in zip(totals, sum.results, strict=True)
     ]
     zeros = [n if row else t for n, t, row in zip(nothing, totals, of_row, strict=True)]
     sums = over_columns(grid, sum.is_masked, classes, at, term, fold, nothing, zeros)
     return [
-        add(total, part, cut, grid, at) if row else part
-        for total, part, cut, row in zip(totals, sums, sum.results, of_row, strict=True)
+        add(total, part, spec, grid, at) if row else part
+        for total, part, spec, row in zip(totals, sums, sum.results, of_row, strict=True)
     ]
 
 
@@ -149,7 +150,7 @@ def over_columns(
 
     Args:
       grid: the blocks.
-      masked: whether any entry may be forbidden.
+      masked: whether an entry may be forbidden.
       classes: of the blocks in this row, `[num_columns]`; None: all PARTIAL if masked, else FULL.
       at: the row.
       term: `(masked, at) -> parts`.
@@ -170,9 +171,9 @@ def over_columns(
     def visit(j: Array, sums: Any) -> Any:
         here = at._replace(j=j)
         # A branch returns a block's own part, not the sums: XLA would copy them
-        full, partial = (functools.partial(term, kind, here) for kind in (False, True))
-        kind = classes[j].astype(jnp.int32)
-        return fold(here, sums, jax.lax.switch(kind, [lambda: nothing, partial, full]))
+        full, partial = (functools.partial(term, is_masked, here) for is_masked in (False, True))
+        branch = classes[j].astype(jnp.int32)
+        return fold(here, sums, jax.lax.switch(branch, [lambda: nothing, partial, full]))
 
     return loop(first, jnp.where(seen.any(), last + 1, first), visit, sums)
 
@@ -187,102 +188,106 @@ def loop(first: Any, end: Any, body: Callable[[Array, Any], Any], carry: Any) ->
     )
 
 
-def _shapes(*kinds: Any, sum: Sum) -> list[Any]:
+def _shapes(*avals: Any, sum: Sum) -> list[Any]:
     shapes = zip(sum.shapes, sum.dtypes, strict=True)
-    return [compat.kind_like(kinds[-1], shape, dtype) for shape, dtype in shapes]
+    return [compat.aval_like(avals[-1], shape, dtype) for shape, dtype in shapes]
 
 
 # Forward mode
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, sum: Sum) -> Any:
-    """d Σ term(x) = Σ d term(x, dx): operands first, then the tangents of those that move."""
+    """d Σ term(x) = Σ d term(x, dx): operands first, then tangents that are not zero."""
     start = 0 if sum.classes is None else 1
-    moved = tuple(
+    nonzero = tuple(
         k - start for k, tangent in enumerate(tangents) if k >= start and tangent is not None
     )
     results = _sum(*primals, sum=sum)
-    if not moved:
+    if not nonzero:
         return results, [None] * len(results)
     tangent = dataclasses.replace(
         sum,
-        terms=tuple(functools.partial(_tangent_of_term, term, moved) for term in sum.terms),
-        operands=(*sum.operands, *(sum.operands[k] for k in moved)),
+        terms=tuple(functools.partial(_tangent_of_term, term, nonzero) for term in sum.terms),
+        operands=(*sum.operands, *(sum.operands[k] for k in nonzero)),
     )
-    return results, _sum(*primals, *(tangents[start + k] for k in moved), sum=tangent)
+    return results, _sum(*primals, *(tangents[start + k] for k in nonzero), sum=tangent)
 
 
-def _tangent_of_term(term: Term, moved: tuple[int, ...], at: Index, *blocks: Array) -> Any:
-    """d term(x, dx) of a block, where operands `moved` have the last blocks as tangents."""
-    primals, tangents = blocks[: -len(moved)], blocks[-len(moved) :]
+def _tangent_of_term(term: Term, nonzero: tuple[int, ...], at: Index, *blocks: Array) -> Any:
+    """d term(x, dx) of a block; the last blocks are tangents of the operands `nonzero`."""
+    primals, tangents = blocks[: -len(nonzero)], blocks[-len(nonzero) :]
 
-    def of_moved(*inner):
+    def of_nonzero(*inner: Array) -> Any:
         given = list(primals)
-        for k, block in zip(moved, inner, strict=True):
+        for k, block in zip(nonzero, inner, strict=True):
             given[k] = block
         return term(at, *given)
 
-    return jax.jvp(of_moved, [primals[k] for k in moved], list(tangents))[1]
+    return jax.jvp(of_nonzero, [primals[k] for k in nonzero], list(tangents))[1]
 
 
 # Reverse mode
 
 
 def _transpose(
-    cotangents: Sequence[Any], *arrays: Any, kinds: Sequence[Any], sum: Sum
+    cotangents: Sequence[Any], *arrays: Any, avals: Sequence[Any], sum: Sum
 ) -> Sequence[Any]:
-    """(Σ term)ᵀ = Σ termᵀ: known operands first, then cotangents, cut as the results were.
+    """(Σ term)ᵀ = Σ termᵀ: residuals first, then cotangents, divided as the results were.
 
-    A part is added where the term had read that operand. Of the tangent of attention, this is the
-    backward pass.
+    The transposed term adds to the part of an operand that the term reads. For the tangent of
+    attention, this is the backward pass.
     """
     start = 0 if sum.classes is None else 1
     operands = arrays[start:]
     places = [k for k, operand in enumerate(operands) if operand is None]
     linear = {
-        k: (block_shape(kind.shape, sum.operands[k], sum.grid), kind.dtype)
-        for k, kind in zip(places, kinds, strict=True)
+        k: (block_shape(aval.shape, sum.operands[k], sum.grid), aval.dtype)
+        for k, aval in zip(places, avals, strict=True)
     }
-    known = tuple(k for k, operand in enumerate(operands) if operand is not None)
-    asked = tuple(
+    residuals = tuple(k for k, operand in enumerate(operands) if operand is not None)
+    wanted = tuple(
         (k, sum.dtypes[k]) for k, cotangent in enumerate(cotangents) if cotangent is not None
     )
-    if not asked:
+    if not wanted:
         return [None] * len(linear)
     transposed = dataclasses.replace(
         sum,
         terms=tuple(
-            functools.partial(_transpose_of_term, term, known, tuple(linear.items()), asked)
+            functools.partial(_transpose_of_term, term, residuals, tuple(linear.items()), wanted)
             for term in sum.terms
         ),
-        operands=(*(sum.operands[k] for k in known), *(sum.results[k] for k, _ in asked)),
+        operands=(*(sum.operands[k] for k in residuals), *(sum.results[k] for k, _ in wanted)),
         results=tuple(sum.operands[k] for k in linear),
-        shapes=tuple(kind.shape for kind in kinds),
-        dtypes=tuple(dtypes.accumulator(kind.dtype) for kind in kinds),
+        shapes=tuple(aval.shape for aval in avals),
+        dtypes=tuple(dtypes.accumulator(aval.dtype) for aval in avals),
     )
-    given = (*arrays[:start], *(operands[k] for k in known), *(cotangents[k] for k, _ in asked))
+    given = (
+        *arrays[:start],
+        *(operands[k] for k in residuals),
+        *(cotangents[k] for k, _ in wanted),
+    )
     results = _sum(*given, sum=transposed)
-    return [result.astype(kind.dtype) for result, kind in zip(results, kinds, strict=True)]
+    return [result.astype(aval.dtype) for result, aval in zip(results, avals, strict=True)]
 
 
 def _transpose_of_term(
     term: Term,
-    known: tuple[int, ...],
+    residuals: tuple[int, ...],
     linear: tuple[tuple[int, tuple[tuple[int, ...], Any]], ...],
-    asked: tuple[tuple[int, Any], ...],
+    wanted: tuple[tuple[int, Any], ...],
     at: Index,
     *blocks: Array,
 ) -> Any:
-    """termᵀ of a block: cotangents of its linear operands from those of the results asked for."""
-    given, cotangents = blocks[: len(known)], blocks[len(known) :]
+    """termᵀ of a block: cotangents of its linear operands from those of the wanted results."""
+    given, cotangents = blocks[: len(residuals)], blocks[len(residuals) :]
 
-    def of_linear(*inner):
-        places = (*known, *(k for k, _ in linear))
+    def of_linear(*inner: Array) -> list[Array]:
+        places = (*residuals, *(k for k, _ in linear))
         merged = dict(zip(places, (*given, *inner), strict=True))
         results = term(at, *(merged[k] for k in range(len(places))))
-        return [results[k].astype(dtype) for k, dtype in asked]
+        return [results[k].astype(dtype) for k, dtype in wanted]
 
-    zeros = compat.vary_alike([jnp.zeros(*kind) for _, kind in linear], blocks)
+    zeros = compat.vary_alike([jnp.zeros(*shape) for _, shape in linear], blocks)
     return jax.linear_transpose(of_linear, *zeros)(list(cotangents))
 
 
@@ -297,13 +302,13 @@ def _batch(arrays: Sequence[Array], axes: Sequence[int | None], *, sum: Sum) -> 
 
 
 def _one_by_one(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
-    """One more loop around the grid: each example has the bounds of its own mask."""
+    """Add a loop around the grid, so that each example skips the EMPTY blocks of its own mask."""
     number = len(sum.loops)
 
-    def looped(cut: Cut, axis: int | None = 0) -> Cut:
-        return cut if axis is None else cut._replace(loops=(number, *cut.loops))
+    def looped(spec: BlockSpec, axis: int | None = 0) -> BlockSpec:
+        return spec if axis is None else spec._replace(loops=(number, *spec.loops))
 
-    moved = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(arrays, axes, strict=True)]
+    arrays = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(arrays, axes, strict=True)]
     start = 0 if sum.classes is None else 1
     batched = dataclasses.replace(
         sum,
@@ -313,24 +318,24 @@ def _one_by_one(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
         results=tuple(map(looped, sum.results)),
         shapes=tuple((size, *shape) for shape in sum.shapes),
     )
-    return _sum(*moved, sum=batched), [0] * len(sum.results)
+    return _sum(*arrays, sum=batched), [0] * len(sum.results)
 
 
 def _all_at_once(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
-    """One more axis in each block. A block is EMPTY, or FULL, if it is so for all examples."""
+    """Add an axis to each block. A block is EMPTY or FULL if it is so for all examples."""
     start = 0 if sum.classes is None else 1
-    cuts = sum.operands if sum.classes is None else (sum.classes, *sum.operands)
-    moved = [
-        x if axis is None else jnp.moveaxis(x, axis, len(cut.loops))
-        for x, axis, cut in zip(arrays, axes, cuts, strict=True)
+    specs = sum.operands if sum.classes is None else (sum.classes, *sum.operands)
+    arrays = [
+        x if axis is None else jnp.moveaxis(x, axis, len(spec.loops))
+        for x, axis, spec in zip(arrays, axes, specs, strict=True)
     ]
     if sum.classes is not None and axes[0] is not None:
-        classes, axis = moved[0], len(sum.classes.loops)
+        classes, axis = arrays[0], len(sum.classes.loops)
         same = (classes == jnp.take(classes, jnp.array([0]), axis)).all(axis)
         one_of_them = classes.max(axis)
-        moved[0] = jnp.where(same, one_of_them, jnp.asarray(PARTIAL, classes.dtype))
+        arrays[0] = jnp.where(same, one_of_them, jnp.asarray(PARTIAL, classes.dtype))
     mapped = tuple(None if axis is None else 0 for axis in axes[start:])
-    places = [len(cut.loops) for cut in sum.results]
+    places = [len(spec.loops) for spec in sum.results]
     batched = dataclasses.replace(
         sum,
         terms=tuple(functools.partial(_batched_term, term, mapped) for term in sum.terms),
@@ -339,7 +344,7 @@ def _all_at_once(size: int, arrays: Any, axes: Any, sum: Sum) -> Any:
             for shape, place in zip(sum.shapes, places, strict=True)
         ),
     )
-    return _sum(*moved, sum=batched), places
+    return _sum(*arrays, sum=batched), places
 
 
 def _batched_term(term: Term, mapped: tuple[int | None, ...], at: Index, *blocks: Array) -> Any:
