@@ -92,8 +92,9 @@ def varying(array: Any) -> frozenset[str]:
 
 
 def varying_of(kind: Any) -> frozenset[str]:
-    """The same of a value's type."""
-    return frozenset(getattr(getattr(kind, "mat", kind), "varying", None) or ())
+    """The same of a value's type, or of a `jax.ShapeDtypeStruct`."""
+    manual = getattr(kind, "mat", getattr(kind, "manual_axis_type", kind))
+    return frozenset(getattr(manual, "varying", None) or ())
 
 
 def vary_alike(arrays: Any, like: Any = ()) -> Any:

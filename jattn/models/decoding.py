@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.sharding import PartitionSpec
 
 from jattn.functional import checks, compat, dtypes
 
@@ -251,7 +250,7 @@ def _check(
                 f"{name} must be [B, ...] with B = {start.shape[0]}, got shape {jnp.shape(leaf)}"
             )
     carry = jax.tree.map(jnp.asarray, carry)
-    after, logits = compat.kinds_of(step, carry, start)
+    after, logits = jax.eval_shape(step, carry, start)
     described, came = (
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (carry, after)
     )
