@@ -322,7 +322,7 @@ def _decode(graphdef, parameters, source, lengths, *, return_weights, max_length
     model = nnx.merge(graphdef, parameters)
     decoder, config = model.decoder, model.config
     memory, state = model._read(source, lengths, True)
-    start = jnp.full(source.shape[:1], config.start, jnp.int32)
+    start = jnp.full_like(source[:, 0], config.start, jnp.int32)
     found = (decoding.beam_search if beam else decoding.greedy)(
         lambda state, tokens: decoder.step(tokens, state, memory),
         state, start=start, end=config.end, pad=config.pad, max_length=max_length, **beam,

@@ -153,7 +153,7 @@ class Encoder(nnx.Module):
         if lengths is None:
             return jnp.flip(sequences, axis=1)
         checks.assert_shapes(source=(sequences, "B S D"), lengths=(lengths, "B"))
-        steps = jnp.arange(sequences.shape[1], dtype=jnp.int32)
+        steps = jnp.arange(sequences.shape[1], dtype=jnp.int32)[None]
         mirrored = jnp.asarray(lengths).astype(jnp.int32)[:, None] - 1 - steps
         order = jnp.where(mirrored >= 0, mirrored, steps)
         return jnp.take_along_axis(sequences, order[..., None], axis=1)
