@@ -20,3 +20,6 @@ from jattn.functional.softmax import masked_softmax as masked_softmax
 # modules that own parameters, and models built of them
 from jattn import models as models
 from jattn import nn as nn
+
+# their weights, to and from PyTorch
+from jattn import interop as interop

@@ -25,8 +25,7 @@ from rich.table import Table
 from experiments import BadInput, exits_on_bad_input
 from experiments.benchmarks.timing import Run, machine, measure, ratio
 from experiments.training.command import check_at_least
-from jattn.interop import to_flax
-from jattn.interop.torch_layouts import SEQ2SEQ
+from jattn.interop import load_torch
 from jattn.models.bahdanau import BahdanauTranslator, Config
 from jattn.models.tokens import cross_entropy
 
@@ -61,7 +60,7 @@ def of_jattn(
 ) -> dict[str, Run]:
     """Functions that run one training step and one beam search."""
     model = BahdanauTranslator(config, rngs=nnx.Rngs(0))
-    nnx.update(model, to_flax(weights, model, SEQ2SEQ))
+    load_torch(model, weights)
     graph, state = nnx.split((model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)))
     arrays = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
@@ -128,7 +127,7 @@ def contenders(settings: Settings) -> dict[str, dict[str, Run]]:
     try:
         import torch
 
-        from experiments.torch_reference.recurrent import BahdanauTranslator as Reference
+        from experiments.torch_reference.bahdanau import BahdanauTranslator as Reference
     except ImportError:
         raise BadInput(
             "the comparison needs PyTorch, which is not installed: pip install -e '.[torch]'"

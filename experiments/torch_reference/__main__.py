@@ -4,18 +4,49 @@ import argparse
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from experiments.torch_reference.cases import all_cases
+from experiments.torch_reference import (
+    char_rnn,
+    classification,
+    embedding,
+    masks,
+    multi_head,
+    pooling,
+    positions,
+    recurrent,
+    self_attention,
+    sequence_pooling,
+    translation,
+)
 from experiments.torch_reference.record import record
 from experiments.torch_reference.training import all_trainings, train
 from jattn.parity.fixtures import Fixture, save
 
+FAMILIES: tuple[Any, ...] = (
+    pooling,
+    masks,
+    multi_head,
+    self_attention,
+    positions,
+    recurrent,
+    embedding,
+    char_rnn,
+    classification,
+    sequence_pooling,
+    translation,
+)
+
 
 def recordings() -> Mapping[str, Callable[[], Fixture]]:
     """The file of every fixture, and what records it."""
-    cases = {case.file_name: functools.partial(record, case) for case in all_cases()}
+    cases = {
+        case.file_name: functools.partial(record, case)
+        for family in FAMILIES
+        for case in family.cases()
+    }
     return cases | {
         training.file_name: functools.partial(train, training) for training in all_trainings()
     }

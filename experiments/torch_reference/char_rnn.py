@@ -1,9 +1,10 @@
-"""Row 25: the three character networks of the usual tutorial, "hello" → "ohlol"."""
+"""The three character networks of the usual tutorial, "hello" → "ohlol"."""
 
 import torch
 from torch import nn
 
-from experiments.torch_reference.pooling import Outputs
+from experiments.torch_reference.cases import Case, Inputs, cases_of, ids
+from experiments.torch_reference.shared import Outputs
 
 
 class CharCell(nn.Module):
@@ -58,4 +59,17 @@ def char_rnn(kind: str, **arguments: int) -> nn.Module:
     """The network of that name."""
     return {"CharCell": CharCell, "CharRNN": CharRNN, "EmbeddedCharRNN": EmbeddedCharRNN}[kind](
         **arguments
+    )
+
+
+def cases() -> list[Case]:
+    """Every case of the character networks: "hello" and another word."""
+    tokens: Inputs = {"tokens": ids([1, 0, 2, 2, 3], [3, 3, 0, 1, 2])}
+    sizes = {"vocabulary": 5, "embedding_features": 7, "hidden_features": 3, "num_layers": 2}
+    return cases_of(
+        "char_rnn/spelling",
+        char_rnn,
+        cell=({"kind": "CharCell", "vocabulary": 5}, tokens),
+        rnn=({"kind": "CharRNN", "vocabulary": 5}, tokens),
+        embedding=({"kind": "EmbeddedCharRNN", **sizes}, tokens),
     )

@@ -1,17 +1,18 @@
-"""Rows 26 and 30: a sequence classified by its last step, or by attention to all of its steps."""
+"""A sequence classified by its last step, or by attention to all of its steps."""
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference.pooling import Outputs
-from experiments.torch_reference.recurrent import run_packed
+from experiments.torch_reference.cases import Case, Inputs, cases_of, ids
 from experiments.torch_reference.sequence_pooling import FeaturePooling, LearnedQueryPooling
+from experiments.torch_reference.shared import Outputs, run_packed
 
 
 class Classifier(nn.Module):
-    """Embedding, RNN, LSTM or GRU, and a Linear on the last step, or (row 30) on the pooled steps.
+    """Embedding, RNN, LSTM or GRU, and a Linear on the last step, or on the pooled steps.
 
     The popular code takes `output[:, -1]` for the last step: the backward direction has read one
     token there, and without lengths that token is padding. Here it is `LastStep`; without a
@@ -54,3 +55,35 @@ class Classifier(nn.Module):
             return {"logits": self.fc(outputs[torch.arange(len(outputs)), last])}
         pooled = self.attention(outputs, lengths)
         return {"logits": self.fc(pooled["context"]), "weights": pooled["weights"]}
+
+
+def cases() -> list[Case]:
+    """Every case of the classifier, by the last step and by attention.
+
+    The last step is that of one or both directions, or what popular code takes for it.
+    """
+    model = {"vocabulary": 13, "classes": 3, "embedding_features": 5, "hidden_features": 7}
+    deep: dict[str, Any] = model | {"num_layers": 2, "bidirectional": True, "dropout_rate": 0.5}
+    tokens: Inputs = {"tokens": ids([3, 1, 12, 4, 0, 0], [7, 7, 2, 9, 11, 5], [1, 0, 0, 0, 0, 0])}
+    padded: Inputs = tokens | {"lengths": np.array([4, 6, 1])}
+    last = deep | {"pooling": "LastStep"}
+    feature, query = deep | {"pooling": "FeaturePooling"}, deep | {"pooling": "LearnedQueryPooling"}
+    return [
+        *cases_of(
+            "classification/last_step",
+            Classifier,
+            classifier=(model | {"network": "RNN"}, tokens),
+            classifier_lengths=(model | {"network": "RNN"}, padded),
+            classifier_gru_two_ways=(deep | {"network": "GRU"}, padded),
+            classifier_lstm_last_step=(last, tokens),
+            classifier_lstm_last_step_lengths=(last, padded),
+        ),
+        *cases_of(
+            "classification/attention",
+            Classifier,
+            attention_feature=(feature, tokens),
+            attention_feature_lengths=(feature, padded),
+            attention_query=(query, tokens),
+            attention_query_lengths=(query | {"padding_idx": None}, padded),
+        ),
+    ]

@@ -1,10 +1,14 @@
-"""Row 32: the encoder-decoder with multiplicative attention and input feeding, on LSTMs."""
+"""Luong's translator: an encoder-decoder of LSTMs with multiplicative attention."""
 
 import torch
 from torch import nn
 
-from experiments.torch_reference.pooling import Outputs, allowed_by_lengths, masked_softmax
-from experiments.torch_reference.recurrent import run_packed
+from experiments.torch_reference.shared import (
+    Outputs,
+    allowed_by_lengths,
+    masked_softmax,
+    run_packed,
+)
 
 
 def reverse(sequences: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -89,7 +93,7 @@ class Decoder(nn.Module):
 
 
 class LuongTranslator(nn.Module):
-    """Row 32; `attention=False` is the plain LSTM encoder-decoder."""
+    """With input feeding; `attention=False` is the plain LSTM encoder-decoder."""
 
     def __init__(
         self,

@@ -1,13 +1,31 @@
-"""Rows 9, 10, 15 and 16: heads, multi-head, grouped-query and multi-query attention."""
+"""Heads, and multi-head attention with wide, grouped or shared key/value heads."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference.pooling import Outputs, allowed_by_lengths, masked_softmax
+from experiments.torch_reference.cases import (
+    LENGTHS,
+    LENGTHS_PER_QUERY,
+    B,
+    Case,
+    Inputs,
+    S,
+    T,
+    cases_of,
+)
+from experiments.torch_reference.shared import (
+    Outputs,
+    allowed_by_lengths,
+    attend_heads,
+    masked_softmax,
+)
 
 
 class HeadSplit(nn.Module):
-    """Row 9: [B, T, N·H] to heads, to the folded form, and back."""
+    """[B, T, N·H] to heads, to the folded form, and back."""
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -29,26 +47,30 @@ class HeadSplit(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Rows 10, 15, 16: Concat(headᵢ) W_O; G = N/K query heads share a key/value head."""
+    """Concat(headᵢ) W_o; G = N/K query heads share a key/value head."""
 
     def __init__(
         self,
         num_heads: int,
-        features: int,
-        query_features: int | None = None,
-        key_features: int | None = None,
-        value_features: int | None = None,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
         num_kv_heads: int | None = None,
-        use_bias: bool = False,
+        in_kv_features: int | None = None,
+        in_value_features: int | None = None,
+        use_bias: bool = True,
         dropout_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        kv_width = features // num_heads * self.num_kv_heads
-        self.W_q = nn.Linear(query_features or features, features, bias=use_bias)
-        self.W_k = nn.Linear(key_features or features, kv_width, bias=use_bias)
-        self.W_v = nn.Linear(value_features or features, kv_width, bias=use_bias)
-        self.W_o = nn.Linear(features, features, bias=use_bias)
+        width = qkv_features or in_features
+        kv_width = width // num_heads * self.num_kv_heads
+        self.W_q = nn.Linear(in_features, width, bias=use_bias)
+        self.W_k = nn.Linear(in_kv_features or in_features, kv_width, bias=use_bias)
+        self.W_v = nn.Linear(
+            in_value_features or in_kv_features or in_features, kv_width, bias=use_bias
+        )
+        self.W_o = nn.Linear(width, out_features or in_features, bias=use_bias)
         self.dropout = nn.Dropout(dropout_rate)
 
     def forward(
@@ -76,3 +98,106 @@ class MultiHeadAttention(nn.Module):
     def heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
         """[B, T, N·H] → [B, N, T, H]."""
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class WideHeads(nn.Module):
+    """Every head is as wide as the output, whatever the width of the input; scale √H."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        out_features: int,
+        head_features: int,
+        use_bias: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.W_q = nn.Linear(in_features, num_heads * head_features, bias=use_bias)
+        self.W_k = nn.Linear(in_features, num_heads * head_features, bias=use_bias)
+        self.W_v = nn.Linear(in_features, num_heads * head_features, bias=use_bias)
+        self.W_o = nn.Linear(num_heads * head_features, out_features, bias=use_bias)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> Outputs:
+        """Query [B, T, D], key (and value) [B, S, D] → output [B, T, H], weights [B, N, T, S]."""
+        key = query if key is None else key
+        projected = (self.W_q(query), self.W_k(key), self.W_v(key))
+        heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        pooled, weights = attend_heads(*heads, lengths=lengths)
+        return {"output": self.W_o(pooled), "weights": weights}
+
+
+LENGTHS_ALONE: Inputs = {"lengths": LENGTHS}
+PER_QUERY: Inputs = {"lengths": LENGTHS_PER_QUERY}
+SEPARATE: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, 19)}
+WIDTHS = {"in_features": 13, "in_kv_features": 17, "in_value_features": 19}
+BIAS, NO_BIAS = {"use_bias": True}, {"use_bias": False}
+
+
+def cases() -> list[Case]:
+    """Every case of heads and multi-head attention."""
+    return [*multi_head_cases(), *wide_head_cases(), *shared_head_cases()]
+
+
+def multi_head_cases() -> list[Case]:
+    """Heads, and attention whose heads are all its own."""
+    one: dict[str, Any] = {"num_heads": 3, "in_features": 33, "dropout_rate": 0.5}
+    widths = WIDTHS | {"num_heads": 3, "qkv_features": 33, "out_features": 33}
+    return [
+        *cases_of(
+            "multi_head/head_split",
+            HeadSplit,
+            heads=({"num_heads": 3}, {"x": (B, T, 33), **LENGTHS_ALONE}),
+            heads_per_query=({"num_heads": 7}, {"x": (B, T, 35), **PER_QUERY}),
+        ),
+        *cases_of(
+            "multi_head/attention",
+            MultiHeadAttention,
+            self_attention=(one | NO_BIAS, {"query": (B, T, 33)}),
+            widths=(widths | NO_BIAS, SEPARATE),
+            widths_bias_lengths=(widths | BIAS, SEPARATE | LENGTHS_ALONE),
+            widths_lengths_per_query=(widths | NO_BIAS, SEPARATE | PER_QUERY),
+        ),
+    ]
+
+
+def wide_head_cases() -> list[Case]:
+    """Heads as wide as the output."""
+    wide = {"num_heads": 3, "in_features": 13, "head_features": 11, "out_features": 11}
+    query: Inputs = {"query": (B, T, 13)}
+    return [
+        *cases_of(
+            "multi_head/wide_heads",
+            WideHeads,
+            wide_heads=(wide | NO_BIAS, query),
+            wide_heads_bias_lengths=(wide | BIAS, query | {"lengths": np.array([3, 5])}),
+            wide_heads_key=(wide | NO_BIAS, query | {"key": (B, S, 13)} | LENGTHS_ALONE),
+        ),
+    ]
+
+
+def shared_head_cases() -> list[Case]:
+    """Key/value heads that several query heads, or all, share."""
+    grouped = {"num_heads": 6, "num_kv_heads": 2}
+    grouped_widths = WIDTHS | grouped | {"qkv_features": 30, "out_features": 30}
+    shared = {"num_heads": 5, "num_kv_heads": 1}
+    shared_widths = WIDTHS | shared | {"qkv_features": 35, "out_features": 35}
+    return [
+        *cases_of(
+            "multi_head/grouped_query",
+            MultiHeadAttention,
+            grouped_query=(grouped | {"in_features": 30} | NO_BIAS, {"query": (B, T, 30)}),
+            grouped_query_bias=(grouped_widths | BIAS, SEPARATE | LENGTHS_ALONE),
+        ),
+        *cases_of(
+            "multi_head/multi_query",
+            MultiHeadAttention,
+            multi_query=(shared | {"in_features": 35} | NO_BIAS, {"query": (B, T, 35)}),
+            multi_query_bias=(shared_widths | BIAS, SEPARATE | PER_QUERY),
+        ),
+    ]

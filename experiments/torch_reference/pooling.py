@@ -1,33 +1,28 @@
-"""Rows 1 to 8: attention pooling, its scores and its masks."""
+"""Attention pooling: averages, kernel regression, and one score after another."""
+
+from typing import Any
 
 import torch
 from torch import nn
 
-Outputs = dict[str, torch.Tensor]
-
-
-def allowed_by_lengths(lengths: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """Lengths [B] or [B, T] → boolean [B, 1 or T, S]: position s is seen when s < length."""
-    if lengths.dim() == 1:
-        lengths = lengths[:, None]
-    return torch.arange(num_keys) < lengths[:, :, None]
-
-
-def masked_softmax(scores: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
-    """Softmax over the last axis; hidden positions and rows with nothing to see get exactly 0.
-
-    The popular code fills hidden scores with −1e6, which makes an empty row uniform.
-    """
-    if allowed is None:
-        return torch.softmax(scores, dim=-1)
-    allowed = allowed.expand(scores.shape)
-    some = allowed.any(dim=-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(~allowed & some, float("-inf")), dim=-1)
-    return weights.masked_fill(~allowed, 0.0)
+from experiments.torch_reference.cases import (
+    LENGTHS,
+    LENGTHS_PER_QUERY,
+    QUERY_KEY_VALUE,
+    B,
+    Case,
+    H,
+    Inputs,
+    S,
+    T,
+    V,
+    cases_of,
+)
+from experiments.torch_reference.shared import Outputs, allowed_by_lengths, masked_softmax
 
 
 class Pooling(nn.Module):
-    """softmax(score) · value, with dropout on the weights; subclasses define the score."""
+    """Softmax(score) · value, with dropout on the weights; subclasses define the score."""
 
     def __init__(self, dropout_rate: float = 0.0) -> None:
         super().__init__()
@@ -61,7 +56,7 @@ class Pooling(nn.Module):
 
 
 class AveragePooling(Pooling):
-    """Row 1: every query gets the mean of the values."""
+    """Every query gets the mean of the values."""
 
     def score(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The same score for all."""
@@ -69,7 +64,7 @@ class AveragePooling(Pooling):
 
 
 class KernelRegression(Pooling):
-    """Row 2: f(x) = Σ softmax(−|x − xᵢ|²/2) yᵢ."""
+    """f(x) = Σ softmax(−|x − xᵢ|²/2) yᵢ."""
 
     def score(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Minus half the squared distance."""
@@ -77,7 +72,7 @@ class KernelRegression(Pooling):
 
 
 class ParametricKernelRegression(Pooling):
-    """Row 3: f(x) = Σ softmax(−|(x − xᵢ) w|²/2) yᵢ, with w learned; leave-one-out for training."""
+    """f(x) = Σ softmax(−|(x − xᵢ) w|²/2) yᵢ, with w learned; leave-one-out for training."""
 
     def __init__(self, leave_one_out: bool = False) -> None:
         super().__init__()
@@ -102,23 +97,8 @@ class ParametricKernelRegression(Pooling):
         return self.pool(query, key, value, ~itself)
 
 
-class MaskedSoftmax(nn.Module):
-    """Row 4: softmax that gives hidden positions exactly 0."""
-
-    def forward(
-        self,
-        scores: torch.Tensor,
-        lengths: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> Outputs:
-        """Scores [B, T, S]; lengths [B] or [B, T], or a boolean mask, True where it may be seen."""
-        if lengths is not None:
-            mask = allowed_by_lengths(lengths, scores.shape[-1])
-        return {"weights": masked_softmax(scores, mask)}
-
-
 class AdditiveAttention(Pooling):
-    """Row 5: a(q, k) = w_vᵀ tanh(W_q q + W_k k), without biases."""
+    """a(q, k) = w_vᵀ tanh(W_q q + W_k k), without biases."""
 
     def __init__(
         self,
@@ -139,7 +119,7 @@ class AdditiveAttention(Pooling):
 
 
 class DotProductAttention(Pooling):
-    """Row 6, and row 7 unscaled: softmax(QKᵀ/√H) V."""
+    """softmax(QKᵀ/√H) V, or unscaled."""
 
     def __init__(self, scaled: bool = True, dropout_rate: float = 0.0) -> None:
         super().__init__(dropout_rate)
@@ -153,7 +133,7 @@ class DotProductAttention(Pooling):
 
 
 class BilinearAttention(Pooling):
-    """Row 7: a(q, k) = qᵀ W k ("multiplicative", "general")."""
+    """a(q, k) = qᵀ W k ("multiplicative", "general")."""
 
     def __init__(self, query_features: int, key_features: int) -> None:
         super().__init__()
@@ -165,7 +145,7 @@ class BilinearAttention(Pooling):
 
 
 class CosineAttention(Pooling):
-    """Row 7: a(q, k) = qᵀk / (|q| |k|)."""
+    """a(q, k) = qᵀk / (|q| |k|)."""
 
     def score(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The cosine of the angle between them."""
@@ -174,57 +154,75 @@ class CosineAttention(Pooling):
 
 
 def scored_attention(score: str, **arguments: int) -> Pooling:
-    """Row 7: one of its three scores by name."""
+    """The pooling of a score by its name."""
     if score == "dot_product":
         return DotProductAttention(scaled=False)
     return {"bilinear": BilinearAttention, "cosine": CosineAttention}[score](**arguments)
 
 
-class MaskedAttention(DotProductAttention):
-    """Row 8: scaled dot-product attention under a mask; each kind is a comparison of indices."""
+def cases() -> list[Case]:
+    """Every case of attention pooling."""
+    return [*average_cases(), *score_cases()]
 
-    def __init__(self, mask: str, offset: int = 0, left: int = 0, right: int = 0) -> None:
-        super().__init__()
-        self.mask, self.offset, self.left, self.right = mask, offset, left, right
 
-    def allowed(
-        self,
-        i: torch.Tensor,
-        j: torch.Tensor,
-        lengths: torch.Tensor | None,
-        query_ids: torch.Tensor | None,
-        key_ids: torch.Tensor | None,
-        dense: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Query index i [T, 1] and key index j [1, S] → True where i may see j."""
-        causal = j <= i + self.offset
-        window = (i - self.left <= j) & (j <= i + self.right)
-        padding = None if lengths is None else allowed_by_lengths(lengths, j.shape[-1])
-        match self.mask:
-            case "padding" if padding is not None:
-                return padding
-            case "prefix_lm" if padding is not None:
-                return causal | padding
-            case "causal & padding" if padding is not None:
-                return causal & padding
-            case "~window | causal & ~no_self":
-                return ~window | (causal & (i != j))
-            case "segments" if query_ids is not None and key_ids is not None:
-                return query_ids[:, :, None] == key_ids[:, None, :]
-            case "dense" if dense is not None:
-                return dense
-        return {"causal": causal, "sliding_window": window, "no_self": i != j}[self.mask]
+def average_cases() -> list[Case]:
+    """Averages of the values, and kernel regression."""
+    lengths: Inputs = {"lengths": LENGTHS}
+    whole, line = QUERY_KEY_VALUE, {"query": (B, T, 1), "key": (B, S, 1), "value": (B, S, V)}
+    samples = {"query": (B, T, H), "key": (B, T, H), "value": (B, T, V)}
+    return [
+        *cases_of(
+            "pooling/average",
+            AveragePooling,
+            average=({}, whole),
+            average_lengths=({}, whole | lengths),
+        ),
+        *cases_of(
+            "pooling/kernel_regression",
+            KernelRegression,
+            kernel_regression=({}, line),
+            kernel_regression_features=({}, whole | lengths),
+        ),
+        *cases_of(
+            "pooling/parametric_kernel_regression",
+            ParametricKernelRegression,
+            parametric=({}, line),
+            parametric_leave_one_out=({"leave_one_out": True}, samples),
+        ),
+    ]
 
-    def forward(  # type: ignore[override]
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lengths: torch.Tensor | None = None,
-        query_ids: torch.Tensor | None = None,
-        key_ids: torch.Tensor | None = None,
-        dense: torch.Tensor | None = None,
-    ) -> Outputs:
-        """Pools under the mask."""
-        i, j = torch.arange(query.shape[1])[:, None], torch.arange(key.shape[1])[None, :]
-        return self.pool(query, key, value, self.allowed(i, j, lengths, query_ids, key_ids, dense))
+
+def score_cases() -> list[Case]:
+    """Every other score."""
+    lengths: Inputs = {"lengths": LENGTHS}
+    per_query: Inputs = {"lengths": LENGTHS_PER_QUERY}
+    whole: Inputs = QUERY_KEY_VALUE
+    widths: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, V)}
+    sizes: dict[str, Any] = {"query_features": 13, "key_features": 17}
+    additive = sizes | {"hidden_features": 19, "dropout_rate": 0.5}
+    product, bilinear = {"score": "dot_product"}, {"score": "bilinear", **sizes}
+    return [
+        *cases_of(
+            "pooling/additive",
+            AdditiveAttention,
+            additive=(additive, widths),
+            additive_lengths=(additive, widths | lengths),
+            additive_lengths_per_query=(additive, widths | per_query),
+        ),
+        *cases_of(
+            "pooling/scaled_dot_product",
+            DotProductAttention,
+            scaled_dot_product=({"dropout_rate": 0.5}, whole),
+            scaled_dot_product_lengths=({}, whole | lengths),
+            scaled_dot_product_lengths_per_query=({}, whole | per_query),
+        ),
+        *cases_of(
+            "pooling/scores",
+            scored_attention,
+            dot_product=(product, whole),
+            dot_product_one_query=(product, whole | {"query": (B, 1, H)}),
+            bilinear=(bilinear, widths),
+            bilinear_lengths=(bilinear, widths | lengths),
+            cosine=({"score": "cosine"}, whole | lengths),
+        ),
+    ]

@@ -1,11 +1,13 @@
-"""Rows 19 to 21: sinusoidal and learned positions."""
+"""Positions: sinusoidal with their relative property, and learned."""
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference.pooling import Outputs
+from experiments.torch_reference.cases import B, Case, Inputs, T, cases_of
+from experiments.torch_reference.shared import Outputs
 
 
 def sinusoidal_encoding(positions: torch.Tensor, features: int) -> torch.Tensor:
@@ -19,7 +21,7 @@ def sinusoidal_encoding(positions: torch.Tensor, features: int) -> torch.Tensor:
 
 
 class SinusoidalPositions(nn.Module):
-    """Row 19: x + P, then dropout."""
+    """x + P, then dropout."""
 
     def __init__(self, features: int, dropout_rate: float = 0.0) -> None:
         super().__init__()
@@ -33,7 +35,7 @@ class SinusoidalPositions(nn.Module):
 
 
 class RelativeRotation(nn.Module):
-    """Row 20: P[i + δ] = R(δ) P[i], where R(δ) turns each pair (sin, cos) by δ / 10000^(2j/D)."""
+    """P[i + δ] = R(δ) P[i], where R(δ) turns each pair (sin, cos) by δ / 10000^(2j/D)."""
 
     def __init__(self, features: int, offset: int) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class RelativeRotation(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Row 21: x plus the first T rows of a learned table [max_length, D]."""
+    """x plus the first T rows of a learned table [max_length, D]."""
 
     def __init__(self, max_length: int, features: int) -> None:
         super().__init__()
@@ -65,3 +67,29 @@ class LearnedPositions(nn.Module):
     def forward(self, x: torch.Tensor) -> Outputs:
         """x [B, T, D] with its positions added."""
         return {"output": x + self.table(torch.arange(x.shape[1]))}
+
+
+def cases() -> list[Case]:
+    """Every case of positions."""
+    x: Inputs = {"x": (B, T, 14)}
+    where: Inputs = x | {"positions": np.array([0, 1, 5, 100, 4095])}
+    return [
+        *cases_of(
+            "positions/sinusoidal",
+            SinusoidalPositions,
+            sinusoidal=({"features": 14, "dropout_rate": 0.5}, x),
+            sinusoidal_long=({"features": 6}, {"x": (1, 257, 6)}),
+        ),
+        *cases_of(
+            "positions/rotation",
+            RelativeRotation,
+            rotation=({"features": 14, "offset": 3}, where),
+            rotation_back=({"features": 14, "offset": -101}, where),
+        ),
+        *cases_of(
+            "positions/learned",
+            LearnedPositions,
+            learned=({"max_length": T, "features": 13}, {"x": (B, T, 13)}),
+            learned_shorter=({"max_length": 11, "features": 13}, {"x": (B, T, 13)}),
+        ),
+    ]

@@ -1,10 +1,8 @@
 """Runs a reference and records all that a port needs to be held against it."""
 
 import copy
-import dataclasses
 import platform
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,38 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from experiments.torch_reference.cases import Case
 from jattn.parity.fixtures import Fixture
 
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A reference, what it is built with and what it is given.
-
-    Args:
-      system: row of the table of systems.
-      name: name of the case within the row.
-      reference: builds the module from the arguments.
-      arguments: what the reference, and the port too, is built with.
-      inputs: name → shape of normal numbers to draw, or an array of integers or booleans.
-    """
-
-    system: int
-    name: str
-    reference: Callable[..., nn.Module]
-    arguments: dict[str, Any]
-    inputs: Mapping[str, tuple[int, ...] | np.ndarray]
-
-    @property
-    def file_name(self) -> str:
-        """Name of the fixture's file."""
-        return f"{self.system:02}_{self.name}.safetensors"
-
-    @property
-    def seed(self) -> int:
-        """A seed of its own, so that adding a case changes no other."""
-        return zlib.crc32(self.file_name.encode())
 
 
 def versions() -> dict[str, str]:

@@ -1,54 +1,15 @@
-"""Rows 12, 13, 14, 18: wide heads, a shared projection, one head, and the residual around it."""
+"""Self-attention of one head, of heads that share a projection, and with a residual around it."""
 
+import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference.pooling import Outputs, allowed_by_lengths, masked_softmax
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    lengths: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Heads [B, N, T, H], lengths [B] or [B, T] → pooled [B, T, N·H] and weights [B, N, T, S]."""
-    allowed = None if lengths is None else allowed_by_lengths(lengths, key.shape[2])[:, None]
-    weights = masked_softmax(query @ key.transpose(-1, -2) * scale, allowed)
-    return (weights @ value).transpose(1, 2).flatten(start_dim=2), weights
-
-
-class WideHeads(nn.Module):
-    """Row 12: every head is as wide as the output, whatever the width of the input; scale √H."""
-
-    def __init__(
-        self, num_heads: int, in_features: int, head_features: int, use_bias: bool = False
-    ) -> None:
-        super().__init__()
-        self.num_heads, self.head_features = num_heads, head_features
-        self.W_q = nn.Linear(in_features, num_heads * head_features, bias=use_bias)
-        self.W_k = nn.Linear(in_features, num_heads * head_features, bias=use_bias)
-        self.W_v = nn.Linear(in_features, num_heads * head_features, bias=use_bias)
-        self.W_o = nn.Linear(num_heads * head_features, head_features, bias=use_bias)
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
-    ) -> Outputs:
-        """Query [B, T, D], key (and value) [B, S, D] → output [B, T, H], weights [B, N, T, S]."""
-        key = query if key is None else key
-        projected = (self.W_q(query), self.W_k(key), self.W_v(key))
-        heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
-        pooled, weights = attend(*heads, scale=self.head_features**-0.5, lengths=lengths)
-        return {"output": self.W_o(pooled), "weights": weights}
+from experiments.torch_reference.cases import LENGTHS_PER_QUERY, B, Case, Inputs, T, cases_of
+from experiments.torch_reference.shared import Outputs, attend_heads
 
 
 class SharedProjectionAttention(nn.Module):
-    """Row 13: one projection of width D/N for all heads.
+    """One projection of width D/N for all heads.
 
     The popular code builds W_q, W_k and W_v, and never calls them.
     """
@@ -66,12 +27,12 @@ class SharedProjectionAttention(nn.Module):
         """x [B, T, D] → output [B, T, D] and weights [B, N, T, T]."""
         slices = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         heads = (projection(slices) for projection in (self.W_q, self.W_k, self.W_v))
-        pooled, weights = attend(*heads, scale=self.scale, lengths=lengths)
+        pooled, weights = attend_heads(*heads, scale=self.scale, lengths=lengths)
         return {"output": self.W_o(pooled), "weights": weights}
 
 
 class SelfAttention(nn.Module):
-    """Row 14: one head, no output projection."""
+    """One head, no output projection."""
 
     def __init__(self, in_features: int, features: int, use_bias: bool = True) -> None:
         super().__init__()
@@ -83,12 +44,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> Outputs:
         """x [B, T, D] → output [B, T, H] and weights [B, T, T]."""
         heads = (projection(x)[:, None] for projection in (self.W_q, self.W_k, self.W_v))
-        pooled, weights = attend(*heads, scale=self.features**-0.5, lengths=lengths)
+        pooled, weights = attend_heads(*heads, lengths=lengths)
         return {"output": pooled, "weights": weights[:, 0]}
 
 
 class ResidualAttention(nn.Module):
-    """Row 18: z = x + attention(x), with a Linear skip where widths differ; a LayerNorm at will."""
+    """z = x + attention(x), with a Linear skip where widths differ; a LayerNorm at will."""
 
     def __init__(self, in_features: int, out_features: int, use_layer_norm: bool = False) -> None:
         super().__init__()
@@ -105,3 +66,38 @@ class ResidualAttention(nn.Module):
             "output": self.norm(self.skip(x) + attended["output"]),
             "weights": attended["weights"],
         }
+
+
+def cases() -> list[Case]:
+    """Every case of self-attention with one head, shared projections or a residual."""
+    slices, one = {"num_heads": 3, "features": 33}, {"in_features": 13, "features": 11}
+    same, other = ({"in_features": 13, "out_features": width} for width in (13, 11))
+    norm = {"use_layer_norm": True}
+    x: Inputs = {"x": (B, T, 13)}
+    sliced: Inputs = {"x": (B, T, 33)}
+    lengths: Inputs = {"lengths": np.array([3, 5])}
+    per_query: Inputs = {"lengths": np.minimum(LENGTHS_PER_QUERY, T)}
+    return [
+        *cases_of(
+            "self_attention/shared_projection",
+            SharedProjectionAttention,
+            shared_projection=(slices, sliced),
+            shared_projection_lengths=(slices, sliced | per_query),
+            shared_projection_scale=(slices | {"scale": 33**-0.5}, sliced | lengths),
+        ),
+        *cases_of(
+            "self_attention/single_head",
+            SelfAttention,
+            single_head=(one, x),
+            single_head_lengths=(one, x | lengths),
+            single_head_no_bias=(one | {"use_bias": False}, x | per_query),
+        ),
+        *cases_of(
+            "self_attention/residual",
+            ResidualAttention,
+            residual=(same, x | lengths),
+            residual_norm=(same | norm, x),
+            residual_widths=(other, x),
+            residual_widths_norm_lengths=(other | norm, x | lengths),
+        ),
+    ]

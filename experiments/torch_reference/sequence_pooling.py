@@ -1,9 +1,14 @@
-"""Rows 27, 28 and 29: a sequence pooled over time."""
+"""Sequences pooled over time: by features, by several queries, by one learned query."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference.pooling import Outputs, allowed_by_lengths, masked_softmax
+from experiments.torch_reference.cases import Case, Inputs
+from experiments.torch_reference.shared import Outputs, allowed_by_lengths, masked_softmax
 
 
 def softmax_over_time(scores: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -13,7 +18,7 @@ def softmax_over_time(scores: torch.Tensor, lengths: torch.Tensor | None) -> tor
 
 
 class FeaturePooling(nn.Module):
-    """Row 27: α = softmax over time of tanh(W x + b), context = Σ_t α_t ⊙ x_t."""
+    """α = softmax over time of tanh(W x + b), context = Σ_t α_t ⊙ x_t."""
 
     def __init__(self, features: int, use_bias: bool = True) -> None:
         super().__init__()
@@ -26,7 +31,7 @@ class FeaturePooling(nn.Module):
 
 
 class MultiHopPooling(nn.Module):
-    """Row 28: A = softmax over time of W x + b, context = Aᵀ x.
+    """A = softmax over time of W x + b, context = Aᵀ x.
 
     The popular code runs its LSTM time-first and then softmaxes over what is the batch, so that
     sentences attend to each other: a mistake, not a variant.
@@ -43,7 +48,7 @@ class MultiHopPooling(nn.Module):
 
 
 class LearnedQueryPooling(nn.Module):
-    """Row 29: u = tanh(W h + b), α = softmax(uᵀ u_w), c = Σ α h."""
+    """u = tanh(W h + b), α = softmax(uᵀ u_w), c = Σ α h."""
 
     def __init__(self, features: int, hidden_features: int, use_bias: bool = True) -> None:
         super().__init__()
@@ -54,3 +59,23 @@ class LearnedQueryPooling(nn.Module):
         """x [B, T, D] → context [B, D] and weights [B, T]."""
         weights = softmax_over_time(torch.tanh(self.W(x)) @ self.u_w[:, None], lengths)
         return {"context": (weights * x).sum(dim=1), "weights": weights.squeeze(-1)}
+
+
+def cases() -> list[Case]:
+    """Every case of pooling over time."""
+    x: Inputs = {"x": (3, 7, 5)}
+    lengths: Inputs = x | {"lengths": np.array([4, 7, 0])}
+    systems: list[tuple[str, Callable[..., nn.Module], dict[str, Any]]] = [
+        ("feature", FeaturePooling, {"features": 5}),
+        ("multi_hop", MultiHopPooling, {"features": 5, "num_hops": 2}),
+        ("learned_query", LearnedQueryPooling, {"features": 5, "hidden_features": 11}),
+    ]
+    return [
+        Case(f"sequence_pooling/{name}", f"{name}{suffix}", reference, arguments | more, inputs)
+        for name, reference, arguments in systems
+        for suffix, more, inputs in (
+            ("", {}, x),
+            ("_lengths", {}, lengths),
+            ("_no_bias", {"use_bias": False}, lengths),
+        )
+    ]

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference import char_rnn, pooling, recurrent
-from experiments.torch_reference.record import Case, versions
+from experiments.torch_reference import bahdanau, char_rnn, pooling
+from experiments.torch_reference.cases import Case
+from experiments.torch_reference.record import versions
 from jattn.parity.fixtures import Fixture
 
 Tensors = dict[str, torch.Tensor]
@@ -67,28 +68,33 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def kernel_regression() -> Training:
-    """Row 3: each sample of a noisy curve is predicted from all others."""
+    """Each sample of a noisy curve is predicted from all others."""
     generator = np.random.default_rng(3)
     x = np.sort(generator.uniform(0, 5, size=(1, 47, 1)), axis=1)
     y = 2 * np.sin(x) + x**0.8 + generator.normal(scale=0.5, size=x.shape)
     inputs = {"query": x, "key": x, "value": y}
     case = Case(
-        3, "leave_one_out", pooling.ParametricKernelRegression, {"leave_one_out": True}, inputs
+        "pooling/parametric_kernel_regression",
+        "leave_one_out",
+        pooling.ParametricKernelRegression,
+        {"leave_one_out": True},
+        inputs,
     )
     return Training(case, {"target": y}, "squared_error", {"name": "sgd", "learning_rate": 0.5})
 
 
 def spelling() -> Training:
-    """Row 25: "hello" → "ohlol", with the letters in alphabetical order."""
+    """Of "hello" → "ohlol", with the letters in alphabetical order."""
     sizes = {"vocabulary": 4, "embedding_features": 10, "hidden_features": 8, "num_layers": 2}
     arguments = {"kind": "EmbeddedCharRNN", **sizes}
-    case = Case(25, "ohlol", char_rnn.char_rnn, arguments, {"tokens": np.array([[1, 0, 2, 2, 3]])})
+    tokens = {"tokens": np.array([[1, 0, 2, 2, 3]])}
+    case = Case("char_rnn/spelling", "ohlol", char_rnn.char_rnn, arguments, tokens)
     adam = {"name": "adam", "learning_rate": 0.05}
     return Training(case, {"target": np.array([[3, 1, 2, 3, 2]])}, "cross_entropy", adam)
 
 
 def translation() -> Training:
-    """Row 31: a few padded pairs are learnt by heart; 1 starts a target and 2 ends it."""
+    """A few padded pairs are learnt by heart; 1 starts a target and 2 ends it."""
     model = {
         "source_vocabulary": 13,
         "target_vocabulary": 17,
@@ -103,7 +109,7 @@ def translation() -> Training:
     labels = {"target": target, "lengths": np.array([4, 3, 2])}
     adam = {"name": "adam", "learning_rate": 0.02, "max_norm": 0.5}
     return Training(
-        Case(31, "seq2seq", recurrent.BahdanauTranslator, model, inputs),
+        Case("translation/bahdanau", "by_heart", bahdanau.BahdanauTranslator, model, inputs),
         labels,
         "cross_entropy",
         adam,

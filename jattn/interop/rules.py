@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from jattn.interop.errors import ConversionError
+from jattn.interop.tensors import read
 
 
 class Layout(Protocol):
@@ -90,6 +94,10 @@ class Rule:
                 f"all names of a rule have the same placeholders; got {self.torch} ↔ {self.flax}"
             )
 
+    def takes(self, name: str) -> bool:
+        """Whether a PyTorch tensor of that name is the rule's."""
+        return any(re.fullmatch(_expression(pattern), name) for pattern in names(self.torch))
+
 
 def names(side: str | tuple[str, ...]) -> tuple[str, ...]:
     """The names on one side of a rule, one or several, as a tuple.
@@ -101,53 +109,50 @@ def names(side: str | tuple[str, ...]) -> tuple[str, ...]:
     return (side,) if isinstance(side, str) else tuple(side)
 
 
-class ConversionError(ValueError):
-    """Weights that do not fit: lists all that is missing, unused, ambiguous or misshapen.
+def within(rules: Iterable[Rule], torch: str = "", flax: str = "") -> tuple[Rule, ...]:
+    """The rules of a submodule, seen from the module that holds it.
 
     Args:
-      missing: targets that nothing fills, or parts that a rule still needs.
-      unused: source tensors that no rule takes, or whose target does not exist.
-      ambiguous: source tensors that several rules take, and targets that several rules fill.
-      misshapen: tensors whose shape or dtype does not fit.
+      rules: the submodule's weight table.
+      torch: name of the submodule in PyTorch; `""` for the module itself.
+      flax: dotted path of the submodule in Flax; `""` for the module itself.
+
+    Returns:
+      The same rules with both sides prefixed.
 
     Example:
-      >>> print(ConversionError(missing=["out.kernel"]))
-      the weights do not fit
-        missing: out.kernel
+      >>> (rule,) = within([Rule("bias", "bias")], "fc", "out")
+      >>> rule.torch, rule.flax
+      (('fc.bias',), ('out.bias',))
     """
 
-    def __init__(
-        self,
-        *,
-        missing: Sequence[str] = (),
-        unused: Sequence[str] = (),
-        ambiguous: Sequence[str] = (),
-        misshapen: Sequence[str] = (),
-    ) -> None:
-        self.missing, self.unused = tuple(missing), tuple(unused)
-        self.ambiguous, self.misshapen = tuple(ambiguous), tuple(misshapen)
-        kinds = ("missing", "unused", "ambiguous", "misshapen")
-        lines = [f"  {kind}: {item}" for kind in kinds for item in getattr(self, kind)]
-        super().__init__("\n".join(["the weights do not fit", *lines]))
+    def prefixed(prefix: str, side: str | tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{prefix}.{name}" if prefix else name for name in names(side))
+
+    return tuple(
+        dataclasses.replace(rule, torch=prefixed(torch, rule.torch), flax=prefixed(flax, rule.flax))
+        for rule in rules
+    )
 
 
 def to_flax(
-    tensors: Mapping[str, np.ndarray], target: nnx.Module | nnx.State, rules: Iterable[Rule]
+    tensors: Mapping[str, Any], target: nnx.Module | nnx.State, rules: Iterable[Rule]
 ) -> nnx.State:
     """PyTorch tensors as the parameters of a Flax module.
 
     Every tensor is consumed and every parameter filled, or one error lists all that is wrong. The
-    target itself is left as it is: `nnx.update(module, state)` loads the result.
+    target itself is left as it is: `nnx.update(module, state)` loads the result. Nothing is
+    rounded: every parameter keeps its dtype, into which a narrower float is widened and a wider one
+    is refused.
 
     Args:
-      tensors: PyTorch name → array, as in a state dict.
-      target: a Flax NNX module, or the state of its parameters (shapes are enough:
+      tensors: PyTorch name → array or PyTorch tensor, as in a state dict.
+      target: a Flax NNX module, or the state of its parameters (shapes and dtypes are enough:
         `nnx.eval_shape`).
       rules: the weight table.
 
     Returns:
-      A new state with the structure of the target's parameters; each keeps the dtype of its source
-      tensor.
+      A new state with the structure, shapes and dtypes of the target's parameters.
 
     Raises:
       ConversionError: (a ValueError) what is missing, unused, ambiguous or misshapen.
@@ -160,25 +165,18 @@ def to_flax(
       (3, 2)
     """
     variables = _variables(target)
-    shapes = {name: tuple(variable.shape) for name, (_, variable) in variables.items()}
     steps = [_Step(names(rule.torch), names(rule.flax), rule.layout.forward) for rule in rules]
     problems = _Problems()
-    arrays = _convert(
-        {name: np.asarray(tensor) for name, tensor in tensors.items()}, steps, shapes, problems
-    )
-    values = {name: jnp.asarray(array) for name, array in arrays.items()}
-    problems.misshapen += [
-        f"{name}: {array.dtype} becomes {values[name].dtype} in JAX unless jax_enable_x64 is set"
-        for name, array in arrays.items()
-        if values[name].dtype != array.dtype
-    ]
+    targets = {name: variable for name, (_, variable) in variables.items()}
+    arrays = _convert(read(tensors), steps, targets, problems)
     problems.raise_any()
     return nnx.from_flat_state(
-        (path, variable.replace(values[name])) for name, (path, variable) in variables.items()
+        (path, variable.replace(jnp.asarray(arrays[name], variable.dtype)))
+        for name, (path, variable) in variables.items()
     )
 
 
-def to_torch(source: nnx.Module | nnx.State, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
+def from_flax(source: nnx.Module | nnx.State, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
     """The parameters of a Flax module as PyTorch tensors: the inverse of `to_flax`.
 
     Args:
@@ -193,7 +191,7 @@ def to_torch(source: nnx.Module | nnx.State, rules: Iterable[Rule]) -> dict[str,
 
     Example:
       >>> linear = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
-      >>> to_torch(linear, [Rule("weight", "kernel", TRANSPOSE)])["weight"].shape
+      >>> from_flax(linear, [Rule("weight", "kernel", TRANSPOSE)])["weight"].shape
       (2, 3)
     """
     arrays = {
@@ -281,16 +279,16 @@ def _variables(target: nnx.Module | nnx.State) -> dict[str, tuple[tuple[Any, ...
 def _convert(
     arrays: Mapping[str, np.ndarray],
     steps: Sequence[_Step],
-    shapes: Mapping[str, tuple[int, ...]] | None,
+    targets: Mapping[str, nnx.Variable] | None,
     problems: _Problems,
 ) -> dict[str, np.ndarray]:
-    """Run every step that the names call for; `shapes` are the targets', where they are known."""
+    """Run every step that the names call for; `targets` are the parameters, where known."""
     found: dict[str, np.ndarray] = {}
     filled: set[str] = set()
     for step in _bind(arrays, steps, problems):
         absent = [source for source in step.sources if source not in arrays]
         problems.missing += [f"{source} (for {step})" for source in absent]
-        unknown = [target for target in step.targets if shapes is not None and target not in shapes]
+        unknown = [name for name in step.targets if targets is not None and name not in targets]
         if unknown:
             problems.unused += [f"{step} (the module has no {', '.join(unknown)})"]
         twice = [target for target in step.targets if target in filled]
@@ -298,9 +296,9 @@ def _convert(
             f"{target} is filled more than once, last by {step}" for target in twice
         ]
         if not (absent or unknown or twice):
-            found |= _run(step, arrays, shapes, problems)
+            found |= _run(step, arrays, targets, problems)
         filled.update(step.targets)
-    problems.missing += [name for name in shapes or () if name not in filled]
+    problems.missing += [name for name in targets or () if name not in filled]
     return found
 
 
@@ -322,7 +320,7 @@ def _bind(
 def _run(
     step: _Step,
     arrays: Mapping[str, np.ndarray],
-    shapes: Mapping[str, tuple[int, ...]] | None,
+    targets: Mapping[str, nnx.Variable] | None,
     problems: _Problems,
 ) -> dict[str, np.ndarray]:
     came = ", ".join(str(arrays[source].shape) for source in step.sources)
@@ -332,9 +330,23 @@ def _run(
         reason = str(error).splitlines()[-1].strip()
         problems.misshapen.append(f"{step}: {came} does not fit the layout: {reason}")
         return {}
-    for target, array in changed.items():
-        if shapes is not None and array.shape != shapes[target]:
-            problems.misshapen.append(
-                f"{step}: {came} gives {array.shape}; {target} is {shapes[target]}"
-            )
+    for name, array in changed.items():
+        if targets is None:
+            break
+        fault = _misfit(array.dtype, targets[name].dtype)
+        if array.shape != targets[name].shape:
+            fault = f"{came} gives {array.shape}; {name} is {targets[name].shape}"
+        if fault:
+            problems.misshapen.append(f"{step}: {fault}")
     return changed
+
+
+def _misfit(came: np.dtype, dtype: np.dtype) -> str:
+    """Why a parameter of a dtype cannot hold every number of a tensor; empty: it can."""
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        return f"JAX has no {dtype} unless jax_enable_x64 is set"
+    floating = all(jnp.issubdtype(each, jnp.floating) for each in (came, dtype))
+    if came == dtype or (floating and np.can_cast(came, dtype)):
+        return ""
+    rounded = " without being rounded" if floating else ""
+    return f"{came} does not fit a parameter of {dtype}{rounded}"

@@ -49,7 +49,9 @@ class SinusoidalPositions(nnx.Module):
     def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:
         """Encode x `[..., T, D]`; keeps its shape, and its dtype unless the module has one."""
         (x,) = promoted(self.dtype, sequence(x, self.features))
-        encoding = sinusoidal_encoding(x.shape[-2], self.features).astype(x.dtype)
+        length = x.shape[-2]  # of jax.export, it may be a symbol
+        steps = length if isinstance(length, int) else jnp.arange(length)
+        encoding = sinusoidal_encoding(steps, self.features).astype(x.dtype)
         return self.dropout(x + encoding, deterministic=deterministic)
 
 

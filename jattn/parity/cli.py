@@ -2,10 +2,13 @@
 
 jattn parity [FOLDER]            every fixture of a folder, a line each
 jattn parity run FIXTURE...      the given fixtures, tensor by tensor
+
+Exit code: 0 where all is equal, 1 where some tensor differs, 2 where the input is bad.
 """
 
 import argparse
 import dataclasses
+import glob
 import json
 import math
 import pathlib
@@ -17,6 +20,7 @@ from jattn.parity.compare import Comparison, run
 from jattn.parity.fixtures import load
 
 _FOLDER = pathlib.Path("tests/fixtures")
+_WHERE = "jattn's own are in a clone of the project: run there, or give a path to fixtures"
 _OPTIONS = "[--dtype …] [--json FILE]"
 _USAGE = f"jattn parity [FOLDER] {_OPTIONS}\n       jattn parity run FIXTURE... {_OPTIONS}"
 
@@ -34,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one_by_one = words[:2] == ["parity", "run"]
     options = _run_parser().parse_args(words[2:]) if one_by_one else _parser().parse_args(words)
     try:
-        paths = (
-            [_named(path) for path in options.fixture] if one_by_one else _fixtures(options.folder)
-        )
+        if one_by_one:
+            paths = [path for pattern in options.fixture for path in _matching(pattern)]
+        else:
+            paths = _fixtures(options.folder)
         comparisons = []
         for path in paths:
             comparisons.append(run(load(path), options.dtype))
@@ -62,17 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=["parity"])
     parser.add_argument(
-        "folder", nargs="?", type=pathlib.Path, default=_FOLDER, help=f"default: {_FOLDER}"
+        "folder",
+        nargs="?",
+        type=pathlib.Path,
+        default=_FOLDER,
+        help=f"holds fixtures, or folders of them; default: {_FOLDER}",
     )
     return _with_options(parser)
 
 
 def _run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jattn parity run", description="Compares fixtures tensor by tensor."
+        prog="jattn parity run",
+        description="Compares fixtures tensor by tensor.",
+        epilog="Exit code: 0 where all is equal, 1 where some tensor differs, 2 for bad input.",
     )
-    help = "a file, or a name that `jattn parity` printed, such as 10/widths"
-    parser.add_argument("fixture", nargs="+", type=pathlib.Path, help=help)
+    help = (
+        "a file, or a name that `jattn parity` prints, such as multi_head/widths;"
+        " or a pattern of either, such as 'multi_head/*'"
+    )
+    parser.add_argument("fixture", nargs="+", metavar="FIXTURE", help=help)
     return _with_options(parser)
 
 
@@ -87,20 +101,21 @@ def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _fixtures(folder: pathlib.Path) -> list[pathlib.Path]:
-    paths = sorted(folder.glob("*.safetensors"))
+    """The fixtures of a folder, and of the folders in it; those of training lie deeper."""
+    paths = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*/*.safetensors"))]
     if not paths:
-        raise FileNotFoundError(
-            f"no fixtures (*.safetensors) in the folder {folder}:"
-            " they are in a clone of the project"
-        )
+        raise FileNotFoundError(f"no fixtures (*.safetensors) in the folder {folder}: {_WHERE}")
     return paths
 
 
-def _named(path: pathlib.Path) -> pathlib.Path:
-    """A fixture's file from its path, or from its name as `jattn parity` prints it: row/case."""
-    row, _, case = str(path).partition("/")
-    named = _FOLDER / f"{row:0>2}_{case}.safetensors"
-    return named if not path.exists() and named.exists() else path
+def _matching(pattern: str) -> list[pathlib.Path]:
+    """The fixtures of a path, of a name as `jattn parity` prints it, or of a pattern of either."""
+    named = str(_FOLDER / f"{pattern}.safetensors")
+    for each in (glob.escape(pattern), pattern, named):
+        if paths := [path for path in map(pathlib.Path, sorted(glob.glob(each))) if path.is_file()]:
+            return paths
+    reason = f"`jattn parity` lists those of {_FOLDER}" if _FOLDER.is_dir() else _WHERE
+    raise FileNotFoundError(f"no such fixture: {pattern}: {reason}")
 
 
 def _report(comparison: Comparison) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jattn.interop.rules import to_flax, to_torch
+from jattn.interop import from_flax, to_flax
 from jattn.parity.fixtures import Fixture, FixtureError
 from jattn.parity.system import System
 from jattn.parity.systems import SYSTEMS
@@ -57,7 +57,7 @@ class Comparison:
       rows: tensor by tensor.
 
     Example:
-      >>> Comparison("1/average", "average pooling", "float64", ()).passed
+      >>> Comparison("pooling/average", "average pooling", "float64", ()).passed
       False
     """
 
@@ -92,20 +92,21 @@ def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = No
     Args:
       fixture: what PyTorch did.
       dtype: float64 or float32, for parameters, inputs and computation.
-      system: the port; by default that of the fixture's row.
+      system: the port; by default that of the fixture's slug.
 
     Returns:
       A row for each output and gradient.
 
     Raises:
-      ValueError: an unknown row or type; arguments, inputs or weights that do not fit the module.
+      ValueError: an unknown system or type; arguments, inputs or weights that do not fit the
+        module.
     """
     dtype = np.dtype(dtype)
     if dtype not in (np.float64, np.float32):
         raise ValueError(f"dtype: expected float64 or float32, got {dtype}")
     if system is None and fixture.system not in SYSTEMS:
         raise FixtureError(
-            f"{fixture.title}: expected a row in {sorted(SYSTEMS)}, got {fixture.system}"
+            f"{fixture.title}: expected a system of {', '.join(SYSTEMS)}, got {fixture.system!r}"
         )
     system = system or SYSTEMS[fixture.system]
     with jax.enable_x64(dtype == np.float64), jax.default_matmul_precision("highest"):
@@ -144,7 +145,8 @@ def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) ->
     module.eval()
     structure, shapes, *rest = nnx.split(module, nnx.Param, ...)
     weights = {name: array.astype(dtype) for name, array in fixture.parameters.items()}
-    parameters = to_flax(weights, shapes, system.rules)
+    rules = system.rules_for(module)
+    parameters = to_flax(weights, shapes, rules)
     inputs: dict[str, Any] = _cast(fixture.inputs, dtype)
     cotangents = _cast(fixture.cotangents, dtype)
 
@@ -168,7 +170,7 @@ def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) ->
     tensors = {f"output/{name}": array for name, array in found.items()}
     if cotangents:
         tensors |= {
-            f"grad/param/{name}": array for name, array in to_torch(gradients, system.rules).items()
+            f"grad/param/{name}": array for name, array in from_flax(gradients, rules).items()
         }
         tensors |= {f"grad/input/{name}": array for name, array in input_gradients.items()}
     return {name: np.asarray(array) for name, array in tensors.items()}

@@ -23,7 +23,7 @@ _GROUPS = {
     "input_gradients": "grad/input/",
 }
 _FACTS = {
-    "system": int,
+    "system": str,
     "case": str,
     "arguments": dict,
     "seed": int,
@@ -41,8 +41,8 @@ class Fixture:
     """One run of a PyTorch module in float64, with all that is needed to repeat it elsewhere.
 
     Args:
-      system: row of the table of systems.
-      case: name of the case within the row.
+      system: slug of the system, `"family/system"`.
+      case: name of the case within the family.
       arguments: arguments that the module was built with.
       seed: seed of the parameters, inputs and cotangents.
       versions: package → version that recorded it.
@@ -58,11 +58,11 @@ class Fixture:
       input_gradients: the same with respect to the floating inputs.
 
     Example:
-      >>> Fixture(system=1, case="mean", outputs={"output": np.zeros(3)}).title
-      '1/mean'
+      >>> Fixture("pooling/average", "mean", outputs={"output": np.zeros(3)}).title
+      'pooling/mean'
     """
 
-    system: int
+    system: str
     case: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
@@ -78,15 +78,15 @@ class Fixture:
 
     @property
     def title(self) -> str:
-        """Row and case in a word."""
-        return f"{self.system}/{self.case}"
+        """Family and case in a word; the file that holds it has this name in its folder."""
+        return f"{self.system.split('/')[0]}/{self.case}"
 
     @property
     def tensors(self) -> Tensors:
         """All arrays under the keys that they have in the file.
 
         Example:
-          >>> list(Fixture(system=1, case="mean", outputs={"output": np.zeros(3)}).tensors)
+          >>> list(Fixture("pooling/average", "mean", outputs={"output": np.zeros(3)}).tensors)
           ['output/output']
         """
         return {
@@ -109,9 +109,9 @@ def save(path: str | os.PathLike[str], fixture: Fixture) -> None:
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save(f"{folder}/mean.safetensors", Fixture(system=1, case="mean"))
+      ...     save(f"{folder}/mean.safetensors", Fixture("pooling/average", "mean"))
       ...     load(f"{folder}/mean.safetensors").title
-      '1/mean'
+      'pooling/mean'
     """
     _check(str(path), fixture)
     facts = json.dumps({name: getattr(fixture, name) for name in _FACTS}, sort_keys=True)

@@ -1,14 +1,16 @@
-"""What a row of the table of systems is, and ways to build its module that many rows share."""
+"""What a system is, and ways to build its module that many share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from einops import rearrange
 from flax import nnx
 
+from jattn.attention import attend
 from jattn.functional import masks
-from jattn.interop.rules import Rule
+from jattn.interop import Rule, torch_rules
 
 Array = jax.Array
 Arguments = Mapping[str, Any]
@@ -42,10 +44,11 @@ def no_module(_arguments: Arguments, _dtype: Any) -> nnx.Module:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """One row of the table.
+    """One attention system.
 
     Args:
-      row: its number.
+      slug: its name: the family that it is listed with, and a word of its own.
+      row: its place in the order of the table; several systems may share one.
       title: what it is.
       functions: public names of the pure functions that compute it.
       modules: public names of the Flax modules that own its parameters; none for a pure function.
@@ -55,15 +58,16 @@ class System:
         here.
       build: a fixture's arguments and a parameter type → the module.
       call: module, inputs and arguments → outputs by name.
-      rules: how its weights travel.
+      rules: how its weights travel; None: by the table of the module's class.
       note: what a reader of the table should know.
 
     Example:
       >>> from jattn.parity.systems import SYSTEMS
-      >>> SYSTEMS[5].title, SYSTEMS[5].modules
+      >>> SYSTEMS["pooling/additive"].title, SYSTEMS["pooling/additive"].modules
       ('additive attention', ('jattn.nn.AdditiveAttention',))
     """
 
+    slug: str
     row: int
     title: str
     functions: tuple[str, ...]
@@ -73,10 +77,26 @@ class System:
     call: Call
     build: Build = no_module
     modules: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] | None = None
     note: str = ""
+
+    def rules_for(self, module: nnx.Module) -> tuple[Rule, ...]:
+        """The rules between its module and its reference."""
+        return torch_rules(module) if self.rules is None else self.rules
 
 
 def padding(inputs: Arrays) -> masks.Mask | None:
     """The mask of the lengths, where a fixture has some."""
     return masks.padding(inputs["lengths"]) if "lengths" in inputs else None
+
+
+def attend_single_head(inputs: Arrays, mask: Any, score: Callable[..., Array]) -> dict[str, Array]:
+    """`attend` for operands [B, T, H] without a head axis."""
+    query, key, value = (
+        rearrange(inputs[name], "b t h -> b t 1 h") for name in ("query", "key", "value")
+    )
+    output, weights = attend(query, key, value, score=score, mask=mask, return_weights=True)
+    return {
+        "output": rearrange(output, "b t 1 v -> b t v"),
+        "weights": rearrange(weights, "b 1 t s -> b t s"),
+    }

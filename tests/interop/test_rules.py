@@ -8,8 +8,17 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jattn.interop import IDENTITY, TRANSPOSE, ConversionError, Rearrange, Rule, to_flax, to_torch
-from jattn.interop.torch_layouts import LINEAR, within
+from jattn.interop import (
+    IDENTITY,
+    TRANSPOSE,
+    ConversionError,
+    Rearrange,
+    Rule,
+    from_flax,
+    to_flax,
+    torch_rules,
+    within,
+)
 
 
 class Block(nnx.Module):
@@ -20,7 +29,7 @@ class Block(nnx.Module):
 
 
 RULES = (
-    *within(LINEAR, "fc", "first"),
+    *within(torch_rules(nnx.Linear), "fc", "first"),
     Rule("stack.{layer}.weight", "layers.{layer}.kernel", TRANSPOSE),
     Rule("scale", "scale"),
 )
@@ -50,13 +59,37 @@ def test_each_tensor_lands_in_its_place():
 def test_round_trip_keeps_every_bit_of_every_dtype():
     source = tensors()
     source["fc.bias"][:3] = [np.nan, -np.inf, -0.0]
-    source["scale"] = source["scale"].astype(np.float16)
-    source["stack.3.weight"] = np.asarray(jnp.asarray(source["stack.3.weight"], jnp.bfloat16))
-    back = to_torch(to_flax(source, block(), RULES), RULES)
+    module = block()
+    for name, (parent, leaf), dtype in (
+        ("scale", (module, "scale"), jnp.float16),
+        ("stack.3.weight", (module.layers[3], "kernel"), jnp.bfloat16),
+    ):
+        source[name] = np.asarray(jnp.asarray(source[name], dtype))
+        setattr(parent, leaf, nnx.Param(jnp.zeros_like(getattr(parent, leaf)[...], dtype)))
+    back = from_flax(to_flax(source, module, RULES), RULES)
     assert back.keys() == source.keys()
     for name, tensor in source.items():
         assert (back[name].dtype, back[name].shape) == (tensor.dtype, tensor.shape)
         assert back[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_parameter_keeps_its_dtype_and_a_narrower_float_is_widened(dtype):
+    source = tensors()
+    source["fc.bias"] = np.asarray(jnp.asarray(source["fc.bias"], dtype))
+    bias = to_flax(source, block(), RULES)["first"]["bias"][...]
+    assert bias.dtype == jnp.float32
+    np.testing.assert_array_equal(bias, source["fc.bias"].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "bool", "complex64"])
+def test_what_a_parameter_cannot_hold_exactly_is_refused(dtype):
+    source = tensors() | {"fc.bias": np.ones(5, dtype)}
+    with pytest.raises(ConversionError) as caught:
+        to_flax(source, block(), RULES)
+    (item,) = caught.value.misshapen
+    assert item.startswith("fc.bias → first.bias: ")
+    assert f"{dtype} does not fit a parameter of float32" in item
 
 
 def test_shapes_alone_are_enough_as_target():
@@ -66,11 +99,13 @@ def test_shapes_alone_are_enough_as_target():
 
 
 def test_sixty_four_bits_need_x64():
-    source = tensors() | {"fc.bias": np.ones(5, np.float64)}
-    with pytest.raises(ConversionError, match=r"first\.bias: float64 becomes float32"):
-        to_flax(source, block(), RULES)
     with jax.enable_x64(True):
-        assert to_torch(to_flax(source, block(), RULES), RULES)["fc.bias"].dtype == np.float64
+        rules = torch_rules(nnx.Linear)
+        wide = nnx.Linear(3, 5, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        source = from_flax(wide, rules)
+        assert from_flax(to_flax(source, wide, rules), rules)["bias"].dtype == np.float64
+    with pytest.raises(ConversionError, match="JAX has no float64 unless jax_enable_x64 is set"):
+        to_flax(source, wide, rules)
 
 
 def test_one_error_lists_all_that_is_wrong_and_nothing_changes():
@@ -78,8 +113,8 @@ def test_one_error_lists_all_that_is_wrong_and_nothing_changes():
     del source["stack.7.weight"]
     source |= {
         "extra": np.ones(2),
-        "stack.12.weight": np.ones((5, 5)),
-        "stack.01.weight": np.ones((5, 5)),
+        "stack.12.weight": np.ones((5, 5), np.float32),
+        "stack.01.weight": np.ones((5, 5), np.float32),
     }
     source["fc.weight"] = np.ones((3, 5), np.float32)
     source["fc.bias"] = np.ones((5, 1), np.float32)
@@ -110,7 +145,7 @@ def test_one_error_lists_all_that_is_wrong_and_nothing_changes():
 
 def test_a_parameter_without_a_rule_is_unused_on_the_way_back():
     with pytest.raises(ConversionError) as caught:
-        to_torch(block(), RULES[1:])
+        from_flax(block(), RULES[1:])
     assert caught.value.unused == ("first.kernel",)
 
 
@@ -128,7 +163,7 @@ def test_a_packed_tensor_is_taken_apart_and_put_together():
     packed = np.arange(45.0, dtype=np.float32).reshape(15, 3)
     state = to_flax({"packed": packed}, Packed(), [PACK])
     np.testing.assert_array_equal(state["key"][...], packed[5:10].T)
-    np.testing.assert_array_equal(to_torch(state, [PACK])["packed"], packed)
+    np.testing.assert_array_equal(from_flax(state, [PACK])["packed"], packed)
 
 
 def test_several_tensors_are_packed_into_one():
@@ -139,7 +174,7 @@ def test_several_tensors_are_packed_into_one():
     np.testing.assert_array_equal(
         state["packed"][0], np.repeat(np.arange(3.0, dtype=np.float32), 5)
     )
-    np.testing.assert_array_equal(to_torch(state, [rule])["v"], parts["v"])
+    np.testing.assert_array_equal(from_flax(state, [rule])["v"], parts["v"])
     with pytest.raises(ConversionError, match="missing: k ") as caught:
         to_flax({"q": parts["q"], "v": parts["v"]}, target, [rule])
     assert len(caught.value.missing) == 1
@@ -187,7 +222,7 @@ def test_a_layout_is_any_object_with_two_ways():
     source = {"b": np.arange(12, dtype=np.float32), "embed": table, "decode": table}
     state = to_flax(source, target, rules)
     np.testing.assert_array_equal(state["bias"][:6], np.array([6, 7, 8, 0, 1, 2], np.float32))
-    back = to_torch(state, rules)
+    back = from_flax(state, rules)
     for name, tensor in source.items():
         np.testing.assert_array_equal(back[name], tensor)
     with pytest.raises(ConversionError, match="tied tensors differ"):

@@ -1,4 +1,4 @@
-"""Numbers and gradients are proven against PyTorch (row 25); here is what a fixture cannot show."""
+"""Numbers and gradients: the fixtures prove them; here is what a fixture cannot show."""
 
 import jax
 import jax.numpy as jnp

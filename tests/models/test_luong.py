@@ -1,4 +1,4 @@
-"""The searches, and what a fixture cannot show; row 32 proves teacher forcing against PyTorch."""
+"""The searches, and what a fixture cannot show; fixtures prove teacher forcing."""
 
 import dataclasses
 

@@ -1,12 +1,14 @@
 """MultiHeadAttention against NumPy; grouped heads, dropout, one score per call, Linen, errors."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from jax.sharding import PartitionSpec as P
 
 from jattn import masks, modifiers
 from jattn.nn import MultiHeadAttention
@@ -137,6 +139,47 @@ def test_heads_are_normalised_before_they_are_compared(norm, rng, x64):
     value = heads(module.value, None)
     output, *_ = oracle.attend(query[None], key[None], value[None], score=oracle.scaled_dot_product)
     np.testing.assert_allclose(module(x), affine(module.out, output[0].reshape(5, 6)), rtol=1e-11)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("normalize_qk", [False, True])
+def test_numbers_are_those_of_flax_from_the_same_parameters(use_bias, normalize_qk, rng, x64):
+    shared = {
+        "num_heads": N, "in_features": DQ, "qkv_features": D, "out_features": D,
+        "in_kv_features": DK, "use_bias": use_bias, "normalize_qk": normalize_qk,
+        "param_dtype": jnp.float64,
+    }  # fmt: skip
+    ours = MultiHeadAttention(**shared, rngs=nnx.Rngs(0))
+    # With a dropout rate Flax keeps float64; without one jax.nn takes the softmax in float32
+    flax = nnx.MultiHeadAttention(**shared, dropout_rate=0.5, decode=False, rngs=nnx.Rngs(0))
+    for path, leaf in nnx.to_flat_state(nnx.state(randomise(ours, rng), nnx.Param)):
+        functools.reduce(getattr, path, flax)[...] = leaf[...].reshape(
+            functools.reduce(getattr, path, flax).shape
+        )
+    query, key, _ = inputs(rng)
+    value = rng.standard_normal(key.shape)
+    mask = rng.random((B, 1, T, S)) < 0.7
+    mask[..., 0] = True  # Flax fills a row with no key with a mean
+    with jax.numpy_dtype_promotion("standard"):
+        expected = flax(query, key, value, mask=mask, deterministic=True)
+    np.testing.assert_allclose(ours(query, key, value, mask=mask), expected, rtol=1e-10, atol=1e-11)
+
+
+def test_metadata_of_kernels_and_biases_place_them_on_a_mesh():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        module = MultiHeadAttention(
+            N, D, rngs=nnx.Rngs(0),
+            kernel_metadata={"out_sharding": (None, "model")},
+            bias_metadata={"out_sharding": ("model",), "note": "b"},
+            out_kernel_metadata={"out_sharding": ("model", None)},
+        )  # fmt: skip
+        for name in ("query", "key", "value"):
+            linear = getattr(module, name)
+            assert jax.typeof(linear.kernel[...]).sharding.spec == P(None, "model")
+            assert jax.typeof(linear.bias[...]).sharding.spec == P("model")
+        assert jax.typeof(module.out.kernel[...]).sharding.spec == P("model", None)
+    assert module.query.bias.get_metadata()["note"] == "b"
 
 
 def test_grouped_heads_reduce_to_repeated_projections(rng, x64):

@@ -124,7 +124,7 @@ def test_keys_are_projected_once_for_many_queries(rng, x64):
 
 
 def test_leave_one_out_regression(rng, x64):
-    """Row 3's training: each point from the others."""
+    """Leave-one-out training: each point from the others."""
     module = make("kernel")
     x, y = rng.standard_normal((S, 1)), rng.standard_normal((S, 1))
     came = module(x, x, y, mask=masks.no_self())

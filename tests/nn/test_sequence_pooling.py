@@ -116,7 +116,7 @@ def test_any_leading_axes_and_vmap(name, lead, rng, x64):
 
 
 def test_one_hop_of_projected_steps_is_one_learned_query(rng, x64):
-    """Row 29 reduces to row 28 where the values are the projected steps themselves."""
+    """It reduces to multi-hop pooling where the values are the projected steps themselves."""
     hops, query = (
         MultiHopPooling(U, 1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)),
         randomise(make("query"), rng),

@@ -11,7 +11,7 @@ from jattn.parity.cli import main
 from jattn.parity.fixtures import load, save
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures"
-SOFTMAX = FOLDER / "04_masked_softmax.safetensors"
+SOFTMAX = FOLDER / "masks" / "masked_softmax.safetensors"
 
 
 def test_run_shows_every_tensor(capsys, tmp_path):
@@ -19,7 +19,7 @@ def test_run_shows_every_tensor(capsys, tmp_path):
     assert main(["parity", "run", str(SOFTMAX), "--json", str(report)]) == 0
     shown = capsys.readouterr().out
     for text in (
-        "4/masked_softmax: masked softmax, float64",
+        "masks/masked_softmax: masked softmax, float64",
         "output/weights",
         "grad/input/scores",
         "1 of 1",
@@ -57,6 +57,77 @@ def test_bad_input_is_exit_code_two(capsys, tmp_path, words):
     assert main([word.format(tmp_path) for word in words]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("jattn: no ") and str(tmp_path) in captured.err
+
+
+def titles(capsys):
+    """Titles of the fixtures that were run tensor by tensor."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line.split(":")[0] for line in lines if line.endswith(", float64")]
+
+
+def test_a_folder_of_folders_or_one_of_them(capsys, tmp_path):
+    for family in ("one", "two"):
+        (tmp_path / family).mkdir()
+        shutil.copy(SOFTMAX, tmp_path / family / "a.safetensors")
+    assert main(["parity", str(tmp_path)]) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    assert main(["parity", str(tmp_path / "two")]) == 0
+    assert "1 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "pattern", ["masks/masked_softmax_[lm]*", f"{FOLDER}/masks/masked_softmax_[lm]*.safetensors"]
+)
+def test_patterns_that_the_shell_has_not_expanded(capsys, monkeypatch, pattern):
+    monkeypatch.chdir(FOLDER.parents[1])
+    assert main(["parity", "run", pattern]) == 0
+    assert titles(capsys) == [
+        f"masks/masked_softmax_{name}" for name in ("lengths", "lengths_per_query", "mask")
+    ]
+
+
+def test_a_file_whose_name_looks_like_a_pattern(capsys, tmp_path):
+    shutil.copy(SOFTMAX, tmp_path / "a[1].safetensors")
+    assert main(["parity", "run", str(tmp_path / "a[1].safetensors")]) == 0
+    assert titles(capsys) == ["masks/masked_softmax"]
+
+
+def test_a_pattern_takes_files_alone(capsys, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copy(SOFTMAX, tmp_path / "b.safetensors")
+    assert main(["parity", "run", f"{tmp_path}/*"]) == 0
+    assert titles(capsys) == ["masks/masked_softmax"]
+
+
+def test_patterns_that_the_shell_has_expanded(capsys):
+    paths = sorted(map(str, (FOLDER / "masks").glob("masked_softmax_l*")))
+    assert main(["parity", "run", *paths]) == 0
+    assert titles(capsys) == [
+        f"masks/masked_softmax_{name}" for name in ("lengths", "lengths_per_query")
+    ]
+
+
+@pytest.mark.parametrize("words", [[], ["run", "masks/masked_softmax"], ["run", "masks/*"]])
+def test_outside_a_clone_it_asks_for_a_folder(capsys, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["parity", *words]) == 2
+    assert "in a clone of the project: run there, or give a path" in capsys.readouterr().err
+
+
+def test_a_name_that_no_fixture_of_the_clone_has(capsys, monkeypatch):
+    monkeypatch.chdir(FOLDER.parents[1])
+    assert main(["parity", "run", "masks/nothing"]) == 2
+    assert "no such fixture: masks/nothing: `jattn parity` lists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["parity", "--help"], ["parity", "run", "--help"]])
+def test_help_says_what_there_is(capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for text in ("FIXTURE", "--dtype", "--json", "Exit code: 0 where all is equal"):
+        assert text in shown
 
 
 def test_a_file_that_is_no_fixture(capsys, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jattn import nn
-from jattn.interop import IDENTITY, Rule
+from jattn.interop import IDENTITY, Rule, torch_rules
 from jattn.parity.compare import run
 from jattn.parity.fixtures import Fixture, load
 from jattn.parity.systems import SYSTEMS
@@ -34,17 +34,17 @@ def changed_call(name, change):
 
 
 def test_a_transposed_weight_fails():
-    rules = SYSTEMS[10].rules
+    rules = torch_rules(nn.MultiHeadAttention)
     wrong = tuple(
         Rule("W_q.weight", "query.kernel", IDENTITY) if r.torch == ("W_q.weight",) else r
         for r in rules
     )
-    assert "output/output" in failing("10_self_attention", rules=wrong)
+    assert "output/output" in failing("multi_head/self_attention", rules=wrong)
 
 
 def test_swapped_weights_fail():
     rules = (Rule("W", "weight", SwappedRows()),)
-    assert {"output/output", "grad/param/W"} <= failing("07_bilinear", rules=rules)
+    assert {"output/output", "grad/param/W"} <= failing("pooling/bilinear", rules=rules)
 
 
 class SwappedRows:
@@ -56,14 +56,16 @@ class SwappedRows:
 
 def test_an_inverted_mask_fails():
     def call(module, inputs, arguments):
-        return SYSTEMS[8].call(module, inputs | {"dense": ~inputs["dense"]}, arguments)
+        return SYSTEMS["masks/mask_algebra"].call(
+            module, inputs | {"dense": ~inputs["dense"]}, arguments
+        )
 
-    assert "output/weights" in failing("08_dense", call=call)
+    assert "output/weights" in failing("masks/dense", call=call)
 
 
 def test_a_forgotten_scale_fails():
     assert failing(
-        "06_scaled_dot_product",
+        "pooling/scaled_dot_product",
         build=lambda _arguments, _dtype: nn.DotProductAttention(scaled=False),
     )
 
@@ -71,9 +73,9 @@ def test_a_forgotten_scale_fails():
 def test_a_wrong_gradient_fails_though_the_outputs_are_right():
     def call(module, inputs, arguments):
         stopped = inputs | {"key": jax.lax.stop_gradient(inputs["key"])}
-        return SYSTEMS[6].call(module, stopped, arguments)
+        return SYSTEMS["pooling/scaled_dot_product"].call(module, stopped, arguments)
 
-    assert failing("06_scaled_dot_product", call=call) == {"grad/input/key"}
+    assert failing("pooling/scaled_dot_product", call=call) == {"grad/input/key"}
 
 
 @pytest.mark.parametrize("change", [
@@ -84,18 +86,18 @@ def test_a_wrong_gradient_fails_though_the_outputs_are_right():
     lambda outputs: outputs | {"weights": outputs["weights"] > 0},
 ], ids=["missing", "misshapen", "not a number", "rounded", "boolean"])  # fmt: skip
 def test_a_wrong_output_fails(change):
-    name = "06_scaled_dot_product"
+    name = "pooling/scaled_dot_product"
     assert "output/weights" in failing(name, call=changed_call(name, change))
 
 
 def test_an_output_too_many_fails():
-    name = "04_masked_softmax"
+    name = "masks/masked_softmax"
     call = changed_call(name, lambda outputs: outputs | {"more": jnp.zeros(3)})
     assert failing(name, call=call) == {"output/more"}
 
 
 def test_integers_are_the_same_or_wrong():
-    name = "09_heads"
+    name = "multi_head/heads"
     call = changed_call(name, lambda outputs: outputs | {"lengths": outputs["lengths"] + 1})
     assert failing(name, call=call) == {"output/lengths"}
 
@@ -103,9 +105,9 @@ def test_integers_are_the_same_or_wrong():
 @pytest.mark.parametrize(("error", "passes"), [(0.9e-9, True), (1.1e-9, False)])
 def test_the_rule_of_float64(error, passes):
     """The largest output is 8 and there are no gradients, so 8e-9 is allowed."""
-    truth = Fixture(system=1, case="rule", outputs={"output": np.array([2.0, -8.0])})
+    truth = Fixture("pooling/average", "rule", outputs={"output": np.array([2.0, -8.0])})
     system = dataclasses.replace(
-        SYSTEMS[1],
+        SYSTEMS["pooling/average"],
         call=lambda *_: {
             "output": jnp.array([2.0, -8.0], jnp.float64) + np.array([8 * error, 0.0])
         },
@@ -123,13 +125,13 @@ def test_the_rule_of_float32():
 
     def passes(error):
         truth = Fixture(
-            system=1,
-            case="rule",
+            "pooling/average",
+            "rule",
             outputs={"output": expected},
             float32_errors={"output/output": 1e-3},
         )
         found = jnp.asarray(expected, jnp.float32) + np.float32(error)
-        system = dataclasses.replace(SYSTEMS[1], call=lambda *_: {"output": found})
+        system = dataclasses.replace(SYSTEMS["pooling/average"], call=lambda *_: {"output": found})
         return run(truth, np.float32, system=system).passed
 
     assert passes(1.9e-3)
@@ -137,26 +139,30 @@ def test_the_rule_of_float32():
 
 
 def test_bad_requests():
-    truth = fixture("01_average")
+    truth = fixture("pooling/average")
     with pytest.raises(ValueError, match="dtype: expected float64 or float32, got float16"):
         run(truth, np.float16)
-    with pytest.raises(ValueError, match=r"expected a row in .*got 999"):
-        run(dataclasses.replace(truth, system=999))
+    with pytest.raises(ValueError, match=r"expected a system of .*got 'pooling/none'"):
+        run(dataclasses.replace(truth, system="pooling/none"))
     with pytest.raises(
-        ValueError, match=r"6/scaled_dot_product: .*unexpected keyword argument 'depth'"
+        ValueError, match=r"pooling/scaled_dot_product: .*unexpected keyword argument 'depth'"
     ):
-        run(dataclasses.replace(fixture("06_scaled_dot_product"), arguments={"depth": 3}))
-    with pytest.raises(ValueError, match=r"1/average: average pooling cannot be .*'key'"):
+        run(dataclasses.replace(fixture("pooling/scaled_dot_product"), arguments={"depth": 3}))
+    with pytest.raises(ValueError, match=r"pooling/average: average pooling cannot be .*'key'"):
         run(
             dataclasses.replace(
                 truth, inputs={"query": truth.inputs["query"]}, cotangents={}, input_gradients={}
             )
         )
     with pytest.raises(ValueError, match=r"unused: W"):
-        run(fixture("07_bilinear"), system=dataclasses.replace(SYSTEMS[7], rules=()))
+        run(
+            fixture("pooling/bilinear"),
+            system=dataclasses.replace(SYSTEMS["pooling/scores"], rules=()),
+        )
 
 
 def test_nothing_compared_is_no_success():
     assert not run(
-        Fixture(system=1, case="empty"), system=dataclasses.replace(SYSTEMS[1], call=lambda *_: {})
+        Fixture("pooling/average", "empty"),
+        system=dataclasses.replace(SYSTEMS["pooling/average"], call=lambda *_: {}),
     ).passed

@@ -1,4 +1,4 @@
-"""Every row of the table, held against the numbers that PyTorch gave."""
+"""Every system of the table, held against the numbers that PyTorch gave."""
 
 import importlib
 import pathlib
@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jattn.interop import to_flax, to_torch
+from jattn.interop import from_flax, to_flax
 from jattn.parity.compare import run
 from jattn.parity.fixtures import load
 from jattn.parity.systems import SYSTEMS, markdown
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures"
-FIXTURES = sorted(FOLDER.glob("*.safetensors"))
-every_fixture = pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+FIXTURES = sorted(FOLDER.glob("*/*.safetensors"))
+every_fixture = pytest.mark.parametrize(
+    "path", FIXTURES, ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 
 
 def shape_of(system, fixture):
@@ -38,7 +40,8 @@ def test_outputs_and_gradients_equal_pytorch(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["05_additive_lengths", "10_widths_bias_lengths", "24_gru_lengths_state"]
+    "name",
+    ["pooling/additive_lengths", "multi_head/widths_bias_lengths", "recurrent/gru_lengths_state"],
 )
 def test_float32_is_as_near_to_the_truth_as_pytorch(name):
     comparison = run(load(FOLDER / f"{name}.safetensors"), np.float32)
@@ -46,14 +49,14 @@ def test_float32_is_as_near_to_the_truth_as_pytorch(name):
     assert comparison.worst("float32_ratio", "output/") > 1e-3, "this was not computed in float32"
 
 
-@pytest.mark.parametrize("row", SYSTEMS)
-def test_under_vmap_every_example_is_the_same(row):
+@pytest.mark.parametrize("slug", SYSTEMS)
+def test_under_vmap_every_example_is_the_same(slug):
     """All inputs, lengths and ids included, get one more axis, so they are traced."""
-    fixture = next(fixture for fixture in map(load, reversed(FIXTURES)) if fixture.system == row)
-    system = SYSTEMS[row]
+    fixture = next(fixture for fixture in map(load, reversed(FIXTURES)) if fixture.system == slug)
+    system = SYSTEMS[slug]
     with jax.enable_x64(True):
-        structure, shapes, *rest = nnx.split(shape_of(system, fixture), nnx.Param, ...)
-        module = nnx.merge(structure, to_flax(fixture.parameters, shapes, system.rules), *rest)
+        module = shape_of(system, fixture)
+        nnx.update(module, to_flax(fixture.parameters, module, system.rules_for(module)))
         twice = {name: np.stack([array, array]) for name, array in fixture.inputs.items()}
         found = jax.jit(jax.vmap(lambda inputs: system.call(module, inputs, fixture.arguments)))(
             twice
@@ -70,21 +73,37 @@ def test_weights_travel_to_flax_and_back_bit_for_bit(path):
     fixture = load(path)
     system = SYSTEMS[fixture.system]
     with jax.enable_x64(True):
-        state = to_flax(fixture.parameters, shape_of(system, fixture), system.rules)
-        back = to_torch(state, system.rules)
+        module = shape_of(system, fixture)
+        rules = system.rules_for(module)
+        back = from_flax(to_flax(fixture.parameters, module, rules), rules)
     assert back.keys() == fixture.parameters.keys()
     for name, tensor in fixture.parameters.items():
         assert back[name].dtype == tensor.dtype
         assert back[name].tobytes() == tensor.tobytes(), name
 
 
-def test_every_row_has_fixtures_and_every_fixture_a_row():
+def test_every_system_has_fixtures_and_every_fixture_a_system():
     assert {load(path).system for path in FIXTURES} == set(SYSTEMS)
 
 
-@pytest.mark.parametrize("row", SYSTEMS)
-def test_a_row_names_what_exists(row):
-    for name in (*SYSTEMS[row].functions, *SYSTEMS[row].modules):
+@every_fixture
+def test_a_fixture_lies_where_its_title_says(path):
+    assert FOLDER / f"{load(path).title}.safetensors" == path
+
+
+def test_a_slug_begins_with_the_family_that_lists_it_and_rows_only_order_them():
+    for slug, system in SYSTEMS.items():
+        family, _, name = slug.partition("/")
+        assert slug == system.slug and name
+        listed = importlib.import_module(f"jattn.parity.systems.{family}").SYSTEMS
+        assert system in listed
+    rows = [system.row for system in SYSTEMS.values()]
+    assert rows == sorted(rows)
+
+
+@pytest.mark.parametrize("slug", SYSTEMS)
+def test_a_system_names_what_exists(slug):
+    for name in (*SYSTEMS[slug].functions, *SYSTEMS[slug].modules):
         module, _, attribute = name.rpartition(".")
         if module in ("jattn.scores", "jattn.masks", "jattn.heads", "jattn.positions"):
             assert callable(
@@ -94,13 +113,13 @@ def test_a_row_names_what_exists(row):
             assert callable(getattr(importlib.import_module(module), attribute))
 
 
-def test_the_table_lists_each_row_and_its_fixtures():
-    titles = [load(path).title for path in FIXTURES]
-    lines = markdown(titles).splitlines()
+def test_the_table_lists_each_system_and_its_fixtures():
+    fixtures = [load(path) for path in FIXTURES]
+    lines = markdown(fixtures).splitlines()
     assert len(lines) == 2 + len(SYSTEMS)
-    for title in titles:
-        row, case = title.split("/")
-        assert any(line.startswith(f"| {row} |") and f"`{case}`" in line for line in lines)
+    for fixture in fixtures:
+        (line,) = (line for line in lines if line.startswith(f"| `{fixture.system}` |"))
+        assert f"`{fixture.case}`" in line
     assert all(
         system.link in line for system, line in zip(SYSTEMS.values(), lines[2:], strict=True)
     )

@@ -48,30 +48,3 @@ def test_the_table_names_references_that_exist(recorded):
         assert callable(
             getattr(importlib.import_module(f"experiments.torch_reference.{module}"), name)
         )
-
-
-def test_packed_projections_of_torch_load_into_multi_head_attention():
-    import jax
-    import jax.numpy as jnp
-    import torch
-    from flax import nnx
-
-    from jattn import nn
-    from jattn.interop import to_flax, to_torch
-    from jattn.interop.torch_layouts import PACKED_MULTI_HEAD_ATTENTION as rules
-
-    torch.manual_seed(0)
-    reference = torch.nn.MultiheadAttention(15, 3, batch_first=True, dtype=torch.float64)
-    tensors = {name: tensor.detach().numpy() for name, tensor in reference.state_dict().items()}
-    x = torch.randn(2, 7, 15, dtype=torch.float64)
-    with jax.enable_x64(True):
-        module = nn.MultiHeadAttention(
-            3, 15, use_bias=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
-        )
-        nnx.update(module, to_flax(tensors, module, rules))
-        expected = reference(x, x, x)[0].detach().numpy()
-        np.testing.assert_allclose(
-            module(x.numpy()), expected, rtol=0, atol=1e-9 * np.abs(expected).max()
-        )
-        back = to_torch(module, rules)
-    assert all(back[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())

@@ -9,13 +9,13 @@ import optax
 import pytest
 from flax import nnx
 
-from jattn.interop import to_flax, to_torch
+from jattn.interop import from_flax, to_flax
 from jattn.models.tokens import cross_entropy as token_loss
 from jattn.parity.fixtures import load
 from jattn.parity.systems import SYSTEMS
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures" / "training"
-FIXTURES = {path.stem: load(path) for path in sorted(FOLDER.glob("*.safetensors"))}
+FIXTURES = {fixture.title: fixture for fixture in map(load, sorted(FOLDER.glob("*/*.safetensors")))}
 STEPS = 50
 
 
@@ -49,11 +49,9 @@ def optimizer_of(settings, clip):
 def train(fixture, clip=torch_clip):
     """Losses and gradient norms before each step, and the last weights, under PyTorch's names."""
     system, settings = SYSTEMS[fixture.system], fixture.arguments
-    structure, shapes, *rest = nnx.split(
-        nnx.eval_shape(lambda: system.build(settings["module"], np.dtype(np.float64))),
-        nnx.Param,
-        ...,
-    )
+    module = nnx.eval_shape(lambda: system.build(settings["module"], np.dtype(np.float64)))
+    rules = system.rules_for(module)
+    structure, shapes, *rest = nnx.split(module, nnx.Param, ...)
     labels = {
         name.removeprefix("label/"): x
         for name, x in fixture.inputs.items()
@@ -85,10 +83,8 @@ def train(fixture, clip=torch_clip):
         )
         return parameters, *curves
 
-    parameters, losses, norms = run(to_flax(fixture.parameters, shapes, system.rules))
-    trained = {
-        f"trained/{name}": np.asarray(x) for name, x in to_torch(parameters, system.rules).items()
-    }
+    parameters, losses, norms = run(to_flax(fixture.parameters, shapes, rules))
+    trained = {f"trained/{name}": x for name, x in from_flax(parameters, rules).items()}
     return {"losses": np.asarray(losses), "norms": np.asarray(norms), **trained}
 
 
@@ -111,12 +107,12 @@ def test_there_was_something_to_follow(name):
 
 
 def test_gradients_are_clipped_at_first_and_not_at_last():
-    fixture = FIXTURES["31_seq2seq"]
+    fixture = FIXTURES["translation/by_heart"]
     max_norm = fixture.arguments["optimizer"]["max_norm"]
     assert fixture.outputs["norms"][-1] < max_norm < fixture.outputs["norms"][0]
 
 
 def test_clipping_without_the_1e_6_is_told_apart(x64):
-    fixture = FIXTURES["31_seq2seq"]
+    fixture = FIXTURES["translation/by_heart"]
     found, expected = train(fixture, optax.clip_by_global_norm)["losses"], fixture.outputs["losses"]
     assert np.abs(found / expected - 1).max() > 1e-8
