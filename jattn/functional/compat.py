@@ -92,8 +92,9 @@ def varying(array: Any) -> frozenset[str]:
 
 
 def varying_of(aval: Any) -> frozenset[str]:
-    """The same for the type of a value, its aval."""
-    return frozenset(getattr(getattr(aval, "mat", aval), "varying", None) or ())
+    """The same for the type of a value, its aval, or for a `jax.ShapeDtypeStruct`."""
+    manual = getattr(aval, "mat", getattr(aval, "manual_axis_type", aval))
+    return frozenset(getattr(manual, "varying", None) or ())
 
 
 def vary_alike(arrays: Any, like: Any = ()) -> Any:

@@ -144,7 +144,7 @@ def advance(
 
 
 def _gates(projected: Array, h: Array, weights: Weights, separate: bool) -> Gates:
-    hidden = _plus(h @ weights.hidden_kernel, weights.hidden_bias)
+    hidden = plus(h @ weights.hidden_kernel, weights.hidden_bias)
     return (projected, hidden) if separate else (projected + hidden,)
 
 
@@ -237,7 +237,7 @@ def _scan(how: _How, operands: _Operands) -> tuple[State, _Trace]:
 
     def body(state: State, at: tuple[Array, Array | None]) -> tuple[State, Any]:
         projected, valid = at
-        biased = _plus(projected, weights.input_bias)
+        biased = plus(projected, weights.input_bias)
         gates = _gates(biased, state[0], weights, how.separate)
         after = how.step(captured, gates, state)
         unprojected = None if weights.proj_kernel is None else after[0]
@@ -279,7 +279,7 @@ def _derivative(how: _How, primals: Any, tangents: Any) -> Any:
         *d_outer, d_hidden = fixed
         d_gates: Any = (*d_outer, _sum(d_state[0] @ weights.hidden_kernel, d_hidden))
         if how.separate:
-            gates = _plus(gates[0], weights.input_bias), gates[1]
+            gates = plus(gates[0], weights.input_bias), gates[1]
             d_gates = _filled(gates[0], d_gates[0]), d_gates[1]
         found, d_found = (operands.captured, gates, before), (d_captured, d_gates, d_state)
         d_unprojected = jax.jvp(how.step, found, d_found)[1]
@@ -326,7 +326,10 @@ def _times(left: Array | None, d_kernel: Array | None) -> Array | None:
 
 
 def _sum(*terms: Array | None) -> Array | None:
+    """The sum of the terms that are given, among them biases of one axis."""
     given = [term for term in terms if term is not None]
+    axes = max((term.ndim for term in given), default=0)
+    given = [jnp.expand_dims(term, range(axes - term.ndim)) for term in given]
     return functools.reduce(jnp.add, given) if given else None
 
 
@@ -340,5 +343,6 @@ def _where(valid: Array | None, new: State, old: State) -> State:
     return tuple(jnp.where(valid, a, b) for a, b in zip(new, old, strict=True))
 
 
-def _plus(product: Array, bias: Array | None) -> Array:
-    return product if bias is None else product + bias
+def plus(product: Array, bias: Array | None) -> Array:
+    """`product [..., n]` with a bias `[n]` added, if there is one."""
+    return product if bias is None else product + jnp.expand_dims(bias, range(product.ndim - 1))

@@ -4,17 +4,17 @@ Paper: Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
-from jattn.functional import checks, masks
-from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, per_step
-from jattn.models.tokens import embed
-from jattn.nn._shared import is_on
+from jattn.attention import attend
+from jattn.models import encoder_decoder
+from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config
+from jattn.models.tokens import Embed, embed
 from jattn.nn.pooling import AdditiveAttention
 from jattn.nn.recurrent import GRU
 
@@ -74,6 +74,7 @@ class Encoder(nnx.Module):
 
     Args:
       config: sizes.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
@@ -84,10 +85,17 @@ class Encoder(nnx.Module):
       ((2, 7, 5), (2, 2, 5))
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         D, F = config.embedding_features, config.hidden_features
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        self.embedding = nnx.Embed(config.source_vocabulary, D, **options)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.embedding = Embed(config.source_vocabulary, D, **options)
         self.gru = GRU(
             D, F, num_layers=config.num_layers, dropout_rate=config.dropout_rate, **options
         )
@@ -115,7 +123,7 @@ class Encoder(nnx.Module):
         )
 
 
-class Decoder(nnx.Module):
+class Decoder(encoder_decoder.Decoder):
     """One target token at a time: attend to the source with the top state, then update the states.
 
         c_t = attention(query = top layer of s_{t−1}, key = value = encoder outputs)
@@ -124,95 +132,71 @@ class Decoder(nnx.Module):
 
     Args:
       config: sizes.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
     Example:
       >>> decoder = Decoder(Config(11, 13, 3, 5, num_layers=2), rngs=nnx.Rngs(0))
       >>> memory = decoder.remember(jnp.ones((2, 7, 5)))
-      >>> logits, weights = decoder(jnp.ones((2, 4), int), jnp.zeros((2, 2, 5)), memory)
+      >>> tokens, state = jnp.ones((2, 4), int), jnp.zeros((2, 2, 5))
+      >>> logits, weights = decoder(tokens, state, memory, return_weights=True)
       >>> logits.shape, weights.shape
       ((2, 4, 13), (2, 4, 7))
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    state_pattern = "B L F"
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         D, F = config.embedding_features, config.hidden_features
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         rate = config.dropout_rate
-        self.attention = AdditiveAttention(F, F, F, dropout_rate=rate, **options)
-        self.embedding = nnx.Embed(config.target_vocabulary, D, **options)
+        self.dtype = dtype
+        self.attention = AdditiveAttention(F, F, F, dropout_rate=rate, attend=attend, **options)
+        self.embedding = Embed(config.target_vocabulary, D, **options)
         self.gru = GRU(F + D, F, num_layers=config.num_layers, dropout_rate=rate, **options)
         self.out = nnx.Linear(F, config.target_vocabulary, **options)
 
-    def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
-        """Project the keys of the encoder's outputs `[B, S, F]` once for all steps.
+    def _keys(self, outputs: Array) -> Array:
+        """Projected once for all steps."""
+        return self.attention.project_key(outputs)
 
-        Lengths `[B]` hide the padding.
-        """
-        mask = None if lengths is None else masks.padding(lengths)
-        return Memory(self.attention.project_key(outputs), outputs, mask)
-
-    def __call__(
-        self, target_in: Array, state: Array, memory: Memory, *, deterministic: bool | None = None
-    ) -> tuple[Array, Array]:
-        """Decode with every step's input given (teacher forcing).
-
-        Args:
-          target_in: token ids `[B, T]`: the start token, then the target without its last token.
-          state: of every layer before the first step, `[B, L, F]`: the encoder's.
-          memory: from `remember`.
-          deterministic: True switches dropout off; None follows the decoder's `train()` and
-            `eval()`.
-
-        Returns:
-          Logits `[B, T, C]`, and attention weights `[B, T, S]` before dropout.
-
-        Raises:
-          ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
-        """
-        checks.assert_shapes(
-            target_in=(target_in, "B T"), state=(state, "B L F"), memory=(memory.value, "B S F")
-        )
-        random = any(is_on(part.dropout, deterministic) for part in (self.attention, self.gru))
-        embedded = self._project_embedding("target_in", target_in)
-        streams, decoder_of = per_step(self, embedded.shape[1], random=random)
-
-        def advance(state, step):
-            streams, embedded = step
-            state, weights = decoder_of(streams)._advance(state, embedded, memory, not random)
-            return state, (state[:, -1], weights)
-
-        steps = (streams, rearrange(embedded, "b t gates -> t b gates"))
-        _, (hidden, weights) = jax.lax.scan(advance, state, steps)
-        return self.out(rearrange(hidden, "t b f -> b t f")), rearrange(weights, "t b s -> b t s")
-
-    def step(self, tokens: Array, state: Array, memory: Memory) -> tuple[Array, Array]:
-        """One step without dropout.
-
-        Token ids `[B]` and state `[B, L, F]` give the next state and logits `[B, C]`.
-        """
-        state, _ = self._advance(state, self._project_embedding("tokens", tokens), memory, True)
-        return state, self.out(state[:, -1])
-
-    def _project_embedding(self, name: str, tokens: Array) -> Array:
+    def _embed(self, name: str, tokens: Array) -> Array:
         """The embedding's part of the first layer's input product; `_advance` adds the rest."""
         embedded = embed(name, tokens, self.embedding)
         return self.gru.layers[0].project(embedded, first=self.attention.key_features)
 
     def _advance(
-        self, state: Array, embedded: Array, memory: Memory, off: bool
-    ) -> tuple[Array, Array]:
-        context, weights = self.attention.attend_projected(
+        self,
+        state: Array,
+        embedded: Array,
+        memory: Memory,
+        *,
+        return_weights: bool,
+        deterministic: bool | None,
+    ) -> tuple[Array, tuple[Array, Array | None]]:
+        found = self.attention.attend_projected(
             state[:, -1:],
             memory.key,
             memory.value,
             mask=memory.mask,
-            return_weights=True,
-            deterministic=off,
+            return_weights=return_weights,
+            deterministic=deterministic,
         )
+        context, weights = found if return_weights else (found, None)
         first = self.gru.layers[0]
         projected = first.project(context[:, 0], first=0, use_bias=False) + embedded
-        return self.gru.step(projected, state, deterministic=off), weights[:, 0]
+        state = self.gru.step(projected, state, deterministic=deterministic)
+        return state, (state[:, -1], None if weights is None else weights[:, 0])
 
 
 class BahdanauTranslator(EncoderDecoder):
@@ -220,6 +204,8 @@ class BahdanauTranslator(EncoderDecoder):
 
     Args:
       config: sizes and special ids.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
@@ -233,7 +219,16 @@ class BahdanauTranslator(EncoderDecoder):
       ((2, 6), (2, 6, 3))
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
-        self.encoder = Encoder(config, param_dtype=param_dtype, rngs=rngs)
-        self.decoder = Decoder(config, param_dtype=param_dtype, rngs=rngs)
+        self.encoder = Encoder(config, **options)
+        self.decoder = Decoder(config, attend=attend, **options)

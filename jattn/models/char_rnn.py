@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.functional import checks
+from jattn.nn._shared import promoted, rows
 from jattn.nn.embedding import Embedding
 from jattn.nn.recurrent import RNN
-from jattn.nn.recurrent_cells import RNNCell
+from jattn.nn.recurrent_cells import Cell, RNNCell
 
 Array = jax.Array
 
@@ -51,11 +52,12 @@ class CharCell(nnx.Module):
 
         logits_t = h_t = tanh(W onehot(x_t) + b + U h_{t−1} + d)
 
-    Logits between −1 and 1 give no character more than e² / (e² + C − 1): the loss has a floor, the
-    best guess has not.
+    Logits lie between −1 and 1, so no character has a probability above e² / (e² + C − 1), and the
+    loss has a lower bound above zero. The most probable character may still be right every time.
 
     Args:
       config: sizes.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
 
@@ -64,9 +66,16 @@ class CharCell(nnx.Module):
       (1, 5, 4)
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         C = config.vocabulary
-        self.cell = RNNCell(C, C, param_dtype=param_dtype, rngs=rngs)
+        self.cell = RNNCell(C, C, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:
         """Predict a character at every step.
@@ -81,9 +90,9 @@ class CharCell(nnx.Module):
           ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
           TypeError: tokens are not integers.
         """
-        B, T = _sizes(tokens)
-        inputs = _one_hot(tokens, self.cell.input_kernel)
-        state, states = jnp.zeros((B, inputs.shape[-1]), inputs.dtype), []
+        T = _check(tokens)
+        inputs = _one_hot(tokens, self.cell)
+        state, states = jnp.zeros_like(inputs[:, 0]), []
         for t in range(T):
             state = self.cell(inputs[:, t], state)
             states.append(state)
@@ -95,6 +104,7 @@ class CharRNN(nnx.Module):
 
     Args:
       config: sizes.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
 
@@ -103,14 +113,21 @@ class CharRNN(nnx.Module):
       (1, 5, 4)
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         C = config.vocabulary
-        self.rnn = RNN(C, C, param_dtype=param_dtype, rngs=rngs)
+        self.rnn = RNN(C, C, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:
         """Predict a character at every step: as `CharCell`."""
-        _sizes(tokens)
-        return self.rnn(_one_hot(tokens, self.rnn.layers[0].input_kernel))[0]
+        _check(tokens)
+        return self.rnn(_one_hot(tokens, self.rnn.layers[0]))[0]
 
 
 class EmbeddedCharRNN(nnx.Module):
@@ -120,6 +137,7 @@ class EmbeddedCharRNN(nnx.Module):
 
     Args:
       config: sizes.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
 
@@ -128,30 +146,36 @@ class EmbeddedCharRNN(nnx.Module):
       (1, 5, 4)
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         C, D, F = config.vocabulary, config.embedding_features, config.hidden_features
-        self.embedding = Embedding(C, D, param_dtype=param_dtype, rngs=rngs)
-        self.rnn = RNN(D, F, num_layers=config.num_layers, param_dtype=param_dtype, rngs=rngs)
-        self.out = nnx.Linear(F, C, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.embedding = Embedding(C, D, **options)
+        self.rnn = RNN(D, F, num_layers=config.num_layers, **options)
+        self.out = nnx.Linear(F, C, **options)
 
     def __call__(self, tokens: Array) -> Array:
         """Predict a character at every step: as `CharCell`."""
-        _sizes(tokens)
+        _check(tokens)
         return self.out(self.rnn(self.embedding(tokens))[0])
 
 
-def _sizes(tokens: Array) -> tuple[int, int]:
-    sizes = checks.assert_shapes(tokens=(tokens, "B T"))
-    if not sizes["T"]:
+def _check(tokens: Array) -> Any:
+    """T, the number of steps."""
+    T = checks.assert_shapes(tokens=(tokens, "B T"))["T"]
+    if T == 0:
         raise ValueError(f"tokens must hold at least one step, got shape {jnp.shape(tokens)}")
-    return sizes["B"], sizes["T"]
+    return T
 
 
-def _one_hot(tokens: Array, kernel: Any) -> Array:
-    """`[B, T, C]`, where C and the dtype are those of a kernel `[C, …]`."""
+def _one_hot(tokens: Array, cell: Cell) -> Array:
+    """`[B, T, C]`, where C and the dtype are those of the cell."""
+    (kernel,) = promoted(cell.dtype, cell.input_kernel[...])
     C = kernel.shape[0]
-    return (
-        jnp.eye(C, dtype=kernel.dtype)
-        .at[checks.validated_tokens("tokens", tokens, C)]
-        .get(mode="fill", fill_value=jnp.nan)
-    )
+    return rows(jnp.eye(C, dtype=kernel.dtype), checks.validated_tokens("tokens", tokens, C))

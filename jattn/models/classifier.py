@@ -6,7 +6,7 @@ Zhou et al. 2016, https://aclanthology.org/P16-2034
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.functional import checks
+from jattn.models.tokens import is_real
+from jattn.nn._shared import dropout, sequence
 from jattn.nn.embedding import Embedding
 from jattn.nn.recurrent import GRU, LSTM, RNN
-from jattn.nn.self_attention import sequence
 from jattn.nn.sequence_pooling import LearnedQueryPooling
 
 Array = jax.Array
@@ -25,13 +26,14 @@ Array = jax.Array
 class LastStep(nnx.Module):
     """The last real step of a sequence: `outputs[:, -1]` of widely copied PyTorch code.
 
-    Of a network of both directions it has read one token backwards: the last. Where a `Config` has
-    no pooling, a `Classifier` takes the end of both directions instead. In one direction the two
-    are the same.
+    In a network of both directions, the backward half of this step has read the last token alone. A
+    `Classifier` whose `Config` has no pooling takes the final state of each direction instead. With
+    one direction the two are the same.
 
     Args:
       features: D.
-      param_dtype, rngs: as other poolings have them; there are no parameters.
+      dtype: of the result; None: that of the input.
+      param_dtype, rngs: as for other poolings; this one has no parameters.
 
     Example:
       >>> x = jnp.arange(6.0).reshape(1, 3, 2)
@@ -39,13 +41,32 @@ class LastStep(nnx.Module):
       (Array([[2., 3.]], dtype=float32), Array([[0., 1., 0.]], dtype=float32))
     """
 
-    def __init__(self, features: int, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
         checks.assert_positive(features=features)
-        self.features = features
+        self.features, self.dtype = features, dtype
 
+    @overload
+    def __call__(
+        self, x: Array, *, lengths: Array | None = None, return_weights: Literal[False] = False
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self, x: Array, *, lengths: Array | None = None, return_weights: Literal[True]
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self, x: Array, *, lengths: Array | None = None, return_weights: bool
+    ) -> Array | tuple[Array, Array]: ...
     def __call__(
         self, x: Array, *, lengths: Array | None = None, return_weights: bool = False
-    ) -> Any:
+    ) -> Array | tuple[Array, Array]:
         """Take the last step of x `[..., S, D]`.
 
         Args:
@@ -63,12 +84,13 @@ class LastStep(nnx.Module):
           TypeError: x is not floating point, or lengths are not integers.
         """
         x = sequence(x, self.features)
-        *leading, S, _ = x.shape
-        lengths = jnp.full(leading, S) if lengths is None else lengths
+        x = x if self.dtype is None else x.astype(self.dtype)
+        S = x.shape[-2]
+        lengths = jnp.full_like(x[..., 0, 0], S, jnp.int32) if lengths is None else lengths
         checks.assert_shapes(x=(x, "... S D"), lengths=(lengths, "..."))
         checks.assert_integers(lengths=lengths)
         checks.assert_in_range("lengths", lengths, 1, S, "S, the number of steps")
-        last = jnp.arange(1, S + 1, dtype=jnp.int32) == jnp.asarray(lengths, jnp.int32)[..., None]
+        last = is_real(lengths, S) & ~is_real(jnp.asarray(lengths) - 1, S)
         context = jnp.sum(x, axis=-2, where=last[..., None])
         return (context, last.astype(context.dtype)) if return_weights else context
 
@@ -88,9 +110,9 @@ class Config:
         and of the vector that is classified.
       network: the recurrent network: `jattn.nn.RNN`, `jattn.nn.LSTM` or `jattn.nn.GRU`.
       pooling: makes of the top layer's steps one vector: `jattn.nn.FeaturePooling`,
-        `jattn.nn.LearnedQueryPooling`, `LastStep`, or any `(features, *, param_dtype, rngs)` →
-        module that is called as they are. None: the state in which each direction ends, after its
-        last real step; of both directions the two side by side.
+        `jattn.nn.LearnedQueryPooling`, `LastStep`, or any `(features, *, dtype, param_dtype,
+        rngs)` → module that is called as they are. None: the final state of each direction, after
+        its last real step; with both directions the two side by side.
       padding_idx: an id whose embedding begins as zeros and learns nothing; None: there is none.
 
     Raises:
@@ -151,8 +173,14 @@ class Classifier(nnx.Module):
 
     Args:
       config: sizes and parts.
+      attend: for the pooling: `jattn.attend`, or a `functools.partial` of it that sets a kernel,
+        mask or modifier. None: the pooling's own.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
+
+    Raises:
+      ValueError: `attend` is given, and the config has no pooling.
 
     Attributes:
       embedding: a `jattn.nn.Embedding`; one with `max_norm` or other options may take its place.
@@ -167,9 +195,19 @@ class Classifier(nnx.Module):
       ((2, 3), (2, 3))
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        attend: Callable[..., Any] | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         D, F = config.embedding_features, config.hidden_features
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        if attend is not None and config.pooling is None:
+            raise ValueError("attend needs a config with a pooling; without one nothing attends")
         self.config = config
         self.embedding = Embedding(config.vocabulary, D, padding_idx=config.padding_idx, **options)
         self.network = config.network(
@@ -179,12 +217,26 @@ class Classifier(nnx.Module):
             **options,
         )  # fmt: skip
         width = (1 + config.bidirectional) * F
-        self.pooling = (
-            nnx.data(None) if config.pooling is None else config.pooling(width, **options)
-        )
+        own = {} if attend is None else {"attend": attend}
+        self.pooling = nnx.data(config.pooling and config.pooling(width, **own, **options))
         self.out = nnx.Linear(width, config.classes, **options)
-        self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
+        self.dropout = dropout(config.dropout_rate, rngs)
 
+    @overload
+    def __call__(
+        self, tokens: Array, *, lengths: Array | None = None,
+        return_weights: Literal[False] = False, deterministic: bool | None = None,
+    ) -> Array: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, tokens: Array, *, lengths: Array | None = None,
+        return_weights: Literal[True], deterministic: bool | None = None,
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, tokens: Array, *, lengths: Array | None = None,
+        return_weights: bool, deterministic: bool | None = None,
+    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
     def __call__(
         self,
         tokens: Array,
@@ -192,13 +244,13 @@ class Classifier(nnx.Module):
         lengths: Array | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
-    ) -> Any:
+    ) -> Array | tuple[Array, Array]:
         """Classify.
 
         Args:
           tokens: ids `[..., T]`, T ≥ 1.
-          lengths: integers `[...]` from 1 to T: only so many tokens of each sequence are real, and
-            the rest reach nothing. None: all are, padding included.
+          lengths: integers `[...]` from 1 to T, the number of real tokens of each sequence; the
+            others change nothing. None: all are real, padding included.
           return_weights: also return the weights of the pooling.
           deterministic: True switches dropout off; None follows `train()` and `eval()`.
 
@@ -218,9 +270,10 @@ class Classifier(nnx.Module):
         T = checks.assert_shapes(tokens=(tokens, "... T"))["T"]
         embedded = self.dropout(self.embedding(tokens), deterministic=deterministic)
         outputs, state = self.network(embedded, lengths=lengths, deterministic=deterministic)
-        context, weights = self._final(state), None
+        found: Any = self._final(state)
         if self.pooling is not None:
-            context, weights = self.pooling(outputs, lengths=lengths, return_weights=True)
+            found = self.pooling(outputs, lengths=lengths, return_weights=return_weights)
+        context = found[0] if return_weights else found
         checks.assert_shapes(
             tokens=(tokens, "... T"), out=(self.out.kernel, "F C"), context=(context, "... F")
         )
@@ -228,7 +281,7 @@ class Classifier(nnx.Module):
         if lengths is not None:
             lengths = jnp.asarray(lengths, jnp.int32)[..., None]
             logits = jnp.where((lengths > 0) & (lengths <= T), logits, jnp.nan)
-        return (logits, weights) if return_weights else logits
+        return (logits, found[1]) if return_weights else logits
 
     def _final(self, state: Any) -> Array:
         """The top layer's last state h in each direction, side by side."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jattn.functional import checks, dtypes
+from jattn.functional import checks, compat, dtypes
 
 Array = jax.Array
 Carry = Any
@@ -66,15 +66,15 @@ def greedy(
       [[1 2 3 0]
        [3 0 0 0]]
     """
-    start, logits = _check(step, carry, start, end, max_length)
+    carry, start, logits = _check(step, carry, start, end, max_length)
     pad = end if pad is None else pad
 
     def advance(loop):
         time, carry, last, (tokens, scores, lengths), ended = loop
         carry, logits = step(carry, last)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        gain = jnp.take_along_axis(_log_probabilities(logits), best[:, None], axis=-1)[:, 0]
-        tokens = tokens.at[:, time].set(jnp.where(ended, pad, best))
+        gain = jnp.max(_log_probabilities(logits), axis=-1)
+        tokens = _written(tokens, time, jnp.where(ended, pad, best))
         decoded = Decoded(
             tokens, scores + jnp.where(ended, 0, gain), jnp.where(ended, lengths, time + 1)
         )
@@ -84,9 +84,9 @@ def greedy(
         time, *_, ended = loop
         return (time < max_length) & ~jnp.all(ended)
 
-    decoded = _nothing(start.shape, max_length, pad, logits.dtype)
-    loop = (jnp.int32(0), carry, start, decoded, jnp.zeros(start.shape, bool))
-    return jax.lax.while_loop(unfinished, advance, loop)[3]
+    decoded = _nothing(start, max_length, pad, logits.dtype)
+    loop = (jnp.int32(0), carry, start, decoded, jnp.zeros_like(start, bool))
+    return jax.lax.while_loop(unfinished, advance, compat.vary_alike(loop))[3]
 
 
 def beam_search(
@@ -141,9 +141,9 @@ def beam_search(
       [[0 0 0]
        [1 0 0]] [1 2]
     """
-    start, logits = _check(step, carry, start, end, max_length)
+    carry, start, logits = _check(step, carry, start, end, max_length)
     _check_beam(logits.shape[1], width, length_penalty)
-    B, L, W = start.shape[0], max_length, width
+    L, W = max_length, width
 
     def normalised(scores, length):
         return scores / ((5 + jnp.asarray(length, scores.dtype)) / 6) ** length_penalty
@@ -155,17 +155,18 @@ def beam_search(
     def advance(beam):
         return _advance(step, beam, end, normalised)
 
-    nothing = _nothing((B, W), L, end if pad is None else pad, logits.dtype)
+    last = jnp.repeat(start[:, None], W, axis=1)
+    nothing = _nothing(last, L, end if pad is None else pad, logits.dtype)
     nothing = nothing._replace(scores=jnp.full_like(nothing.scores, -jnp.inf))
     beam = _Beam(
         time=jnp.int32(0),
         carry=jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], W, axis=1), carry),
-        last=jnp.repeat(start[:, None], W, axis=1),
+        last=last,
         # One empty beginning, and no other
-        living=nothing._replace(scores=nothing.scores.at[:, 0].set(0)),
+        living=nothing._replace(scores=_written(nothing.scores, 0, jnp.zeros_like(last[:, 0]))),
         complete=nothing,
     )
-    return jax.lax.while_loop(unfinished, advance, beam).complete
+    return jax.lax.while_loop(unfinished, advance, compat.vary_alike(beam)).complete
 
 
 class _Beam(NamedTuple):
@@ -190,7 +191,7 @@ def _advance(
     # At most W of these end
     scores, choice = jax.lax.top_k(rearrange(extended, "b w c -> b (w c)"), 2 * W)
     parent, token = choice // C, choice % C
-    tokens = _take(beam.living.tokens, parent).at[:, :, beam.time].set(token)
+    tokens = _written(_take(beam.living.tokens, parent), beam.time, token)
     candidates = Decoded(tokens, scores, jnp.full_like(token, length))
 
     stops = (token == end) | (length == L)
@@ -208,13 +209,27 @@ def _advance(
 
 def _take(tree: Any, choice: Array) -> Any:
     """From leaves `[B, W, ...]` take the entries `choice [B, W']` of the second axis."""
-    rows = jnp.arange(choice.shape[0])[:, None]
-    return jax.tree.map(lambda leaf: leaf[rows, choice], tree)
+
+    def take(leaf: Array, choice: Array) -> Array:
+        return leaf[jnp.arange(choice.shape[0])[:, None], choice]
+
+    return jax.tree.map(
+        lambda leaf: compat.automatically(take, jax.typeof(leaf).sharding.spec)(leaf, choice), tree
+    )
 
 
-def _nothing(shape: tuple[int, ...], max_length: int, pad: int, dtype: Any) -> Decoded:
-    tokens = jnp.full((*shape, max_length), pad, jnp.int32)
-    return Decoded(tokens, jnp.zeros(shape, dtypes.accumulator(dtype)), jnp.zeros(shape, jnp.int32))
+def _written(array: Array, place: Any, values: Array) -> Array:
+    """`array [..., L]` with `values [...]` at one place of the last axis."""
+    here = jnp.arange(array.shape[-1], dtype=jnp.int32) == place
+    here = here.reshape(*(1,) * values.ndim, array.shape[-1])
+    return jnp.where(here, values[..., None].astype(array.dtype), array)
+
+
+def _nothing(like: Array, max_length: int, pad: int, dtype: Any) -> Decoded:
+    """Sequences of no tokens, one for each entry of an array of integers."""
+    zeros = jnp.zeros_like(like)
+    tokens = jnp.repeat(jnp.full_like(like, pad)[..., None], max_length, axis=-1)
+    return Decoded(tokens, zeros.astype(dtypes.accumulator(dtype)), zeros)
 
 
 def _log_probabilities(logits: Array) -> Array:
@@ -223,7 +238,8 @@ def _log_probabilities(logits: Array) -> Array:
 
 def _check(
     step: Step, carry: Carry, start: Array, end: int, max_length: int
-) -> tuple[Array, jax.ShapeDtypeStruct]:
+) -> tuple[Carry, Array, Any]:
+    """Carry and start as a loop wants them, and the kind of the logits."""
     start = jnp.asarray(start)
     checks.assert_shapes(start=(start, "B"))
     checks.assert_integers(start=start)
@@ -233,17 +249,22 @@ def _check(
             raise ValueError(
                 f"{name} must be [B, ...] with B = {start.shape[0]}, got shape {jnp.shape(leaf)}"
             )
+    carry = jax.tree.map(jnp.asarray, carry)
     after, logits = jax.eval_shape(step, carry, start)
-    described = jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), carry)
-    if described != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after):
-        raise ValueError(f"step must return a carry like the one it gets: {described}, got {after}")
+    described, came = (
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (carry, after)
+    )
+    if described != came:
+        raise ValueError(f"step must return a carry like the one it gets: {described}, got {came}")
     checks.assert_shapes(start=(start, "B"), logits=(logits, "B C"))
     checks.assert_floating(logits=logits)
     checks.assert_in_range(
         "end", end, 0, logits.shape[1] - 1, "C - 1, the last id of the vocabulary"
     )
     checks.assert_positive(max_length=max_length)
-    return start.astype(jnp.int32), logits
+    names = frozenset().union(*map(compat.varying_of, jax.tree.leaves((after, logits))))
+    carry, start = compat.vary_over(names, compat.vary_alike((carry, start)))
+    return carry, start.astype(jnp.int32), logits
 
 
 def _check_beam(vocabulary: int, width: int, length_penalty: float) -> None:

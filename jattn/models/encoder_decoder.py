@@ -1,14 +1,19 @@
 """What translators share: an encoder reads the source, a decoder writes one token at a time."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
-from jattn.functional import checks, masks
+from jattn.functional import checks, compat, masks
 from jattn.models import decoding
+from jattn.models.decoding import Decoded
+from jattn.models.tokens import embed, is_real
+from jattn.nn._shared import is_on, promoted
+from jattn.nn.embedding import Embedding
 
 Array = jax.Array
 _BEAM = ("width", "length_penalty")
@@ -22,18 +27,151 @@ class Memory(NamedTuple):
     mask: masks.Mask | None  # which of the S positions are real; None: all
 
 
+class Decoder(nnx.Module):
+    """A decoder that writes one token at a time; each model has its own `_advance`.
+
+    Its state is a pytree of floating-point arrays `[B, ...]`.
+    """
+
+    embedding: Embedding
+    out: nnx.Linear
+    dtype: Any
+    state_pattern: ClassVar[str]  # of the first array of the state
+
+    def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
+        """What the decoder attends to: the encoder's outputs `[B, S, width]`.
+
+        Lengths, integers `[B]`, hide the padding.
+        """
+        mask = None if lengths is None else masks.padding(lengths)
+        return Memory(self._keys(outputs), outputs, mask)
+
+    @overload
+    def __call__(
+        self, target_in: Array, state: Any, memory: Memory, *,
+        return_weights: Literal[False] = False, deterministic: bool | None = None,
+    ) -> Array: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, target_in: Array, state: Any, memory: Memory, *,
+        return_weights: Literal[True], deterministic: bool | None = None,
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, target_in: Array, state: Any, memory: Memory, *,
+        return_weights: bool, deterministic: bool | None = None,
+    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
+    def __call__(
+        self,
+        target_in: Array,
+        state: Any,
+        memory: Memory,
+        *,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """Decode with every step's input given (teacher forcing).
+
+        Args:
+          target_in: token ids `[B, T]`: the start token, then the target without its last token.
+          state: before the first step.
+          memory: from `remember`.
+          return_weights: also return the attention weights of every step.
+          deterministic: True switches dropout off; None follows `train()` and `eval()`.
+
+        Returns:
+          Logits `[B, T, C]`, or a tuple of them and weights `[B, T, S]` before dropout.
+
+        Raises:
+          ValueError: a shape does not fit; an id is unknown (under jit: NaN); or the weights are
+            asked of a decoder without attention.
+          TypeError: ids are not integers.
+        """
+        first = jax.tree.leaves(state)[0]
+        checks.assert_shapes(
+            target_in=(target_in, "B T"),
+            state=(first, self.state_pattern),
+            memory=(memory.value, "B S width"),
+        )
+        embedded = self._embed("target_in", target_in)
+        state, embedded, memory = self._alike(state, embedded, memory)
+        streams, decoder_of = per_step(self, target_in.shape[1], deterministic, like=embedded)
+
+        def advance(state: Any, step: Any) -> Any:
+            streams, embedded = step
+            return decoder_of(streams)._advance(
+                state, embedded, memory, return_weights=return_weights, deterministic=deterministic
+            )
+
+        steps = streams, rearrange(embedded, "b t d -> t b d")
+        _, (outputs, weights) = jax.lax.scan(advance, state, steps)
+        logits = self.out(rearrange(outputs, "t b f -> b t f"))
+        return (logits, rearrange(weights, "t b s -> b t s")) if return_weights else logits
+
+    def step(self, tokens: Array, state: Any, memory: Memory) -> tuple[Any, Array]:
+        """One step without dropout.
+
+        Token ids `[B]` and a state give the next state and logits `[B, C]`.
+        """
+        state, (output, _) = self._advance(
+            state, self._embed("tokens", tokens), memory, return_weights=False, deterministic=True
+        )
+        return state, self.out(output)
+
+    def _keys(self, outputs: Array) -> Array:
+        """The encoder's outputs as the attention compares them."""
+        return outputs
+
+    def _embed(self, name: str, tokens: Array) -> Array:
+        """What `_advance` reads of the tokens, `[..., width]`."""
+        return embed(name, tokens, self.embedding)
+
+    def _advance(
+        self,
+        state: Any,
+        embedded: Array,
+        memory: Memory,
+        *,
+        return_weights: bool,
+        deterministic: bool | None,
+    ) -> tuple[Any, tuple[Array, Array | None]]:
+        """The next state, the output `[B, F]` of which the logits are made, and the weights."""
+        raise NotImplementedError
+
+    def _alike(self, state: Any, embedded: Array, memory: Memory) -> tuple[Any, Array, Memory]:
+        """The three in one dtype, and differing over the same axes of a `jax.shard_map`."""
+        arrays = state, embedded, memory.key, memory.value
+        leaves, structure = jax.tree.flatten(arrays)
+        leaves = compat.vary_alike(promoted(self.dtype, *leaves), (memory.mask, nnx.state(self)))
+        state, embedded, key, value = jax.tree.unflatten(structure, leaves)
+        return state, embedded, Memory(key, value, memory.mask)
+
+
 class EncoderDecoder(nnx.Module):
     """A translator of two parts; each model has its own `config`, `encoder` and `decoder`.
 
-    The encoder turns `(source, lengths=…, deterministic=…)` into outputs and states. The decoder
-    has `remember(outputs, lengths)`, `step(tokens, state, memory)`, and in a call
-    `(target_in, state, memory)` → logits and weights.
+    The encoder turns `(source, lengths=…, deterministic=…)` into outputs and states.
     """
 
     config: Any
     encoder: Any
-    decoder: Any
+    decoder: Decoder
 
+    @overload
+    def __call__(
+        self, source: Array, target_in: Array, *, lengths: Array | None = None,
+        return_weights: Literal[False] = False, deterministic: bool | None = None,
+    ) -> Array: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, source: Array, target_in: Array, *, lengths: Array | None = None,
+        return_weights: Literal[True], deterministic: bool | None = None,
+    ) -> tuple[Array, Array]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, source: Array, target_in: Array, *, lengths: Array | None = None,
+        return_weights: bool, deterministic: bool | None = None,
+    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
     def __call__(
         self,
         source: Array,
@@ -42,7 +180,7 @@ class EncoderDecoder(nnx.Module):
         lengths: Array | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
-    ) -> Any:
+    ) -> Array | tuple[Array, Array]:
         """Predict every target token from those before it (teacher forcing).
 
         Args:
@@ -62,12 +200,28 @@ class EncoderDecoder(nnx.Module):
           TypeError: ids or lengths are not integers.
         """
         checks.assert_shapes(source=(source, "B S"), target_in=(target_in, "B T"))
-        self._check(source, lengths, return_weights)
+        self._check(source, lengths)
         checks.validated_tokens("target_in", target_in, self.config.target_vocabulary)
         memory, state = self._read(source, lengths, deterministic)
-        logits, weights = self.decoder(target_in, state, memory, deterministic=deterministic)
-        return (logits, weights) if return_weights else logits
+        return self.decoder(
+            target_in, state, memory, return_weights=return_weights, deterministic=deterministic
+        )
 
+    @overload
+    def greedy(
+        self, source: Array, *, lengths: Array | None = None, max_length: int,
+        return_weights: Literal[False] = False,
+    ) -> Decoded: ...  # fmt: skip
+    @overload
+    def greedy(
+        self, source: Array, *, lengths: Array | None = None, max_length: int,
+        return_weights: Literal[True],
+    ) -> tuple[Decoded, Array]: ...  # fmt: skip
+    @overload
+    def greedy(
+        self, source: Array, *, lengths: Array | None = None, max_length: int,
+        return_weights: bool,
+    ) -> Decoded | tuple[Decoded, Array]: ...  # fmt: skip
     def greedy(
         self,
         source: Array,
@@ -75,7 +229,7 @@ class EncoderDecoder(nnx.Module):
         lengths: Array | None = None,
         max_length: int,
         return_weights: bool = False,
-    ) -> Any:
+    ) -> Decoded | tuple[Decoded, Array]:
         """Translate by the most probable token at every step (`decoding.greedy`), without dropout.
 
         The search is compiled.
@@ -95,6 +249,21 @@ class EncoderDecoder(nnx.Module):
         """
         return self._decode(source, lengths, max_length=max_length, return_weights=return_weights)
 
+    @overload
+    def beam(
+        self, source: Array, *, lengths: Array | None = None, max_length: int, width: int,
+        length_penalty: float = 0.0, return_weights: Literal[False] = False,
+    ) -> Decoded: ...  # fmt: skip
+    @overload
+    def beam(
+        self, source: Array, *, lengths: Array | None = None, max_length: int, width: int,
+        length_penalty: float = 0.0, return_weights: Literal[True],
+    ) -> tuple[Decoded, Array]: ...  # fmt: skip
+    @overload
+    def beam(
+        self, source: Array, *, lengths: Array | None = None, max_length: int, width: int,
+        length_penalty: float = 0.0, return_weights: bool,
+    ) -> Decoded | tuple[Decoded, Array]: ...  # fmt: skip
     def beam(
         self,
         source: Array,
@@ -104,7 +273,7 @@ class EncoderDecoder(nnx.Module):
         width: int,
         length_penalty: float = 0.0,
         return_weights: bool = False,
-    ) -> Any:
+    ) -> Decoded | tuple[Decoded, Array]:
         """Translate by beam search (`decoding.beam_search`), compiled, without dropout.
 
         Args:
@@ -131,7 +300,7 @@ class EncoderDecoder(nnx.Module):
         outputs, state = self.encoder(source, lengths=lengths, deterministic=deterministic)
         return self.decoder.remember(outputs, lengths), state
 
-    def _check(self, source: Array, lengths: Array | None, return_weights: bool) -> None:
+    def _check(self, source: Array, lengths: Array | None) -> None:
         S = checks.assert_shapes(source=(source, "B S"))["S"]
         checks.validated_tokens("source", source, self.config.source_vocabulary)
         if lengths is not None:
@@ -142,7 +311,7 @@ class EncoderDecoder(nnx.Module):
     def _decode(
         self, source: Array, lengths: Array | None, *, return_weights: bool, **options: Any
     ) -> Any:
-        self._check(source, lengths, return_weights)
+        self._check(source, lengths)
         return _decode(*nnx.split(self), source, lengths, return_weights=return_weights, **options)
 
 
@@ -153,7 +322,7 @@ def _decode(graphdef, parameters, source, lengths, *, return_weights, max_length
     model = nnx.merge(graphdef, parameters)
     decoder, config = model.decoder, model.config
     memory, state = model._read(source, lengths, True)
-    start = jnp.full(source.shape[:1], config.start, jnp.int32)
+    start = jnp.full_like(source[:, 0], config.start, jnp.int32)
     found = (decoding.beam_search if beam else decoding.greedy)(
         lambda state, tokens: decoder.step(tokens, state, memory),
         state, start=start, end=config.end, pad=config.pad, max_length=max_length, **beam,
@@ -164,11 +333,10 @@ def _decode(graphdef, parameters, source, lengths, *, return_weights, max_length
     # Reads the tokens once more: simpler than a search that carries weights
     def weights_of(tokens: Array) -> Array:
         target_in = jnp.concatenate([start[:, None], tokens[:, :-1]], axis=1)
-        return decoder(target_in, state, memory, deterministic=True)[1]
+        return decoder(target_in, state, memory, return_weights=True, deterministic=True)[1]
 
     weights = (jax.vmap(weights_of, in_axes=1, out_axes=1) if beam else weights_of)(found.tokens)
-    inside = jnp.arange(max_length, dtype=jnp.int32) < found.lengths[..., None]
-    return found, jnp.where(inside[..., None], weights, 0)
+    return found, jnp.where(is_real(found.lengths, max_length)[..., None], weights, 0)
 
 
 def check_config(config: Any, *sizes: str) -> None:
@@ -187,15 +355,24 @@ def check_config(config: Any, *sizes: str) -> None:
         )
 
 
-def per_step(module: nnx.Module, steps: int, *, random: bool) -> tuple[Any, Any]:
+def per_step(
+    module: nnx.Module, steps: int, deterministic: bool | None, *, like: Any
+) -> tuple[Any, Any]:
     """The random streams of all steps, to scan over, and a function from one step's to the module.
 
     A scan traces its body once: with one stream every step would drop the same weights.
+
+    Inside `jax.shard_map` the parameters differ over the axes over which `like` does, so that
+    their gradients are summed over devices once, and not at every step.
     """
-    if not random:
-        return None, lambda streams: module
+    parts = [part for _, part in nnx.iter_modules(module)]
+    if not any(is_on(part, deterministic) for part in parts if isinstance(part, nnx.Dropout)):
+        graphdef, rest = nnx.split(module)
+        rest = compat.vary_alike(rest, like)
+        return None, lambda streams: nnx.merge(graphdef, rest)
     with nnx.split_rngs(module, splits=steps):
         graphdef, streams, rest = nnx.split(module, nnx.RngState, ...)  # type: ignore[misc]
         # A copy: leaving the block restores the streams in place
         streams = jax.tree.map(jnp.asarray, streams)
+    rest = compat.vary_alike(rest, like)
     return streams, lambda streams: nnx.merge(graphdef, streams, rest)

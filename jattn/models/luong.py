@@ -5,6 +5,7 @@ https://arxiv.org/abs/1409.3215
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from jattn.functional import checks, masks
-from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config, per_step
-from jattn.models.tokens import embed
+from jattn.attention import attend
+from jattn.functional import checks
+from jattn.models import encoder_decoder
+from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config
+from jattn.models.tokens import Embed, embed
+from jattn.nn._shared import dropout
 from jattn.nn.pooling import BilinearAttention
 from jattn.nn.recurrent import LSTM
 from jattn.nn.recurrent_cells import LSTMCell
@@ -89,6 +93,7 @@ class Encoder(nnx.Module):
 
     Args:
       config: sizes, and whether sources are read from their end.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params`.
 
@@ -99,10 +104,18 @@ class Encoder(nnx.Module):
       ((2, 7, 10), (2, 2, 5), (2, 2, 5))
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         D, F = config.embedding_features, config.hidden_features
-        self.embedding = nnx.Embed(config.source_vocabulary, D, param_dtype=param_dtype, rngs=rngs)
-        self.lstm = LSTM(D, F, bidirectional=True, param_dtype=param_dtype, rngs=rngs)
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.embedding = Embed(config.source_vocabulary, D, **options)
+        self.lstm = LSTM(D, F, bidirectional=True, **options)
         self.reverse_source = config.reverse_source
 
     def __call__(
@@ -140,13 +153,13 @@ class Encoder(nnx.Module):
         if lengths is None:
             return jnp.flip(sequences, axis=1)
         checks.assert_shapes(source=(sequences, "B S D"), lengths=(lengths, "B"))
-        steps = jnp.arange(sequences.shape[1], dtype=jnp.int32)
+        steps = jnp.arange(sequences.shape[1], dtype=jnp.int32)[None]
         mirrored = jnp.asarray(lengths).astype(jnp.int32)[:, None] - 1 - steps
         order = jnp.where(mirrored >= 0, mirrored, steps)
         return jnp.take_along_axis(sequences, order[..., None], axis=1)
 
 
-class Decoder(nnx.Module):
+class Decoder(encoder_decoder.Decoder):
     """One target token at a time: update the state, then attend to the source with it.
 
         h_t, c_t = LSTMCell([embedding(y_{t−1}); o_{t−1}], h_{t−1}, c_{t−1})
@@ -159,6 +172,8 @@ class Decoder(nnx.Module):
 
     Args:
       config: sizes and form.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
@@ -166,102 +181,84 @@ class Decoder(nnx.Module):
       >>> decoder = Decoder(Config(11, 13, 3, 5), rngs=nnx.Rngs(0))
       >>> memory = decoder.remember(jnp.ones((2, 7, 10)))
       >>> state = decoder.begin(*jnp.ones((2, 2, 2, 5)))
-      >>> logits, weights = decoder(jnp.ones((2, 4), int), state, memory)
+      >>> tokens = jnp.ones((2, 4), int)
+      >>> logits, weights = decoder(tokens, state, memory, return_weights=True)
       >>> logits.shape, weights.shape
       ((2, 4, 13), (2, 4, 7))
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    state_pattern = "B F"
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         D, F, C = config.embedding_features, config.hidden_features, config.target_vocabulary
-        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         bare = options | {"use_bias": False}
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.fed_features = D if config.feed == "prediction" else F if config.attention else 0
-        self.embedding = nnx.Embed(C, D, **options)
+        self.embedding = Embed(C, D, **options)
         self.first_h = nnx.Linear(2 * F, F, **bare)
         self.first_c = nnx.Linear(2 * F, F, **bare)
         self.cell = LSTMCell(D + self.fed_features, F, **options)
         if config.attention:
-            self.attention = BilinearAttention(F, 2 * F, **options)
+            self.attention = BilinearAttention(F, 2 * F, attend=attend, **options)
             self.combine = nnx.Linear(3 * F, F, **bare)
-        self.dropout = nnx.Dropout(config.dropout_rate, rngs=rngs if config.dropout_rate else None)
+        self.dropout = dropout(config.dropout_rate, rngs)
         self.out = nnx.Linear(F, C, **bare)
-
-    def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
-        """The encoder's outputs `[B, S, 2F]` as key and value; lengths `[B]` hide the padding."""
-        return Memory(outputs, outputs, None if lengths is None else masks.padding(lengths))
 
     def begin(self, h: Array, c: Array) -> State:
         """The state before the first step, from the encoder's last h and c, `[B, 2, F]` each."""
         h, c = (rearrange(part, "b directions f -> b (directions f)") for part in (h, c))
         h, c = self.first_h(h), self.first_c(c)
-        fed = jnp.zeros((len(h), self.fed_features), h.dtype)
-        if self.config.feed == "prediction":
-            fed = self.embedding(jnp.full(len(h), self.config.start, jnp.int32))
-        return State(h, c, jnp.zeros_like(h), fed)
-
-    def __call__(
-        self, target_in: Array, state: State, memory: Memory, *, deterministic: bool | None = None
-    ) -> tuple[Array, Array | None]:
-        """Decode with every step's input given (teacher forcing).
-
-        Args:
-          target_in: token ids `[B, T]`: the start token, then the target without its last token.
-          state: before the first step, from `begin`.
-          memory: from `remember`.
-          deterministic: True switches dropout off; None follows the decoder's `train()` and
-            `eval()`.
-
-        Returns:
-          Logits `[B, T, C]`, and attention weights `[B, T, S]`, or None without attention.
-
-        Raises:
-          ValueError: a shape does not fit, or an id is unknown (under jit: NaN).
-        """
-        checks.assert_shapes(
-            target_in=(target_in, "B T"), state=(state.h, "B F"), memory=(memory.value, "B S width")
-        )
-        off = self.dropout.deterministic if deterministic is None else deterministic
-        embedded = embed("target_in", target_in, self.embedding)
-        streams, decoder_of = per_step(
-            self, embedded.shape[1], random=self.dropout.rate > 0 and not off
-        )
-
-        def advance(state, step):
-            streams, embedded = step
-            state, weights = decoder_of(streams)._advance(state, embedded, memory, off)
-            return state, (state.output, weights)
-
-        _, (outputs, weights) = jax.lax.scan(
-            advance, state, (streams, rearrange(embedded, "b t d -> t b d"))
-        )
-        logits = self.out(rearrange(outputs, "t b f -> b t f"))
-        return logits, None if weights is None else rearrange(weights, "t b s -> b t s")
-
-    def step(self, tokens: Array, state: State, memory: Memory) -> tuple[State, Array]:
-        """One step without dropout: ids `[B]` and a state to the next state and logits `[B, C]`."""
-        state, _ = self._advance(state, embed("tokens", tokens, self.embedding), memory, True)
-        return state, self.out(state.output)
+        output = jnp.zeros_like(h)
+        start = jnp.full_like(h[:, 0], self.config.start, jnp.int32)
+        return State(h, c, output, self._fed(output, start))
 
     def _advance(
-        self, state: State, embedded: Array, memory: Memory, off: bool
-    ) -> tuple[State, Array | None]:
-        parts = (state.fed, embedded) if self.config.feed == "prediction" else (embedded, state.fed)
+        self,
+        state: State,
+        embedded: Array,
+        memory: Memory,
+        *,
+        return_weights: bool,
+        deterministic: bool | None,
+    ) -> tuple[State, tuple[Array, Array | None]]:
+        predicts = self.config.feed == "prediction"
+        parts = (state.fed, embedded) if predicts else (embedded, state.fed)
         h, c = self.cell(jnp.concatenate(parts, axis=-1), (state.h, state.c))
-        output, weights = self._attend(h, memory) if self.config.attention else (h, None)
-        output = self.dropout(output, deterministic=off)
-        if self.config.feed == "prediction":
-            fed = self.embedding(jnp.argmax(self.out(output), axis=-1))
-        else:
-            fed = output[:, : self.fed_features]  # all of it, or nothing
-        return State(h, c, output, fed), weights
+        output, weights = self._attend(h, memory, return_weights)
+        output = self.dropout(output, deterministic=deterministic)
+        prediction = jnp.argmax(self.out(output), axis=-1) if predicts else None
+        return State(h, c, output, self._fed(output, prediction)), (output, weights)
 
-    def _attend(self, h: Array, memory: Memory) -> tuple[Array, Array]:
-        """tanh(W_u [a; h]), and the weights."""
-        context, weights = self.attention(
-            h[:, None], memory.key, memory.value, mask=memory.mask, return_weights=True
+    def _fed(self, output: Array, prediction: Array | None) -> Array:
+        """What the next step reads beside its token."""
+        if self.config.feed == "prediction" and prediction is not None:
+            return self.embedding(prediction).astype(output.dtype)
+        return output[:, : self.fed_features]  # all of it, or nothing
+
+    def _attend(self, h: Array, memory: Memory, return_weights: bool) -> tuple[Array, Array | None]:
+        """tanh(W_u [a; h]), and the weights if they are asked for."""
+        if not self.config.attention:
+            if return_weights:
+                raise ValueError(
+                    "return_weights=True needs attention=True in the config:"
+                    " without it there are no weights"
+                )
+            return h, None
+        found = self.attention(
+            h[:, None], memory.key, memory.value, mask=memory.mask, return_weights=return_weights
         )
-        return jnp.tanh(self.combine(jnp.concatenate([context[:, 0], h], axis=-1))), weights[:, 0]
+        context, weights = found if isinstance(found, tuple) else (found, None)
+        output = jnp.tanh(self.combine(jnp.concatenate([context[:, 0], h], axis=-1)))
+        return output, None if weights is None else weights[:, 0]
 
 
 class LuongTranslator(EncoderDecoder):
@@ -271,6 +268,8 @@ class LuongTranslator(EncoderDecoder):
 
     Args:
       config: sizes, form and special ids.
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier.
+      dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
@@ -286,21 +285,23 @@ class LuongTranslator(EncoderDecoder):
       ((2, 6), (2, 6, 3))
     """
 
-    def __init__(self, config: Config, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        attend: Callable[..., Any] = attend,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
-        self.encoder = Encoder(config, param_dtype=param_dtype, rngs=rngs)
-        self.decoder = Decoder(config, param_dtype=param_dtype, rngs=rngs)
+        self.encoder = Encoder(config, **options)
+        self.decoder = Decoder(config, attend=attend, **options)
 
     def _read(
         self, source: Array, lengths: Array | None, deterministic: bool | None
     ) -> tuple[Memory, Any]:
         memory, last = super()._read(source, lengths, deterministic)
-        return memory, self.decoder.begin(*last)
-
-    def _check(self, source: Array, lengths: Array | None, return_weights: bool) -> None:
-        if return_weights and not self.config.attention:
-            raise ValueError(
-                "return_weights=True needs attention=True in the config:"
-                " without it there are no weights"
-            )
-        super()._check(source, lengths, return_weights)
+        decoder: Any = self.decoder
+        return memory, decoder.begin(*last)

@@ -1,18 +1,38 @@
 """Token ids: checked, embedded, and predicted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax.nnx.nn import initializers
 
-from jattn.functional import checks
+from jattn.functional import checks, compat, dtypes
+from jattn.nn.embedding import Embedding
 
 Array = jax.Array
 
+# A `jattn.nn.Embedding` that begins with the numbers of `flax.nnx.Embed`
+Embed = functools.partial(
+    Embedding, embedding_init=initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+)
 
-def embed(name: str, tokens: Array, embedding: nnx.Embed) -> Array:
-    """The rows of token ids, checked by `checks.validated_tokens`."""
+
+def embed(name: str, tokens: Array, embedding: Embedding) -> Array:
+    """The rows of token ids; an error of `checks.validated_tokens` names the argument."""
     return embedding(checks.validated_tokens(name, tokens, embedding.num_embeddings))
+
+
+def is_real(lengths: Array, steps: int) -> Array:
+    """Which steps of each sequence are real: integers `[...]` to booleans `[..., steps]`.
+
+    Example:
+      >>> is_real(jnp.array([1, 2]), 2)
+      Array([[ True, False],
+             [ True,  True]], dtype=bool)
+    """
+    lengths = jnp.asarray(lengths).astype(jnp.int32)[..., None]
+    return jnp.arange(steps, dtype=jnp.int32).reshape(*(1,) * (lengths.ndim - 1), steps) < lengths
 
 
 def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None) -> Array:
@@ -26,7 +46,7 @@ def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None
       lengths: integers `[...]`, how many targets of each sequence are real; None: all.
 
     Returns:
-      A scalar in nats; NaN if no token is real.
+      A scalar in nats, of float32 for logits of half precision; NaN if no token is real.
 
     Raises:
       ValueError: a shape does not fit, an id is not in the vocabulary (under jit: NaN), or a length
@@ -40,13 +60,13 @@ def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None
     """
     sizes = checks.assert_shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
     checks.assert_floating(logits=logits)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, checks.validated_tokens("targets", targets, sizes["C"])
-    )
+    targets = checks.validated_tokens("targets", targets, sizes["C"])
+    losses = compat.automatically(
+        optax.softmax_cross_entropy_with_integer_labels, jax.typeof(targets).sharding.spec
+    )(jnp.asarray(logits, dtypes.accumulator(logits.dtype)), targets)
     if lengths is None:
         return jnp.mean(losses)
     checks.assert_shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
     checks.assert_integers(lengths=lengths)
     checks.assert_in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
-    lengths = jnp.asarray(lengths).astype(jnp.int32)
-    return jnp.mean(losses, where=jnp.arange(sizes["T"], dtype=jnp.int32) < lengths[..., None])
+    return jnp.mean(losses, where=is_real(lengths, sizes["T"]))

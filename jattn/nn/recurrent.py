@@ -157,7 +157,7 @@ class _Network(nnx.Module):
         checks.assert_in_range("lengths", lengths, 1, T, "T, the number of steps")
         lengths = jnp.asarray(lengths, jnp.int32)[..., None]
         steps = jnp.arange(T, dtype=jnp.int32).reshape(T, *(1 for _ in lengths.shape))
-        return inputs, tuple(same), steps < lengths, (lengths > 0) & (lengths <= T)
+        return inputs, tuple(same), steps < lengths[None], (lengths > 0) & (lengths <= T)
 
 
 class RNN(_Network):

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.functional import checks
-from jattn.functional.recurrence import Gates, State, Weights, advance, gru_step, lstm_step, recur
+from jattn.functional.recurrence import (
+    Gates,
+    State,
+    Weights,
+    advance,
+    gru_step,
+    lstm_step,
+    plus,
+    recur,
+)
 from jattn.nn._shared import promoted
 
 Array = jax.Array
@@ -117,8 +126,7 @@ class Cell(nnx.Module):
             )
         weights = self.weights(inputs.dtype)
         projected = inputs @ weights.input_kernel[begin : begin + width]
-        bias = weights.input_bias if use_bias else None
-        return projected if bias is None else projected + bias
+        return plus(projected, weights.input_bias if use_bias else None)
 
     def advance(self, projected: Array, state: State) -> State:
         """The rest of a step: `projected [..., G · F]` and the state's parts to the next parts.

@@ -86,7 +86,8 @@ class _SequencePooling(nnx.Module):
             mask = joined_masks(masks.padding(lengths), mask)
             end = jnp.asarray(lengths, jnp.int32)[..., None, None]
             # A NaN past the end would reach the gradient of the kernel
-            x = jnp.where(jnp.arange(x.shape[-2], dtype=jnp.int32)[:, None] < end, x, 0)
+            steps = jnp.arange(x.shape[-2], dtype=jnp.int32)
+            x = jnp.where(steps.reshape(*(1,) * (x.ndim - 2), -1, 1) < end, x, 0)
         query, key, value = promoted(self.dtype, *self._operands(x))
         bias = self._bias()
         if bias is not None:

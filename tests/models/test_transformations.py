@@ -1,0 +1,284 @@
+"""Every model under JAX's transformations and checks, in small, against its plain call."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jattn
+from jattn.functional import compat
+from jattn.models import bahdanau, char_rnn, classifier, luong
+from jattn.models.decoding import beam_search, greedy
+from jattn.models.tokens import cross_entropy
+
+B, S, C = 4, 3, 5
+LENGTHS = np.array([1, 3, 2, 3])
+SOURCE = np.array([[3, 0, 0], [1, 2, 3], [4, 1, 0], [2, 2, 4]])
+NETWORK = char_rnn.Config(C, 3, 2, 1)
+SORTED = classifier.Config(C, C, 3, 2, dropout_rate=0.5)
+MODELS = {
+    "bahdanau": (
+        bahdanau.BahdanauTranslator,
+        bahdanau.Config(C, C, 3, 2, num_layers=2, dropout_rate=0.5),
+    ),
+    "luong": (luong.LuongTranslator, luong.Config(C, C, 3, 2, dropout_rate=0.5)),
+    "luong prediction": (
+        luong.LuongTranslator,
+        luong.Config(C, C, 3, 2, feed="prediction", reverse_source=True),
+    ),
+    "classifier": (
+        classifier.Classifier,
+        classifier.Config(C, C, 3, 2, dropout_rate=0.5, pooling=jattn.nn.LearnedQueryPooling),
+    ),
+    "last step": (
+        classifier.Classifier,
+        classifier.Config(C, C, 3, 2, pooling=classifier.LastStep),
+    ),
+    "cell": (char_rnn.CharCell, NETWORK),
+    "characters": (char_rnn.EmbeddedCharRNN, NETWORK),
+}
+NETWORKS = ["cell", "characters"]
+TRANSLATORS = ["bahdanau", "luong", "luong prediction"]
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name, **options):
+    kind, config = MODELS[name]
+    return kind(config, rngs=nnx.Rngs(0), **options)
+
+
+def call(name, model, tokens, lengths, **options):
+    if name in TRANSLATORS:
+        return model(tokens, tokens, lengths=lengths, **options)
+    return model(tokens) if name in NETWORKS else model(tokens, lengths=lengths, **options)
+
+
+def loss(name, model, tokens, lengths):
+    logits = call(name, model, tokens, lengths)
+    if logits.ndim == 2:
+        logits, tokens = logits[:, None], tokens[:, :1]
+    return cross_entropy(logits, tokens)
+
+
+def plain(name):
+    model = build(name)
+    model.eval()
+    graphdef, parameters, rest = nnx.split(model, nnx.Param, ...)
+    return model, graphdef, parameters, rest
+
+
+def assert_close(came, expected, tolerance=1e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        came,
+        expected,
+    )
+
+
+def mesh_of(kind):
+    return jax.make_mesh((2,), ("batch",), axis_types=(kind,))
+
+
+def both(name, graphdef, rest, parameters, tokens, lengths):
+    """The loss and its gradient."""
+
+    def of(parameters):
+        return loss(name, nnx.merge(graphdef, parameters, rest), tokens, lengths)
+
+    return jax.value_and_grad(of)(parameters)
+
+
+@every_model
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map(name, check_vma):
+    _, graphdef, parameters, rest = plain(name)
+    run = functools.partial(both, name, graphdef, rest)
+    expected = jax.jit(run)(parameters, SOURCE, LENGTHS)
+
+    def local(parameters, tokens, lengths):
+        def of(parameters):
+            own = loss(name, nnx.merge(graphdef, parameters, rest), tokens, lengths)
+            return jax.lax.pmean(own, "batch") if check_vma else own / 2
+
+        value, gradient = jax.value_and_grad(of)(parameters)
+        return (value, gradient) if check_vma else jax.lax.psum((value, gradient), "batch")
+
+    mapped = jax.shard_map(
+        local, mesh=mesh_of(AxisType.Auto), in_specs=(P(), P("batch"), P("batch")), out_specs=P(),
+        check_vma=check_vma,
+    )  # fmt: skip
+    assert_close(jax.jit(mapped)(parameters, SOURCE, LENGTHS), expected)
+
+
+@every_model
+def test_on_explicit_axes(name):
+    _, graphdef, parameters, rest = plain(name)
+    run = functools.partial(both, name, graphdef, rest)
+    expected = jax.jit(run)(parameters, SOURCE, LENGTHS)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, P("batch"))
+        came = jax.jit(run)(parameters, *jax.device_put((SOURCE, LENGTHS), rows))
+    assert_close(came, expected)
+
+
+@pytest.mark.parametrize("name", TRANSLATORS[1:])
+@pytest.mark.parametrize("options", [{}, {"width": 2}], ids=["greedy", "beam"])
+def test_decoding_on_meshes(name, options):
+    model, *_ = plain(name)
+    model.decoder.out.kernel[...] *= 20
+
+    def decode(tokens, lengths):
+        search = model.beam if options else model.greedy
+        return search(tokens, lengths=lengths, max_length=3, return_weights=True, **options)
+
+    expected = decode(SOURCE, LENGTHS)
+    for check_vma in (True, False):
+        mapped = jax.shard_map(
+            decode, mesh=mesh_of(AxisType.Auto), in_specs=P("batch"), out_specs=P("batch"),
+            check_vma=check_vma,
+        )  # fmt: skip
+        assert_close(jax.jit(mapped)(SOURCE, LENGTHS), expected)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, P("batch"))
+        assert_close(decode(*jax.device_put((SOURCE, LENGTHS), rows)), expected)
+
+
+@pytest.mark.parametrize("search", [greedy, functools.partial(beam_search, width=2)])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_search_whose_step_alone_differs_between_devices(search, kind):
+    """Carry and start are the same everywhere; the step closes over what is not."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(B, C)), jnp.float32)
+
+    def decode(logits):
+        start = (
+            jnp.zeros_like(logits[:, 0], jnp.int32)
+            if kind == AxisType.Explicit
+            else (jnp.zeros(len(logits), jnp.int32))
+        )
+        return search(
+            lambda carry, tokens: (carry, logits + 0.1 * tokens[:, None].astype(jnp.float32)),
+            (), start=start, end=0, max_length=3,
+        )  # fmt: skip
+
+    expected, mesh = decode(logits), mesh_of(kind)
+    if kind == AxisType.Auto:
+        came = jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=P("batch"), out_specs=P("batch")))(
+            logits
+        )
+    else:
+        with jax.set_mesh(mesh):
+            came = jax.jit(decode)(jax.device_put(logits, NamedSharding(mesh, P("batch"))))
+    assert_close(came, expected)
+
+
+@every_model
+def test_exported_with_symbolic_sizes(name):
+    model, *_ = plain(name)
+    b, s = jax.export.symbolic_shape("b, s")
+    shapes = jax.ShapeDtypeStruct((b, s), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32)
+    if isinstance(model, char_rnn.CharCell):
+        shapes = jax.ShapeDtypeStruct((b, S), jnp.int32), shapes[1]  # a Python loop over steps
+    exported = jax.export.export(jax.jit(functools.partial(call, name, model)))(*shapes)
+    if importlib.util.find_spec("flatbuffers"):  # without it JAX writes nothing
+        exported = jax.export.deserialize(bytearray(exported.serialize()))
+    tokens, lengths = SOURCE.astype(np.int32), LENGTHS.astype(np.int32)
+    assert_close(exported.call(tokens, lengths), call(name, model, tokens, lengths))
+
+
+@every_model
+def test_under_the_checks_of_jax(name):
+    model, graphdef, parameters, rest = plain(name)
+    expected = call(name, model, SOURCE, LENGTHS)
+    with (
+        jax.checking_leaks(),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        jax.eval_shape(functools.partial(both, name, graphdef, rest), parameters, SOURCE, LENGTHS)
+        if name in TRANSLATORS:
+            model.greedy(SOURCE, lengths=LENGTHS, max_length=2, return_weights=True)
+            jax.eval_shape(lambda x: model.beam(x, max_length=2, width=2), SOURCE)
+    with jax.disable_jit():
+        assert_close(call(name, model, SOURCE, LENGTHS), expected)
+
+
+@every_model
+def test_train_eval_view_and_deterministic_agree(name):
+    model = build(name)
+    if name in NETWORKS:
+        pytest.skip("it has no dropout")
+    off = call(name, model, SOURCE, LENGTHS, deterministic=True)
+    viewed = nnx.view(model, deterministic=True)
+    assert_close([call(name, viewed, SOURCE, LENGTHS) for _ in range(2)], [off, off], 0)
+    if MODELS[name][1].dropout_rate:
+        assert np.abs(call(name, model, SOURCE, LENGTHS) - off).max() > 0
+    model.eval()
+    assert_close(call(name, model, SOURCE, LENGTHS), off, 0)
+    if MODELS[name][1].dropout_rate:
+        model.train()
+        assert np.abs(call(name, model, SOURCE, LENGTHS) - off).max() > 0
+
+
+def test_each_dropout_of_a_decoder_follows_its_own_switch():
+    model = build("bahdanau")
+    off = call("bahdanau", model, SOURCE, LENGTHS, deterministic=True)
+    model.eval()
+    model.decoder.attention.train()  # on a kernel of zeros nothing that it drops is seen
+    model.decoder.gru.layers[0].input_kernel[:2] = 0
+    expected = call("bahdanau", model, SOURCE, LENGTHS, deterministic=True)
+    assert_close(call("bahdanau", model, SOURCE, LENGTHS), expected)
+    assert np.abs(expected - off).max() > 0
+
+
+@every_model
+def test_dtype_to_compute_in(name):
+    model = build(name, dtype=jnp.bfloat16)
+    model.eval()
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert {str(leaf.dtype) for leaf in parameters} == {"float32"}
+    run = functools.partial(call, name, model)
+    products = {
+        str(equation.invars[0].aval.dtype)
+        for equation in compat.equations(jax.make_jaxpr(run)(SOURCE, LENGTHS).jaxpr)
+        if equation.primitive.name == "dot_general"
+    }
+    assert products == {"bfloat16"} and jax.eval_shape(run, SOURCE, LENGTHS).dtype == jnp.bfloat16
+    mean = jax.eval_shape(functools.partial(loss, name, model), SOURCE, LENGTHS)
+    assert mean.dtype == jnp.float32
+
+
+def test_attend_sets_the_kernel():
+    for name in ("bahdanau", "luong", "classifier"):
+        model = build(name, attend=functools.partial(jattn.attend, implementation="blockwise"))
+        expected = build(name)
+        options = {"deterministic": True}
+        assert_close(
+            call(name, model, SOURCE, LENGTHS, **options),
+            call(name, expected, SOURCE, LENGTHS, **options),
+        )
+        if name in TRANSLATORS:
+            assert model.greedy(SOURCE, max_length=2).tokens.shape == (B, 2)
+    with pytest.raises(ValueError, match="attend needs a config with a pooling"):
+        classifier.Classifier(SORTED, attend=jattn.attend, rngs=nnx.Rngs(0))
+
+
+def test_a_vocabulary_of_one_and_ids_beyond_int32(x64):
+    """An unknown id is refused, and where its value is unknown its row is NaN."""
+    model = classifier.Classifier(classifier.Config(1, 2, 3, 2), rngs=nnx.Rngs(0))
+    translator = luong.LuongTranslator(luong.Config(1, C, 3, 2), rngs=nnx.Rngs(0))
+    for token in (1, 2**32):
+        ids = np.array([[0, token]])
+        with pytest.raises(ValueError, match="must lie in 0 … 0"):
+            model(ids)
+        assert np.isnan(jax.jit(model)(ids)).all()
+        with pytest.raises(ValueError, match="source must lie in 0 … 0"):
+            translator(ids, ids * 0)
+        assert np.isnan(jax.jit(translator)(ids, ids * 0)).all()
