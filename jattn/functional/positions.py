@@ -1,6 +1,9 @@
 """Position codes: sinusoidal and rotary."""
 
+from typing import Any
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -19,8 +22,8 @@ def sinusoidal_encoding(positions: int | Array, features: int, *, base: float = 
     their digits.
 
     Args:
-      positions: a length T, for positions 0 … T − 1, or positions `[..., T]`, integer or floating
-        point.
+      positions: a length T, for positions 0 … T − 1, which may be a symbol of `jax.export`; or
+        positions `[..., T]`, integer or floating point.
       features: D, even.
       base: the ratio between the longest and the shortest wavelength.
 
@@ -115,6 +118,7 @@ def rotary(
         )
     known = _as_positions(T if positions is None else positions)
     angles = _angles(known, sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
+    angles = angles[(None,) * (x.ndim - angles.ndim)]
     dtype = dtypes.accumulator(x.dtype)
     sin, cos = _sin_cos(angles, dtype)
     pairs = "... (J two) -> two ... J" if interleaved else "... (two J) -> two ... J"
@@ -129,6 +133,9 @@ def _as_positions(positions: int | Array) -> np.ndarray | Array:
         if positions < 0:
             raise ValueError(f"a length must not be negative, got {positions}")
         return np.arange(positions)
+    symbol: Any = positions
+    if jax.export.is_symbolic_dim(symbol):
+        return jnp.arange(symbol)
     known = checks.concrete(positions)
     return jnp.asarray(positions) if known is None else known
 
@@ -145,9 +152,8 @@ def _angles(positions: np.ndarray | Array, features: int, base: float) -> np.nda
     frequencies = base ** (-np.arange(0, features, 2) / features)
     if isinstance(positions, np.ndarray):
         return positions.astype(np.float64)[..., None] * frequencies
-    return positions.astype(_default_float())[..., None] * jnp.asarray(
-        frequencies, _default_float()
-    )
+    aligned = frequencies.reshape(*(1,) * positions.ndim, -1)
+    return positions.astype(_default_float())[..., None] * jnp.asarray(aligned, _default_float())
 
 
 def _sin_cos(angles: np.ndarray | Array, dtype: np.dtype) -> tuple[Array, Array]:

@@ -1,9 +1,10 @@
-"""Frozen values that JAX can look into: masks, modifiers, requests."""
+"""Values that JAX can look into: masks, modifiers, requests, states of a step."""
 
 import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.export
 
 T = TypeVar("T")
 
@@ -42,3 +43,31 @@ def _is_static(field: Any) -> bool:
     if field is None or isinstance(field, (bool, int, float, str)):
         return True
     return callable(field) and jax.tree_util.all_leaves([field])
+
+
+def named_tuple(cls: type[T]) -> type[T]:
+    """Let a `NamedTuple` go where a plain tuple of arrays goes.
+
+    `jax.export` serialises it. `nnx.tabulate`, which takes the keys of all tuples to be integers,
+    shows it.
+
+    Example:
+      >>> from typing import NamedTuple
+      >>> @named_tuple
+      ... class Pair(NamedTuple):
+      ...     first: object
+      ...     second: object
+      >>> jax.tree.map(lambda leaf: leaf + 1, Pair(1, 2))
+      Pair(first=2, second=3)
+    """
+    made: Any = cls
+    jax.tree_util.register_pytree_node(
+        made, lambda value: (tuple(value), None), lambda _, leaves: made(*leaves)
+    )
+    jax.export.register_pytree_node_serialization(
+        made,
+        serialized_name=f"{made.__module__}.{made.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+    )
+    return cls

@@ -189,6 +189,8 @@ def gaussian(query: Array, key: Array, weight: float | Array = 1.0) -> Array:
     difference = query[..., :, None, :] - key[..., None, :, :]
     if jnp.ndim(weight) > 0:
         weight = _per_head(weight, query, key, query.shape[-1:])[..., None, None, :]
+    else:
+        weight = _factor(weight, query, key)
     return -jnp.square(difference * weight).sum(-1) / 2
 
 

@@ -87,6 +87,9 @@ def _over_rows(run: Kernel, request: Request, scoring: Scoring, operands: Operan
 
 def _result_specs(request: Request) -> Any:
     *batch, T, N, _ = jax.typeof(request.query).sharding.spec
+    of_keys = jax.typeof(request.key).sharding.spec[:-3]
+    if T is None and N is None:  # queries that all examples share: their batch is that of the keys
+        batch = [own or other for own, other in zip(batch, of_keys, strict=True)]
     weights = PartitionSpec(*batch, N, T, None) if request.return_weights else None
     return Specs(PartitionSpec(*batch, T, N, None), PartitionSpec(*batch, T, N), weights)
 

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jattn.functional import checks, compat, dtypes
+from jattn.functional.pytree import named_tuple
 
 Array = jax.Array
 Carry = Any
 Step = Callable[[Carry, Array], tuple[Carry, Array]]
 
 
+@named_tuple
 class Decoded(NamedTuple):
     """What a search found, where L is `max_length`.
 

@@ -9,6 +9,7 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.functional import checks, compat, masks
+from jattn.functional.pytree import named_tuple
 from jattn.models import decoding
 from jattn.models.decoding import Decoded
 from jattn.models.tokens import embed, is_real
@@ -19,12 +20,17 @@ Array = jax.Array
 _BEAM = ("width", "length_penalty")
 
 
+@named_tuple
 class Memory(NamedTuple):
     """What a decoder reads of a batch of sources at every step; its `remember` makes it."""
 
     key: Array  # the encoder's outputs as the attention compares them, [B, S, F]
     value: Array  # the encoder's outputs, [B, S, F]
-    mask: masks.Mask | None  # which of the S positions are real; None: all
+    lengths: Array | None  # how many of the S positions are real, [B]; None: all
+
+    @property
+    def mask(self) -> masks.Mask | None:
+        return None if self.lengths is None else masks.padding(self.lengths)
 
 
 class Decoder(nnx.Module):
@@ -43,8 +49,7 @@ class Decoder(nnx.Module):
 
         Lengths, integers `[B]`, hide the padding.
         """
-        mask = None if lengths is None else masks.padding(lengths)
-        return Memory(self._keys(outputs), outputs, mask)
+        return Memory(self._keys(outputs), outputs, lengths)
 
     @overload
     def __call__(
@@ -142,9 +147,9 @@ class Decoder(nnx.Module):
         """The three in one dtype, and differing over the same axes of a `jax.shard_map`."""
         arrays = state, embedded, memory.key, memory.value
         leaves, structure = jax.tree.flatten(arrays)
-        leaves = compat.vary_alike(promoted(self.dtype, *leaves), (memory.mask, nnx.state(self)))
+        leaves = compat.vary_alike(promoted(self.dtype, *leaves), (memory.lengths, nnx.state(self)))
         state, embedded, key, value = jax.tree.unflatten(structure, leaves)
-        return state, embedded, Memory(key, value, memory.mask)
+        return state, embedded, Memory(key, value, memory.lengths)
 
 
 class EncoderDecoder(nnx.Module):

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jattn.attention import attend
 from jattn.functional import checks
+from jattn.functional.pytree import named_tuple
 from jattn.models import encoder_decoder
 from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config
 from jattn.models.tokens import Embed, embed
@@ -79,6 +80,7 @@ class Config:
         return cls(source_vocabulary, target_vocabulary, attention=False, reverse_source=True)
 
 
+@named_tuple
 class State(NamedTuple):
     """What one decoder step hands to the next; made by `Decoder.begin`."""
 

@@ -49,10 +49,8 @@ class SinusoidalPositions(nnx.Module):
     def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:
         """Encode x `[..., T, D]`; keeps its shape, and its dtype unless the module has one."""
         (x,) = promoted(self.dtype, sequence(x, self.features))
-        length = x.shape[-2]  # of jax.export, it may be a symbol
-        steps = length if isinstance(length, int) else jnp.arange(length)
-        encoding = sinusoidal_encoding(steps, self.features).astype(x.dtype)
-        return self.dropout(x + encoding, deterministic=deterministic)
+        encoding = sinusoidal_encoding(x.shape[-2], self.features).astype(x.dtype)
+        return self.dropout(_plus(x, encoding), deterministic=deterministic)
 
 
 class LearnedPositions(nnx.Module):
@@ -100,13 +98,17 @@ class LearnedPositions(nnx.Module):
         if not _at_most(T, max_length):
             raise ValueError(f"x has length {T}, beyond the {max_length} learned positions")
         x, table = promoted(self.dtype, x, self.embedding[:T])
-        return x + table
+        return _plus(x, table)
+
+
+def _plus(x: Array, encoding: Array) -> Array:
+    return x + jnp.expand_dims(encoding, range(x.ndim - 2))
 
 
 def _at_most(length: Any, bound: int) -> bool:
     try:
         return length <= bound
-    except jax.core.InconclusiveDimensionOperation:
+    except jax.errors.InconclusiveDimensionOperation:
         raise ValueError(
             f"x has a length {length} that may be beyond the {bound} learned positions: give "
             f'jax.export.symbolic_shape the constraint "{length} <= {bound}"'

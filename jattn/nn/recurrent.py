@@ -10,6 +10,7 @@ from flax import nnx
 
 from jattn.functional import checks
 from jattn.functional.recurrence import State
+from jattn.nn import recurrent_cells
 from jattn.nn._shared import dropout, promoted
 from jattn.nn.recurrent_cells import Cell, GRUCell, LSTMCell, RNNCell
 
@@ -108,8 +109,8 @@ class _Network(nnx.Module):
         first = self.layers[0]
         parts = first.unpack(state)
         checks.assert_shapes(
-            network=(first.sizes(len(self.layers)), "R D P F"),
-            **first.patterns(parts, "... R"),
+            network=(recurrent_cells.sizes(first, len(self.layers)), "R D P F"),
+            **recurrent_cells.patterns(first, parts, "... R"),
             projected=(projected, "... gates"),
         )
         after: list[State] = []
@@ -135,7 +136,10 @@ class _Network(nnx.Module):
         The real steps are `[T, ..., 1]`, the possible lengths `[..., 1]`.
         """
         first = self.layers[0]
-        own = (first.sizes(len(self.layers) + len(self.backward_layers)), "R D P F")
+        own = (
+            recurrent_cells.sizes(first, len(self.layers) + len(self.backward_layers)),
+            "R D P F",
+        )
         sizes = checks.assert_shapes(network=own, inputs=(inputs, "... T D"))
         T = sizes["T"]
         checks.assert_floating(inputs=inputs)
@@ -146,9 +150,11 @@ class _Network(nnx.Module):
             state = first.pack(tuple(jnp.zeros(shape, jnp.result_type(inputs)) for shape in shapes))
         parts = first.unpack(state)
         checks.assert_shapes(
-            network=own, inputs=(inputs, "... T D"), **first.patterns(parts, "... R")
+            network=own,
+            inputs=(inputs, "... T D"),
+            **recurrent_cells.patterns(first, parts, "... R"),
         )
-        checks.assert_floating(**first.names(parts))
+        checks.assert_floating(**recurrent_cells.names(parts))
         inputs, *same, _ = promoted(first.dtype, inputs, *parts, first.input_kernel[...])
         if lengths is None:
             return inputs, tuple(same), None, None
@@ -172,7 +178,7 @@ class RNN(_Network):
       num_layers: L.
       bidirectional: whether each layer also runs from the end; its outputs stand side by side.
       dropout_rate: of the outputs of every layer but the top one.
-      activation: f, `jnp.tanh` (the default) or `jax.nn.relu` as in PyTorch, or any other.
+      activation: f, `jax.lax.tanh` (the default) or `jax.nn.relu` as in PyTorch, or any other.
       use_bias: whether each cell has two biases (the default) or none.
       dtype: to compute in; None: the one to which inputs, state and parameters promote.
       param_dtype: dtype of the parameters.
@@ -198,7 +204,7 @@ class RNN(_Network):
         num_layers: int = 1,
         bidirectional: bool = False,
         dropout_rate: float = 0.0,
-        activation: Callable[[Array], Array] = jnp.tanh,
+        activation: Callable[[Array], Array] = jax.lax.tanh,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,

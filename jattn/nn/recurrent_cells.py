@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.functional import checks
+from jattn.functional.pytree import named_tuple
 from jattn.functional.recurrence import (
     Gates,
     State,
@@ -23,6 +24,7 @@ from jattn.nn._shared import promoted
 Array = jax.Array
 
 
+@named_tuple
 class LSTMState(NamedTuple):
     """What a long short-term memory keeps from step to step."""
 
@@ -95,9 +97,9 @@ class Cell(nnx.Module):
         """
         parts = self.unpack(state)
         checks.assert_shapes(
-            cell=(self.sizes(), "D P F"), inputs=(inputs, "... D"), **self.patterns(parts, "...")
+            cell=(sizes(self), "D P F"), inputs=(inputs, "... D"), **patterns(self, parts, "...")
         )
-        checks.assert_floating(inputs=inputs, **self.names(parts))
+        checks.assert_floating(inputs=inputs, **names(parts))
         inputs, *same, _ = promoted(self.dtype, inputs, *parts, self.hidden_kernel[...])
         return self.pack(self.advance(self.project(inputs), tuple(same)))
 
@@ -175,27 +177,28 @@ class Cell(nnx.Module):
         """A state as a caller gets it: the inverse of `unpack`."""
         return parts[0] if len(parts) == 1 else LSTMState(*parts)
 
-    def names(self, parts: State) -> dict[str, Array]:
-        """The parts under the names that errors give them."""
-        return (
-            {"state": parts[0]}
-            if len(parts) == 1
-            else {f"state[{n}]": part for n, part in enumerate(parts)}
-        )
 
-    def patterns(self, parts: State, lead: str) -> dict[str, Any]:
-        """The parts with the patterns of their shapes, for `checks.assert_shapes`."""
-        named = self.names(parts).items()
-        return {
-            name: (part, f"{lead} {letter}")
-            for (name, part), letter in zip(named, self.letters, strict=True)
-        }
+# Functions, not methods: `nnx.tabulate` runs every public method and needs arrays from it.
 
-    def sizes(self, *lead: int) -> jax.ShapeDtypeStruct:
-        """An array of shape `[*lead, D, P, F]`, for `checks.assert_shapes`."""
-        D, gates = self.input_kernel.shape
-        shape = (*lead, D, self.hidden_kernel.shape[0], gates // self.gates)
-        return jax.ShapeDtypeStruct(shape, self.input_kernel.dtype)
+
+def names(parts: State) -> dict[str, Array]:
+    """The parts of a state under the names that errors give them."""
+    if len(parts) == 1:
+        return {"state": parts[0]}
+    return {f"state[{n}]": part for n, part in enumerate(parts)}
+
+
+def patterns(cell: Cell, parts: State, batch: str) -> dict[str, Any]:
+    """The parts with the patterns of their shapes, for `checks.assert_shapes`."""
+    letters = zip(names(parts).items(), cell.letters, strict=True)
+    return {name: (part, f"{batch} {letter}") for (name, part), letter in letters}
+
+
+def sizes(cell: Cell, *batch: int) -> jax.ShapeDtypeStruct:
+    """An array of shape `[*batch, D, P, F]`, for `checks.assert_shapes`."""
+    D, gates = cell.input_kernel.shape
+    shape = (*batch, D, cell.hidden_kernel.shape[0], gates // cell.gates)
+    return jax.ShapeDtypeStruct(shape, cell.input_kernel.dtype)
 
 
 class RNNCell(Cell):
@@ -209,7 +212,7 @@ class RNNCell(Cell):
     Args:
       in_features: D.
       hidden_features: F, the width of the state.
-      activation: f, `jnp.tanh` or `jax.nn.relu` as in PyTorch, or any other.
+      activation: f, `jax.lax.tanh` or `jax.nn.relu` as in PyTorch, or any other.
       use_bias: whether there are two biases or none.
       dtype: to compute in; None: the one to which inputs, state and parameters promote.
       param_dtype: dtype of the parameters.
@@ -233,7 +236,7 @@ class RNNCell(Cell):
         in_features: int,
         hidden_features: int,
         *,
-        activation: Callable[[Array], Array] = jnp.tanh,
+        activation: Callable[[Array], Array] = jax.lax.tanh,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
