@@ -291,7 +291,7 @@ def test_linen(case):
 
 @over(*[case for case in STATEFUL if "dtype" in case.options])
 def test_half_precision(case):
-    """`dtype` computes in bfloat16 whatever comes; bfloat16 parameters and inputs stay what they are."""
+    """`dtype` computes in bfloat16 whatever comes, and so do bfloat16 parameters and inputs."""
 
     def half(tree):
         def cast(array):

@@ -30,6 +30,7 @@ class Memory(NamedTuple):
 
     @property
     def mask(self) -> masks.Mask | None:
+        """The positions that are real; None: all."""
         return None if self.lengths is None else masks.padding(self.lengths)
 
 

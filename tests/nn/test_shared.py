@@ -1,15 +1,12 @@
-"""What all modules have in common: attend=, dropout's switches, copies, export, Linen."""
+"""What all modules have in common: attend= and use_bias."""
 
-import copy
 import functools
-import importlib.util
-import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen, nnx
+from flax import nnx
 
 import jattn
 from jattn import masks, modifiers, nn
@@ -36,11 +33,6 @@ NETWORKS = {
     "gru": lambda **o: nn.GRU(D, 3, **o),
 }
 POOLINGS = {"feature", "hops", "query"}
-DROPPING = {
-    **{name: make for name, make in ATTENDING.items() if name not in {"kernel", *POOLINGS}},
-    **{name: functools.partial(make, num_layers=2) for name, make in NETWORKS.items()},
-    "sinusoidal": lambda **o: nn.SinusoidalPositions(D, **o),
-}
 
 
 def build(name, makers=ATTENDING, **options):
@@ -105,80 +97,12 @@ def test_state_inside_the_partial_is_refused(name):
         build(name, attend=functools.partial(jattn.attend, modifier=lambda s, *_: s + parameter))
 
 
-@pytest.mark.parametrize("name", ATTENDING)
-def test_copies_have_an_equal_graphdef_and_equal_numbers(name, x):
-    module = build(name, attend=functools.partial(jattn.attend, mask=masks.causal()))
-    others = [
-        nnx.merge(*nnx.split(module)),
-        copy.deepcopy(module),
-        pickle.loads(pickle.dumps(module)),
-        nnx.clone(module),
-        build(name, attend=functools.partial(jattn.attend, mask=masks.causal())),
-    ]
-    for other in others:
-        assert nnx.graphdef(other) == nnx.graphdef(module)
-        assert hash(nnx.graphdef(other)) == hash(nnx.graphdef(module))
-        np.testing.assert_array_equal(other(*arguments(name, x)), module(*arguments(name, x)))
-    plain = build(name)
-    assert nnx.graphdef(plain) != nnx.graphdef(module)
-
-
-@pytest.mark.parametrize("name", DROPPING)
-def test_view_eval_and_the_argument_switch_dropout_alike(name, x):
-    def output(module, **options):
-        return first(module(*arguments(name, x), **options))
-
-    module, still = build(name, DROPPING, dropout_rate=0.5), build(name, DROPPING)
-    clean = output(still)
-    assert not np.allclose(output(module), clean)
-    np.testing.assert_array_equal(output(module, deterministic=True), clean)
-    viewed = nnx.view(module, deterministic=True)
-    np.testing.assert_array_equal(output(viewed), clean)
-    assert not np.allclose(output(viewed, deterministic=False), clean)
-    assert not np.allclose(output(module), clean)  # a view leaves the module as it is
-    module.eval()
-    np.testing.assert_array_equal(output(module), clean)
-    assert not np.allclose(output(module, deterministic=False), clean)
-    module.train()
-    assert not np.allclose(output(module), clean)
-
-
 EXPORTED = {
     **ATTENDING, **NETWORKS,
     "sinusoidal": lambda rngs: nn.SinusoidalPositions(D),
     "learned": lambda rngs: nn.LearnedPositions(9, D, rngs=rngs),
     "embedding": lambda rngs: nn.Embedding(9, D, padding_idx=0, max_norm=1.0, rngs=rngs),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EXPORTED)
-def test_modules_export_with_symbolic_batch_and_length(name, x):
-    module = build(name, EXPORTED)
-    batch, length = jax.export.symbolic_shape("b, t", constraints=["t <= 9", "t >= 1"])
-    shape, dtype = (batch, length, D), jnp.float32
-    if name == "embedding":
-        x, shape, dtype = jnp.arange(B * T).reshape(B, T), (batch, length), jnp.int32
-    call = jax.jit(lambda x: jax.tree.leaves(module(*arguments(name, x))))
-    exported = jax.export.export(call)(jax.ShapeDtypeStruct(shape, dtype))
-    if importlib.util.find_spec("flatbuffers"):  # which JAX needs to serialise
-        exported = jax.export.deserialize(exported.serialize())
-    for came, expected in zip(exported.call(x), call(x), strict=True):
-        np.testing.assert_allclose(came, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["lstm", "heads", "hops"])
-def test_modules_bridge_to_linen(name, x):
-    kinds = {
-        "lstm": (nn.LSTM, D, 3), "heads": (nn.MultiHeadAttention, 2, D),
-        "hops": (nn.MultiHopPooling, D, 2),
-    }  # fmt: skip
-    kind, *sizes = kinds[name]
-    model: linen.Module = nnx.bridge.to_linen(kind, *sizes)
-    variables = model.init(jax.random.key(0), x)
-    came = jax.tree.leaves(model.apply(variables, x))
-    assert variables["params"] and all(np.isfinite(leaf).all() for leaf in came)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(kind(*sizes, rngs=nnx.Rngs(0))(x))]
-    assert [leaf.shape for leaf in came] == shapes
 
 
 BIASED = {
