@@ -149,3 +149,13 @@ def test_bad_ids_are_named(x64, error, message, tokens):
 def test_bad_options_are_named(error, name, options):
     with pytest.raises(error, match=name):
         Embedding(**{"num_embeddings": C, "features": D, "rngs": nnx.Rngs(0), **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 0}, {"scale_grad_by_freq": True}])
+def test_a_row_that_holds_infinity_keeps_it(options):
+    embedding = Embedding(3, 2, rngs=nnx.Rngs(0), **options)
+    embedding.embedding[1] = jnp.array([jnp.inf, 1.0])
+    np.testing.assert_array_equal(embedding(jnp.array([1])), [[np.inf, 1.0]])
+    gradient = nnx.grad(lambda embedding: embedding(jnp.array([2, 1, 2])).sum())(embedding)
+    counts = [0.0, 1.0, 1.0 if "scale_grad_by_freq" in options else 2.0]
+    np.testing.assert_array_equal(gradient["embedding"][...], np.stack([counts, counts], axis=1))

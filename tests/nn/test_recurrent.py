@@ -411,3 +411,67 @@ def test_bad_sizes_are_named(name, arguments):
 def test_both_directions_have_no_single_step(x64):
     with pytest.raises(ValueError, match="bidirectional"):
         build(**BOTH).step(np.ones((B, 3 * F)), np.ones((B, 4, F)))
+
+
+@pytest.mark.parametrize("kind", [RNN, LSTM, GRU])
+def test_second_derivatives_agree_in_all_orders_of_forward_and_reverse(x64, rng, kind):
+    network = kind(2, 3, bidirectional=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(network)
+    x, tangent = rng.standard_normal((2, 2, 4, 2))
+
+    def loss(x):
+        return jnp.sin(nnx.merge(graphdef, state)(x, lengths=jnp.array([4, 2]))[0]).sum()
+
+    @jax.jit
+    def products(x, tangent):
+        along = lambda function: jax.jvp(function, (x,), (tangent,))[1]  # noqa: E731
+        forward_over_reverse = along(jax.grad(loss))
+        reverse_over_reverse = jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) * tangent))(x)
+        reverse_over_forward = jax.grad(lambda x: jax.jvp(loss, (x,), (tangent,))[1])(x)
+        step = 1e-5 * tangent
+        difference = (jax.grad(loss)(x + step) - jax.grad(loss)(x - step)) / 2e-5
+        return difference, forward_over_reverse, reverse_over_reverse, reverse_over_forward
+
+    x, tangent = (np.stack([part, part[::-1]]) for part in (x[0], tangent[0]))
+    difference, *orders = products(x, tangent)
+    for product in orders:
+        np.testing.assert_allclose(product, difference, rtol=1e-6, atol=1e-8)
+
+
+def test_an_activation_may_capture_what_is_traced(x64, rng):
+    x = rng.standard_normal((2, 4, 3))
+
+    def last(slope):
+        activation = lambda y: jnp.tanh(slope * y)  # noqa: E731
+        rnn = RNN(3, 3, activation=activation, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        return rnn(x)[0][:, -1].sum()
+
+    difference = (last(0.7 + 1e-6) - last(0.7 - 1e-6)) / 2e-6
+    np.testing.assert_allclose(jax.jit(jax.grad(last))(0.7), difference, rtol=1e-7)
+
+
+class Slope(nnx.Module):
+    """tanh(a y) with a learned a."""
+
+    def __init__(self):
+        self.a = nnx.Param(jnp.array(0.7))
+
+    def __call__(self, y):
+        return jnp.tanh(self.a * y)
+
+
+def test_an_activation_may_be_a_module_whose_parameter_learns(x64, rng):
+    x = rng.standard_normal((2, 4, 3))
+    rnn = RNN(3, 3, activation=Slope(), param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    cell = rnn.layers[0]
+
+    def loss(rnn):
+        return rnn(x)[0].sum()
+
+    found = nnx.jit(nnx.grad(loss))(rnn)
+    found = found["layers"][0]["activation"]["a"][...]
+    ends = []
+    for a in 0.7 + 1e-6, 0.7 - 1e-6:
+        cell.activation.a[...] = jnp.array(a)
+        ends.append(loss(rnn))
+    np.testing.assert_allclose(found, (ends[0] - ends[1]) / 2e-6, rtol=1e-7)
