@@ -105,8 +105,8 @@ def _check(name: str, state: Array, number: int, **gates: Array) -> None:
     """The state is `[..., F]`, and all gates `[..., number · F]`."""
     if not jnp.ndim(state):
         raise ValueError(f"{name} must be [..., F], got shape ()")
-    *lead, F = jnp.shape(state)
-    expected = jax.ShapeDtypeStruct((*lead, number * F), bool)
+    *batch, F = jnp.shape(state)
+    expected = jax.ShapeDtypeStruct((*batch, number * F), bool)
     for gate, array in gates.items():
         named: dict[str, Any] = {"expected": (expected, "... gates"), gate: (array, "... gates")}
         checks.assert_shapes(**named)

@@ -260,7 +260,7 @@ class Classifier(nnx.Module):
 
         Raises:
           ValueError: a shape does not fit, an id is unknown, a length lies outside 1 … T (under
-            jit: NaN), or the weights are asked of a model that has no pooling.
+            jit: NaN), or `return_weights` is true without a pooling.
           TypeError: ids or lengths are not integers.
         """
         if return_weights and self.pooling is None:

@@ -89,8 +89,8 @@ class Decoder(nnx.Module):
           Logits `[B, T, C]`, or a tuple of them and weights `[B, T, S]` before dropout.
 
         Raises:
-          ValueError: a shape does not fit; an id is unknown (under jit: NaN); or the weights are
-            asked of a decoder without attention.
+          ValueError: a shape does not fit; an id is unknown (under jit: NaN); or
+            `return_weights` is true without attention.
           TypeError: ids are not integers.
         """
         first = jax.tree.leaves(state)[0]
@@ -202,7 +202,7 @@ class EncoderDecoder(nnx.Module):
 
         Raises:
           ValueError: a shape does not fit; an id is unknown, or a length lies outside 1 … S (under
-            jit: NaN); or the weights are asked of a model without attention.
+            jit: NaN); or `return_weights` is true without attention.
           TypeError: ids or lengths are not integers.
         """
         checks.assert_shapes(source=(source, "B S"), target_in=(target_in, "B T"))

@@ -87,7 +87,7 @@ class State(NamedTuple):
     h: Array  # [B, F]
     c: Array  # [B, F]
     output: Array  # o, of which the logits are made, [B, F]
-    fed: Array  # what the next step reads beside its token, [B, F], [B, D] or [B, 0]
+    input_feed: Array  # what the next step reads beside its token, [B, F], [B, D] or [B, 0]
 
 
 class Encoder(nnx.Module):
@@ -132,7 +132,7 @@ class Encoder(nnx.Module):
 
         Returns:
           Outputs `[B, S, 2F]`, of both directions side by side, zero past the end of a sentence and
-          in the source's own order whichever way it was read; and the last h and c of both
+          in the order of the source, even if it is read from its end; and the last h and c of both
           directions, `[B, 2, F]` each.
 
         Raises:
@@ -141,11 +141,11 @@ class Encoder(nnx.Module):
           TypeError: source or lengths are not integers.
         """
         embedded = embed("source", source, self.embedding)
-        embedded = self._turned(embedded, lengths)
+        embedded = self._reverse(embedded, lengths)
         outputs, state = self.lstm(embedded, lengths=lengths, deterministic=deterministic)
-        return self._turned(outputs, lengths), state
+        return self._reverse(outputs, lengths), state
 
-    def _turned(self, sequences: Array, lengths: Array | None) -> Array:
+    def _reverse(self, sequences: Array, lengths: Array | None) -> Array:
         """Reverse each sequence within its own length, if sources are reversed.
 
         To do so twice changes nothing.
@@ -233,7 +233,7 @@ class Decoder(encoder_decoder.Decoder):
         deterministic: bool | None,
     ) -> tuple[State, tuple[Array, Array | None]]:
         predicts = self.config.feed == "prediction"
-        parts = (state.fed, embedded) if predicts else (embedded, state.fed)
+        parts = (state.input_feed, embedded) if predicts else (embedded, state.input_feed)
         h, c = self.cell(jnp.concatenate(parts, axis=-1), (state.h, state.c))
         output, weights = self._attend(h, memory, return_weights)
         output = self.dropout(output, deterministic=deterministic)

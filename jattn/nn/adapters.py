@@ -124,8 +124,8 @@ def _dropped_alike(
     if key is None:
         raise ValueError(f"dropout_rate = {rate} needs a dropout_rng, got None")
     query, keys, _ = arrays
-    lead = (1,) * (query.ndim - 2)
-    keep = jax.random.bernoulli(key, 1 - rate, (*lead, query.shape[-3], keys.shape[-3]))
+    batch = (1,) * (query.ndim - 2)
+    keep = jax.random.bernoulli(key, 1 - rate, (*batch, query.shape[-3], keys.shape[-3]))
     _, whole, *weights = run(*arrays, mask=mask, return_lse=True, return_weights=return_weights)
     kept = joined_masks(mask, keep.reshape(keep.shape[-2:]))
     output, part = run(*arrays, mask=kept, return_lse=True)
