@@ -368,3 +368,13 @@ def test_shard_map_has_linear_memory(check_vma):
         gradient = jax.jit(jax.grad(lambda *x: mapped(*x).sum(), (0, 1, 2)))
         memory = gradient.lower(*(shape,) * 3).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 8 * LONG**2 / 10
+
+
+def test_keys_and_queries_may_shard_different_axes_by_one_axis_of_the_mesh(rng):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    query, rows = rng.standard_normal((2, 2, 4, 2, 3)), rng.standard_normal((2, 2, 4, 2, 3))
+    by_first = jax.device_put(query, NamedSharding(mesh, P("x")))
+    by_second = jax.device_put(rows, NamedSharding(mesh, P(None, "x")))
+    with jax.set_mesh(mesh):
+        found = jax.jit(jattn.attend)(by_first, by_second, by_second)
+    np.testing.assert_allclose(found, jattn.attend(query, rows, rows), rtol=1e-5, atol=1e-6)

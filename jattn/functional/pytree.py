@@ -61,8 +61,12 @@ def named_tuple(cls: type[T]) -> type[T]:
       Pair(first=2, second=3)
     """
     made: Any = cls
-    jax.tree_util.register_pytree_node(
-        made, lambda value: (tuple(value), None), lambda _, leaves: made(*leaves)
+
+    def flatten_with_keys(value: Any) -> Any:
+        return [(jax.tree_util.SequenceKey(n), leaf) for n, leaf in enumerate(value)], None
+
+    jax.tree_util.register_pytree_with_keys(
+        made, flatten_with_keys, lambda _, leaves: made(*leaves)
     )
     jax.export.register_pytree_node_serialization(
         made,

@@ -21,8 +21,8 @@ def execute(run: Kernel, scoring: Scoring, operands: Operands, request: Request)
     JAX traces and compiles it once for all equal requests, inside of `jit` and outside. In a
     `jax.shard_map`, all operands vary over the same axes. On a mesh with explicit axes, the kernel
     runs as if they were automatic, because loops need not agree there on the sharding of each
-    array; results have the sharding of the query. Where queries are sharded, each device computes
-    its own queries over all keys.
+    array. Results have the sharding of the query, or that of the keys' batch if the query has none.
+    Where queries are sharded, each device computes its own queries over all keys.
     """
     operands = compat.vary_alike(operands)
     run = _compiled(run)
@@ -87,9 +87,8 @@ def _over_rows(run: Kernel, request: Request, scoring: Scoring, operands: Operan
 
 def _result_specs(request: Request) -> Any:
     *batch, T, N, _ = jax.typeof(request.query).sharding.spec
-    of_keys = jax.typeof(request.key).sharding.spec[:-3]
-    if T is None and N is None:  # queries that all examples share: their batch is that of the keys
-        batch = [own or other for own, other in zip(batch, of_keys, strict=True)]
+    if not any((*batch, T, N)):  # queries that all examples share: their batch is that of the keys
+        batch = list(jax.typeof(request.key).sharding.spec[:-3])
     weights = PartitionSpec(*batch, N, T, None) if request.return_weights else None
     return Specs(PartitionSpec(*batch, T, N, None), PartitionSpec(*batch, T, N), weights)
 

@@ -109,7 +109,7 @@ class Config:
       dropout_rate: of the embedded tokens, of the outputs of every recurrent layer but the top one,
         and of the vector that is classified.
       network: the recurrent network: `jattn.nn.RNN`, `jattn.nn.LSTM` or `jattn.nn.GRU`.
-      pooling: makes of the top layer's steps one vector: `jattn.nn.FeaturePooling`,
+      pooling: makes one vector of the top layer's steps: `jattn.nn.FeaturePooling`,
         `jattn.nn.LearnedQueryPooling`, `LastStep`, or any `(features, *, dtype, param_dtype,
         rngs)` → module that is called as they are. None: the final state of each direction, after
         its last real step; with both directions the two side by side.

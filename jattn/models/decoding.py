@@ -270,6 +270,7 @@ def _check(
 
 
 def _check_beam(vocabulary: int, width: int, length_penalty: float) -> None:
+    checks.assert_positive(width=width)
     if vocabulary < 2:
         raise ValueError(
             f"a beam needs at least two tokens to choose from, got logits for {vocabulary}"

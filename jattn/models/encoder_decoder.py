@@ -24,8 +24,8 @@ _BEAM = ("width", "length_penalty")
 class Memory(NamedTuple):
     """What a decoder reads of a batch of sources at every step; its `remember` makes it."""
 
-    key: Array  # the encoder's outputs as the attention compares them, [B, S, F]
-    value: Array  # the encoder's outputs, [B, S, F]
+    key: Array  # the encoder's outputs as the attention compares them, [B, S, width]
+    value: Array  # the encoder's outputs, [B, S, width]
     lengths: Array | None  # how many of the S positions are real, [B]; None: all
 
     @property
@@ -93,12 +93,7 @@ class Decoder(nnx.Module):
             `return_weights` is true without attention.
           TypeError: ids are not integers.
         """
-        first = jax.tree.leaves(state)[0]
-        checks.assert_shapes(
-            target_in=(target_in, "B T"),
-            state=(first, self.state_pattern),
-            memory=(memory.value, "B S width"),
-        )
+        self._check_shapes(state, memory, target_in=(target_in, "B T"))
         embedded = self._embed("target_in", target_in)
         state, embedded, memory = self._alike(state, embedded, memory)
         streams, decoder_of = per_step(self, target_in.shape[1], deterministic, like=embedded)
@@ -119,10 +114,18 @@ class Decoder(nnx.Module):
 
         Token ids `[B]` and a state give the next state and logits `[B, C]`.
         """
+        self._check_shapes(state, memory, tokens=(tokens, "B"))
+        embedded = self._embed("tokens", tokens)
+        state, embedded, memory = self._alike(state, embedded, memory)
         state, (output, _) = self._advance(
-            state, self._embed("tokens", tokens), memory, return_weights=False, deterministic=True
+            state, embedded, memory, return_weights=False, deterministic=True
         )
         return state, self.out(output)
+
+    def _check_shapes(self, state: Any, memory: Memory, **tokens: Any) -> None:
+        first = jax.tree.leaves(state)[0]
+        value = (memory.value, "B S width")
+        checks.assert_shapes(**tokens, state=(first, self.state_pattern), memory=value)
 
     def _keys(self, outputs: Array) -> Array:
         """The encoder's outputs as the attention compares them."""
@@ -294,7 +297,7 @@ class EncoderDecoder(nnx.Module):
         Raises:
           ValueError, TypeError: as in a call, and as `decoding.beam_search`.
         """
-        search = {"width": width, "length_penalty": length_penalty}
+        search = {"width": width, "length_penalty": float(length_penalty)}
         return self._decode(
             source, lengths, max_length=max_length, return_weights=return_weights, **search
         )

@@ -29,7 +29,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The sizes of a `LuongTranslator` translator, its form, and its special token ids.
+    """The sizes of a `LuongTranslator`, its form, and its special token ids.
 
     Attributes:
       source_vocabulary: number of source ids.

@@ -295,5 +295,8 @@ def rows(table: Array, ids: Array) -> Array:
     def take(table: Array, ids: Array) -> Array:
         return table.at[ids].get(mode="fill", fill_value=jnp.nan)
 
-    spec = PartitionSpec(*jax.typeof(ids).sharding.spec, *jax.typeof(table).sharding.spec[1:])
+    of_ids, of_features = jax.typeof(ids).sharding.spec, jax.typeof(table).sharding.spec[-1]
+    if {*jax.tree.leaves(tuple(of_ids))} & {*jax.tree.leaves(of_features)}:
+        of_features = None  # an axis of the mesh can shard only one axis of the result
+    spec = PartitionSpec(*of_ids, of_features)
     return compat.automatically(take, spec)(table, ids)

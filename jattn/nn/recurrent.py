@@ -94,7 +94,7 @@ class _Network(nnx.Module):
 
         Args:
           projected: the input as `layers[0].project` leaves it, `[..., gates · F]`.
-          state: as in a call, of the same dtype.
+          state: as in a call.
           deterministic: True switches dropout off; None follows `train()` and `eval()`.
 
         Returns:
@@ -113,6 +113,9 @@ class _Network(nnx.Module):
             **recurrent_cells.patterns(first, parts, "... R"),
             projected=(projected, "... gates"),
         )
+        checks.assert_floating(projected=projected, **recurrent_cells.names(parts))
+        projected, *same = promoted(first.dtype, projected, *parts)
+        parts = tuple(same)
         after: list[State] = []
         for layer, cell in enumerate(self.layers):
             if layer:

@@ -112,6 +112,7 @@ class Cell(nnx.Module):
 
         Raises:
           ValueError: the width is not D, or a part does not lie within D.
+          TypeError: inputs are not floating point.
 
         Example:
           >>> cell, x = RNNCell(3, 5, rngs=nnx.Rngs(0)), jnp.ones((2, 3))
@@ -119,13 +120,15 @@ class Cell(nnx.Module):
           >>> bool(jnp.allclose(cell.project(x), early + cell.project(x[:, :1], first=0)))
           True
         """
+        checks.assert_floating(inputs=inputs)
         D, width = self.input_kernel.shape[0], jnp.shape(inputs)[-1]
         begin = first or 0
-        if begin + width > D or (first is None and width < D):
+        if begin < 0 or begin + width > D or (first is None and width < D):
             part = "" if first is None else f" from feature {first} on"
             raise ValueError(
                 f"inputs must be [..., D] with D = {D}{part}, got shape {jnp.shape(inputs)}"
             )
+        inputs, _ = promoted(self.dtype, inputs, self.input_kernel[...])
         weights = self.weights(inputs.dtype)
         projected = inputs @ weights.input_kernel[begin : begin + width]
         return plus(projected, weights.input_bias if use_bias else None)
@@ -250,7 +253,7 @@ class RNNCell(Cell):
 
     def step(self, gates: Gates, state: State) -> State:
         """The activation."""
-        return (self.activation(gates[0]),)
+        return (self.activation(gates[0]).astype(gates[0].dtype),)
 
 
 class LSTMCell(Cell):

@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jattn.nn import Embedding
 
@@ -159,3 +161,17 @@ def test_a_row_that_holds_infinity_keeps_it(options):
     gradient = nnx.grad(lambda embedding: embedding(jnp.array([2, 1, 2])).sum())(embedding)
     counts = [0.0, 1.0, 1.0 if "scale_grad_by_freq" in options else 2.0]
     np.testing.assert_array_equal(gradient["embedding"][...], np.stack([counts, counts], axis=1))
+
+
+def test_a_table_and_ids_that_one_axis_of_a_mesh_shards():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    embedding = Embedding(3, 4, rngs=nnx.Rngs(0))
+    ids = jnp.array([[0, 1], [2, 1]])
+    expected = np.asarray(embedding(ids))
+    with jax.set_mesh(mesh):
+        table = jax.device_put(embedding.embedding[...], NamedSharding(mesh, P(None, "x")))
+        embedding.embedding.set_value(table)
+        found = jax.jit(lambda ids: embedding(ids))(
+            jax.device_put(ids, NamedSharding(mesh, P("x")))
+        )
+    np.testing.assert_array_equal(found, expected)

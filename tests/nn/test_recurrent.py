@@ -475,3 +475,19 @@ def test_an_activation_may_be_a_module_whose_parameter_learns(x64, rng):
         cell.activation.a[...] = jnp.array(a)
         ends.append(loss(rnn))
     np.testing.assert_allclose(found, (ends[0] - ends[1]) / 2e-6, rtol=1e-7)
+
+
+def test_a_projection_keeps_to_the_dtype_of_its_cell_and_to_its_inputs():
+    gru = GRU(3, 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    projected = gru.layers[0].project(jnp.ones((1, 3)))
+    assert gru.step(projected, jnp.zeros((1, 1, 5))).dtype == jnp.bfloat16
+    with pytest.raises(TypeError, match="inputs"):
+        gru.layers[0].project(jnp.ones((1, 3), int))
+    with pytest.raises(ValueError, match="from feature -3"):
+        gru.layers[0].project(jnp.ones((1, 2)), first=-3)
+
+
+def test_an_activation_of_another_dtype_leaves_the_dtype_of_the_network():
+    activation = lambda y: jnp.tanh(y.astype(jnp.float32))  # noqa: E731
+    rnn = RNN(3, 5, activation=activation, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert rnn(jnp.ones((1, 4, 3)))[0].dtype == jnp.bfloat16
