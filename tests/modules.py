@@ -242,13 +242,20 @@ FUNCTIONS = [
 ALL = [*MODULES, *MODELS, *DECODING, *FUNCTIONS]
 
 
-def over(*cases: Case, known: dict[str, str] | None = None) -> Any:
-    """Parametrise a test over cases; `known` names those that cannot, each with the reason."""
+def over(*cases: Case, known: dict[str, str] | None = None, slow: tuple[Case, ...] = ()) -> Any:
+    """Parametrise a test over cases.
+
+    `known` names those that cannot, each with the reason; `slow` are left to `pytest -m slow`.
+    """
     known = known or {}
-    marks = {name: [pytest.mark.xfail(reason=why, strict=True)] for name, why in known.items()}
-    return pytest.mark.parametrize(
-        "case", [pytest.param(case, id=str(case), marks=marks.get(str(case), [])) for case in cases]
-    )
+
+    def param(case: Case) -> Any:
+        reason = known.get(str(case))
+        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+        marks += [pytest.mark.slow] if case in slow else []
+        return pytest.param(case, id=str(case), marks=marks)
+
+    return pytest.mark.parametrize("case", list(map(param, cases)))
 
 
 @functools.cache

@@ -35,6 +35,7 @@ from tests.modules import (
 )
 
 STATEFUL = [*MODULES, *MODELS]
+WHOLE = (*MODELS, *DECODING)  # slow where what they are made of says it as well
 # float32: sums are taken in another order
 same = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=5e-6)
 
@@ -58,7 +59,7 @@ def test_one_trace_compiled_ahead_of_time_and_donated(case):
     same(jitted(state, *map(jnp.array, flipped(case.arrays())))[0], flipped(expected(case)))
 
 
-@over(*ALL)
+@over(*ALL, slow=WHOLE)
 def test_disable_jit(case):
     with jax.disable_jit():
         same(case.call(case.module(), *case.arrays()), expected(case))
@@ -96,7 +97,7 @@ def test_vmap(case):
     same(found, jax.tree.map(lambda x: np.stack([x, np.flip(x, 0)]), expected(case)))
 
 
-@over(*STATEFUL)
+@over(*STATEFUL, slow=WHOLE)
 def test_stacked_modules_under_nnx_vmap_and_scan(case):
     """Two modules of different parameters: `nnx.vmap` creates them, and both run them."""
     create = nnx.vmap(lambda rngs: case.create(rngs=rngs))
@@ -121,7 +122,7 @@ def test_stacked_modules_under_nnx_vmap_and_scan(case):
     same(scanned, truth)
 
 
-@over(*STATEFUL)
+@over(*STATEFUL, slow=WHOLE)
 def test_nnx_remat(case):
     def remat(module, *arrays):
         return loss(nnx.remat(case.call)(module, *arrays))
@@ -272,7 +273,7 @@ def test_a_mesh_with_explicit_axes(case):
             assert leaf.sharding.spec[0] == "x"
 
 
-@over(*STATEFUL)
+@over(*STATEFUL, slow=WHOLE)
 def test_linen(case):
     """Flax's bridge takes a module into Linen, which holds its parameters."""
 

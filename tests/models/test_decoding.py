@@ -229,7 +229,7 @@ def test_impossible_tokens_are_never_taken():
         (ValueError, "end must lie in 0 … 4", {"end": 5}),
         (ValueError, "end must lie in 0 … 4", {"end": -1}),
         (ValueError, "max_length must be an integer of at least 1, got 0", {"max_length": 0}),
-        (ValueError, "width must lie in", {"width": 0}),
+        (ValueError, "width must be an integer of at least 1", {"width": 0}),
         (ValueError, "width must lie in 1 … 5 .* vocabulary.*, got 6", {"width": C + 1}),
         (ValueError, "length_penalty", {"length_penalty": -0.5}),
         (ValueError, "start must be", {"start": np.array(0)}),
