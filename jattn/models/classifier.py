@@ -174,7 +174,7 @@ class Classifier(nnx.Module):
     Args:
       config: sizes and parts.
       attend: for the pooling: `jattn.attend`, or a `functools.partial` of it that sets a kernel,
-        mask or modifier. None: the pooling's own.
+        mask or modifier. The pooling must take it. None: the pooling's own.
       dtype: to compute in; None: that of the parameters.
       param_dtype: dtype of the parameters.
       rngs: random streams; uses `params` and, with dropout, `dropout`.
