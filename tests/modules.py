@@ -21,17 +21,17 @@ SIZES = {"b": 4, "t": 3, "s": 5}  # examples, queries, keys
 VOCABULARY = 7
 
 
-def data(form: str, size: dict[str, int] = SIZES) -> np.ndarray:
+def data(form: str) -> np.ndarray:
     """An array from its form: "b t 4" is floating point, "b t ids" and "b of s" are integers."""
     rng = np.random.default_rng(len(form))
     if " of " in form:
         axes, longest = form.split(" of ")
-        return rng.integers(1, size[longest] + 1, [size[axis] for axis in axes.split()], np.int32)
+        return rng.integers(1, SIZES[longest] + 1, [SIZES[axis] for axis in axes.split()], np.int32)
     *axes, last = form.split()
-    shape = [size.get(axis) or int(axis) for axis in axes]
+    shape = [SIZES.get(axis) or int(axis) for axis in axes]
     if last == "ids":
         return rng.integers(0, VOCABULARY, shape, np.int32)
-    return rng.standard_normal([*shape, size.get(last) or int(last)]).astype(np.float32)
+    return rng.standard_normal([*shape, SIZES.get(last) or int(last)]).astype(np.float32)
 
 
 def shape(form: str) -> str:
@@ -86,8 +86,8 @@ def _weighted(module: Any, *arrays: Any) -> Any:
     return module(*arrays, return_weights=True)
 
 
-def _of(cls: Any, *args: Any, forms: Any, call: Any = _called, name: str = "", **options: Any):
-    return Case(name or cls.__name__, functools.partial(cls, *args, **options), forms, call)
+def _of(cls: Any, *args: Any, forms: Any, call: Any = _called, **options: Any) -> Case:
+    return Case(cls.__name__, functools.partial(cls, *args, **options), forms, call)
 
 
 ATTENDED = ("b t 4", "b s 4", "b s 2")

@@ -2,42 +2,17 @@
 
 import argparse
 import functools
+import importlib
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from experiments.torch_reference import (
-    char_rnn,
-    classification,
-    embedding,
-    masks,
-    multi_head,
-    pooling,
-    positions,
-    recurrent,
-    self_attention,
-    sequence_pooling,
-    translation,
-)
 from experiments.torch_reference.record import record
 from experiments.torch_reference.training import all_trainings, train
 from jattn.parity.fixtures import Fixture, save
-
-FAMILIES: tuple[Any, ...] = (
-    pooling,
-    masks,
-    multi_head,
-    self_attention,
-    positions,
-    recurrent,
-    embedding,
-    char_rnn,
-    classification,
-    sequence_pooling,
-    translation,
-)
+from jattn.parity.systems import FAMILIES
 
 
 def recordings() -> Mapping[str, Callable[[], Fixture]]:
@@ -45,11 +20,17 @@ def recordings() -> Mapping[str, Callable[[], Fixture]]:
     cases = {
         case.file_name: functools.partial(record, case)
         for family in FAMILIES
-        for case in family.cases()
+        for case in _recorded(family).cases()
     }
     return cases | {
         training.file_name: functools.partial(train, training) for training in all_trainings()
     }
+
+
+def _recorded(family: Any) -> Any:
+    """The file here that records a family of systems has the name of that family's file."""
+    name = family.__name__.rpartition(".")[2]
+    return importlib.import_module(f"experiments.torch_reference.{name}")
 
 
 def main() -> None:

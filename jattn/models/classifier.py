@@ -14,8 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.functional import checks
-from jattn.models.tokens import is_real
-from jattn.nn._shared import dropout, sequence
+from jattn.nn._shared import dropout, is_real, sequence
 from jattn.nn.embedding import Embedding
 from jattn.nn.recurrent import GRU, LSTM, RNN
 from jattn.nn.sequence_pooling import LearnedQueryPooling

@@ -12,8 +12,8 @@ from jattn.functional import checks, compat, masks
 from jattn.functional.pytree import named_tuple
 from jattn.models import decoding
 from jattn.models.decoding import Decoded
-from jattn.models.tokens import embed, is_real
-from jattn.nn._shared import is_on, promoted
+from jattn.models.tokens import embed
+from jattn.nn._shared import is_on, is_real, promoted
 from jattn.nn.embedding import Embedding
 
 Array = jax.Array

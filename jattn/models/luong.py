@@ -204,11 +204,11 @@ class Decoder(encoder_decoder.Decoder):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         bare = options | {"use_bias": False}
         self.config, self.dtype = config, dtype
-        self.fed_features = D if config.feed == "prediction" else F if config.attention else 0
+        self.feed_features = D if config.feed == "prediction" else F if config.attention else 0
         self.embedding = Embed(C, D, **options)
         self.first_h = nnx.Linear(2 * F, F, **bare)
         self.first_c = nnx.Linear(2 * F, F, **bare)
-        self.cell = LSTMCell(D + self.fed_features, F, **options)
+        self.cell = LSTMCell(D + self.feed_features, F, **options)
         if config.attention:
             self.attention = BilinearAttention(F, 2 * F, attend=attend, **options)
             self.combine = nnx.Linear(3 * F, F, **bare)
@@ -221,7 +221,7 @@ class Decoder(encoder_decoder.Decoder):
         h, c = self.first_h(h), self.first_c(c)
         output = jnp.zeros_like(h)
         start = jnp.full_like(h[:, 0], self.config.start, jnp.int32)
-        return State(h, c, output, self._fed(output, start))
+        return State(h, c, output, self._feed(output, start))
 
     def _advance(
         self,
@@ -238,13 +238,13 @@ class Decoder(encoder_decoder.Decoder):
         output, weights = self._attend(h, memory, return_weights)
         output = self.dropout(output, deterministic=deterministic)
         prediction = jnp.argmax(self.out(output), axis=-1) if predicts else None
-        return State(h, c, output, self._fed(output, prediction)), (output, weights)
+        return State(h, c, output, self._feed(output, prediction)), (output, weights)
 
-    def _fed(self, output: Array, prediction: Array | None) -> Array:
+    def _feed(self, output: Array, prediction: Array | None) -> Array:
         """What the next step reads beside its token."""
         if self.config.feed == "prediction" and prediction is not None:
             return self.embedding(prediction).astype(output.dtype)
-        return output[:, : self.fed_features]  # all of it, or nothing
+        return output[:, : self.feed_features]  # all of it, or nothing
 
     def _attend(self, h: Array, memory: Memory, return_weights: bool) -> tuple[Array, Array | None]:
         """tanh(W_u [a; h]), and the weights if they are asked for."""

@@ -8,6 +8,7 @@ import optax
 from flax.nnx.nn import initializers
 
 from jattn.functional import checks, compat, dtypes
+from jattn.nn._shared import is_real
 from jattn.nn.embedding import Embedding
 
 Array = jax.Array
@@ -21,18 +22,6 @@ Embed = functools.partial(
 def embed(name: str, tokens: Array, embedding: Embedding) -> Array:
     """The rows of token ids; an error of `checks.validated_tokens` names the argument."""
     return embedding(checks.validated_tokens(name, tokens, embedding.num_embeddings))
-
-
-def is_real(lengths: Array, steps: int) -> Array:
-    """Which steps of each sequence are real: integers `[...]` to booleans `[..., steps]`.
-
-    Example:
-      >>> is_real(jnp.array([1, 2]), 2)
-      Array([[ True, False],
-             [ True,  True]], dtype=bool)
-    """
-    lengths = jnp.asarray(lengths).astype(jnp.int32)[..., None]
-    return jnp.arange(steps, dtype=jnp.int32).reshape(*(1,) * (lengths.ndim - 1), steps) < lengths
 
 
 def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None) -> Array:

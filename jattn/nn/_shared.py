@@ -283,6 +283,18 @@ def normalized(norm: Callable[[Array], Array], x: Array) -> Array:
         return norm(x)
 
 
+def is_real(lengths: Array, steps: int) -> Array:
+    """Which steps of each sequence are real: integers `[...]` to booleans `[..., steps]`.
+
+    Example:
+      >>> is_real(jnp.array([1, 2]), 2)
+      Array([[ True, False],
+             [ True,  True]], dtype=bool)
+    """
+    lengths = jnp.asarray(lengths).astype(jnp.int32)[..., None]
+    return jnp.arange(steps, dtype=jnp.int32).reshape(*(1,) * (lengths.ndim - 1), steps) < lengths
+
+
 def rows(table: Array, ids: Array) -> Array:
     """`table[ids]`, `[C, D]` and `[...]` to `[..., D]`; an id of C has a row of NaN.
 

@@ -15,7 +15,15 @@ from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks, masks, modifiers, scores
-from jattn.nn._shared import Attend, Given, joined_masks, joined_modifiers, promoted, sequence
+from jattn.nn._shared import (
+    Attend,
+    Given,
+    is_real,
+    joined_masks,
+    joined_modifiers,
+    promoted,
+    sequence,
+)
 from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array
@@ -84,10 +92,8 @@ class _SequencePooling(nnx.Module):
         if lengths is not None:
             checks.assert_shapes(x=(x, "... S D"), lengths=(lengths, "..."))
             mask = joined_masks(masks.padding(lengths), mask)
-            end = jnp.asarray(lengths, jnp.int32)[..., None, None]
             # A NaN past the end would reach the gradient of the kernel
-            steps = jnp.arange(x.shape[-2], dtype=jnp.int32)
-            x = jnp.where(steps.reshape(*(1,) * (x.ndim - 2), -1, 1) < end, x, 0)
+            x = jnp.where(is_real(lengths, x.shape[-2])[..., None], x, 0)
         query, key, value = promoted(self.dtype, *self._operands(x))
         bias = self._bias()
         if bias is not None:

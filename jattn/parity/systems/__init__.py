@@ -20,7 +20,7 @@ from jattn.parity.systems import (
     translation,
 )
 
-_FAMILIES: tuple[Any, ...] = (
+FAMILIES: tuple[Any, ...] = (
     pooling,
     masks,
     multi_head,
@@ -38,7 +38,7 @@ SYSTEMS: Mapping[str, System] = MappingProxyType(
     {
         system.slug: system
         for system in sorted(
-            (system for family in _FAMILIES for system in family.SYSTEMS),
+            (system for family in FAMILIES for system in family.SYSTEMS),
             key=lambda system: system.row,
         )
     }
