@@ -20,7 +20,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sacrebleu.metrics import CHRF
+from sacrebleu.metrics.chrf import CHRF
 
 from experiments import BadInput, exits_on_bad_input
 from experiments.data import dates, pairs

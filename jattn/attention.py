@@ -398,8 +398,8 @@ def _window(size: int | tuple[int, int]) -> masks.Mask:
 
 def _lengths(name: str, lengths: Any, rows: Array) -> Array:
     checks.assert_integers(**{name: lengths})
-    expected, came = rows.shape[:-3], np.shape(lengths)
-    if came != expected:
-        raise ValueError(f"{name} must have one length per example, shape {expected}, got {came}")
+    expected, got = rows.shape[:-3], np.shape(lengths)
+    if got != expected:
+        raise ValueError(f"{name} must have one length per example, shape {expected}, got {got}")
     checks.assert_in_range(name, lengths, 0, rows.shape[-3], "the length of the array")
     return dtypes.lengths(lengths)

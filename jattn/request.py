@@ -69,13 +69,13 @@ class Request:
         """Check everything that can be told from shapes, dtypes and known values.
 
         Raises:
-          ValueError, TypeError: name the argument, what was expected and what came.
+          ValueError, TypeError: name the argument, what was expected and what was given.
         """
         query, key, value = (jnp.asarray(array) for array in (query, key, value))
         sizes = check_operands(query=query, key=key, value=value)
         if not callable(score):
-            came = type(score).__name__
-            raise TypeError(f"score must be callable, (query, key) -> scores, got {came}")
+            got = type(score).__name__
+            raise TypeError(f"score must be callable, (query, key) -> scores, got {got}")
         mask, parts = as_mask(mask), _as_modifiers(modifier)
         positions = _check_fit(sizes, mask, parts, positions)
         _check_dropout(dropout_rate, dropout_key)
@@ -165,8 +165,8 @@ def check_operands(**operands: Array) -> checks.Sizes:
     sizes = checks.assert_shapes(swap_axes=(-3, -2), **given)
     N, K, T, S = (sizes[letter] for letter in "NKTS")
     if min(N, K, sizes["H"], sizes["H'"]) < 1:
-        came = [x.shape for x in operands.values()]
-        raise ValueError(f"heads and head width must be at least 1, got shapes {came}")
+        got = [x.shape for x in operands.values()]
+        raise ValueError(f"heads and head width must be at least 1, got shapes {got}")
     if N % K:
         swaps = {"query": (T, K), "key and value": (N, S), "all of them": (T, S)}
         fitting = [name for name, (many, few) in swaps.items() if many and few and many % few == 0]
@@ -234,8 +234,8 @@ def _as_modifiers(modifier: ModifierLike) -> tuple[modifiers.Modifier, ...]:
         raise TypeError("modifier is a mask: pass it as mask=")
     if not callable(modifier):
         use = "jattn.modifiers.bias" if hasattr(modifier, "dtype") else "a callable"
-        came = type(modifier).__name__
-        raise TypeError(f"modifier must be callable or a tuple of callables, got {came}: use {use}")
+        got = type(modifier).__name__
+        raise TypeError(f"modifier must be callable or a tuple of callables, got {got}: use {use}")
     _check_called("modifier", modifier, modifiers)
     return (modifiers.ScoreMod(modifier),)
 
@@ -257,8 +257,8 @@ def _as_positions(
     for name, array, length in zip(("query", "key"), positions, (T, S), strict=True):
         checks.assert_index(**{f"{name} positions": array})
         if np.shape(array) not in {(length,), (*batch, length)}:
-            expected, came = f"{(length,)} or {(*batch, length)}", np.shape(array)
-            raise ValueError(f"{name} positions must have shape {expected}, got {came}")
+            expected, got = f"{(length,)} or {(*batch, length)}", np.shape(array)
+            raise ValueError(f"{name} positions must have shape {expected}, got {got}")
     q_positions, k_positions = dtypes.together(*positions)
     return q_positions, k_positions
 

@@ -72,7 +72,7 @@ def kernel(case: Case, name: str) -> Work:
     )
 
 
-def _additive(query, key, value, weight, *, implementation):
+def _additive(query: Any, key: Any, value: Any, weight: Any, *, implementation: Any) -> Any:
     score = functools.partial(jattn.scores.additive, weight=weight)
     return jattn.attend(query, key, value, score=score, implementation=implementation)
 
@@ -159,7 +159,7 @@ def run_in_jax(name: str, case: Case) -> Run:
 def compiled(work: Work, arguments: Any, backward: bool) -> Callable[..., Any]:
     """Compile a function that returns the output and, with `backward`, all gradients."""
 
-    def whole(arrays, cotangent, extras):
+    def whole(arrays: Any, cotangent: Any, extras: Any) -> Any:
         if not backward:
             return work.function(*arrays, **extras)
         output, pull_back = jax.vjp(lambda *arrays: work.function(*arrays, **extras), *arrays)

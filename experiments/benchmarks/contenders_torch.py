@@ -93,7 +93,7 @@ def _mods(case: Case) -> tuple[Any, Any]:
     """FlexAttention's mask_mod and score_mod."""
     import torch
 
-    def causal(b, h, q_idx, k_idx):
+    def causal(b: Any, h: Any, q_idx: Any, k_idx: Any) -> Any:
         return q_idx >= k_idx
 
     match case.kind:

@@ -146,13 +146,13 @@ def _plain(value: jax.Array) -> jax.Array:
     """The data of a random key; any other array as it is."""
     return (
         jax.random.key_data(value)
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
         else value
     )
 
 
 def _like(value: jax.Array, array: np.ndarray) -> jax.Array:
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=jax.random.key_impl(value))
     return jax.numpy.asarray(array, value.dtype)
 

@@ -1,7 +1,7 @@
 """Chex's asserts under the names of arguments: shapes, ranks, dtypes and known values.
 
 Each raises an ordinary `ValueError` or `TypeError` that names the argument, what was expected and
-what came. They run at trace time: inside jit they cost nothing.
+what was given. They run at trace time: inside jit they cost nothing.
 """
 
 import inspect
@@ -99,19 +99,19 @@ def assert_broadcastable(name: str, array: Any, shape: tuple[int, ...], meaning:
     Example:
       >>> assert_broadcastable("mask", np.ones((1, 5, 7), bool), (2, 3, 5, 7), "[..., N, T, S]")
     """
-    came = np.shape(array)
+    got = np.shape(array)
     try:
-        chex.assert_is_broadcastable(came, shape, exception_type=ValueError)
+        chex.assert_is_broadcastable(got, shape, exception_type=ValueError)
     except ValueError:
         hint = ""
-        if len(came) == len(shape) - 1 and came[0] == shape[0]:
+        if len(got) == len(shape) - 1 and got[0] == shape[0]:
             hint = f"; one {name} per example needs a head axis: {name}[:, None]"
-        if name == "mask" and came == (shape[0], shape[-1]):
+        if name == "mask" and got == (shape[0], shape[-1]):
             hint = (
                 "; for one row of keys per example, masks.padding(lengths) or mask[:, None, None]"
             )
         raise ValueError(
-            f"{name} must broadcast to {meaning} = {tuple(shape)}, got shape {came}{hint}"
+            f"{name} must broadcast to {meaning} = {tuple(shape)}, got shape {got}{hint}"
         ) from None
 
 

@@ -37,9 +37,9 @@ def indices(array: Any) -> jax.Array:
       >>> indices(jnp.arange(2, dtype=jnp.uint8)).dtype
       dtype('int32')
     """
-    known = checks.concrete(array) is not None
+    is_concrete = checks.concrete(array) is not None
     array = jnp.asarray(array)
-    return array.astype(jnp.int32 if known or array.dtype.itemsize <= 4 else jnp.int64)
+    return array.astype(jnp.int32 if is_concrete or array.dtype.itemsize <= 4 else jnp.int64)
 
 
 def together(*arrays: Any) -> list[jax.Array]:

@@ -479,9 +479,9 @@ def _check_per_example(name: str, value: Any, batch: tuple[int, ...]) -> None:
 def _show(value: Any) -> str:
     if not _is_array(value):
         return str(value)
-    known = checks.concrete(value)
+    concrete = checks.concrete(value)
     return (
         f"array of shape {np.shape(value)}"
-        if known is None or known.size > 8
-        else str(known.tolist())
+        if concrete is None or concrete.size > 8
+        else str(concrete.tolist())
     )

@@ -326,6 +326,6 @@ class Bias(Modifier):
         checks.assert_broadcastable("bias", self.array, (*batch, num_heads, T, S), "[..., N, T, S]")
 
 
-def _check_heads(name: str, came: int, num_heads: int) -> None:
-    if came != num_heads:
-        raise ValueError(f"{name} must have one entry per query head, N = {num_heads}, got {came}")
+def _check_heads(name: str, got: int, num_heads: int) -> None:
+    if got != num_heads:
+        raise ValueError(f"{name} must have one entry per query head, N = {num_heads}, got {got}")

@@ -70,9 +70,10 @@ def sinusoidal_rotation(offset: float | Array, features: int, *, base: float = 1
     """
     if np.ndim(offset) > 0:
         raise ValueError(f"offset must be a scalar, got shape {np.shape(offset)}")
-    known = checks.concrete(offset)
+    concrete = checks.concrete(offset)
     sin, cos = _sin_cos(
-        _angles(jnp.asarray(offset) if known is None else known, features, base), _default_float()
+        _angles(jnp.asarray(offset) if concrete is None else concrete, features, base),
+        _default_float(),
     )
     even = 2 * np.arange(features // 2)
     rotation = jnp.zeros((features, features), sin.dtype)
@@ -116,8 +117,8 @@ def rotary(
         raise ValueError(
             f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}"
         )
-    known = _as_positions(T if positions is None else positions)
-    angles = _angles(known, sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
+    sequence = _as_positions(T if positions is None else positions)
+    angles = _angles(sequence, sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
     angles = angles[(None,) * (x.ndim - angles.ndim)]
     dtype = dtypes.accumulator(x.dtype)
     sin, cos = _sin_cos(angles, dtype)
@@ -136,8 +137,8 @@ def _as_positions(positions: int | Array) -> np.ndarray | Array:
     symbol: Any = positions
     if jax.export.is_symbolic_dim(symbol):
         return jnp.arange(symbol)
-    known = checks.concrete(positions)
-    return jnp.asarray(positions) if known is None else known
+    concrete = checks.concrete(positions)
+    return jnp.asarray(positions) if concrete is None else concrete
 
 
 def _angles(positions: np.ndarray | Array, features: int, base: float) -> np.ndarray | Array:

@@ -193,11 +193,11 @@ def recur(
     operands = compat.vary_alike(_Operands(inputs, valid, state, weights, captures.arrays))
     _, *batch, _ = jax.typeof(inputs).sharding.spec
     specs = PartitionSpec(None, *batch, None), (PartitionSpec(*batch, None),) * len(state)
-    run = functools.partial(_states, _How(pure, separate, reverse))
+    run = functools.partial(_states, _Static(pure, separate, reverse))
     return compat.automatically(run, specs)(operands)
 
 
-class _How(NamedTuple):
+class _Static(NamedTuple):
     """All that is static in a recurrence."""
 
     step: Any  # (captured, gates, state) -> state
@@ -225,75 +225,75 @@ class _Trace(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _states(how: _How, operands: _Operands) -> tuple[Array, State]:
-    last, trace = _scan(how, operands)
+def _states(static: _Static, operands: _Operands) -> tuple[Array, State]:
+    last, trace = _scan(static, operands)
     return trace.h, last
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scan(how: _How, operands: _Operands) -> tuple[State, _Trace]:
+def _scan(static: _Static, operands: _Operands) -> tuple[State, _Trace]:
     """The state after the last step, and a trace of all."""
     inputs, valid, state, weights, captured = operands
 
     def body(state: State, at: tuple[Array, Array | None]) -> tuple[State, Any]:
         projected, valid = at
         biased = plus(projected, weights.input_bias)
-        gates = _gates(biased, state[0], weights, how.separate)
-        after = how.step(captured, gates, state)
+        gates = _gates(biased, state[0], weights, static.separate)
+        after = static.step(captured, gates, state)
         unprojected = None if weights.proj_kernel is None else after[0]
         return _where(valid, _project(after, weights), state), (state, gates[-1], unprojected)
 
     projected = inputs @ weights.input_kernel  # one product for all steps
     last, (before, gates, unprojected) = jax.lax.scan(
-        body, state, (projected, valid), reverse=how.reverse
+        body, state, (projected, valid), reverse=static.reverse
     )
     found, end = before[0], last[0][None]
-    h = jnp.concatenate([end, found[:-1]] if how.reverse else [found[1:], end])
-    return last, _Trace(h, before, (projected, gates) if how.separate else (gates,), unprojected)
+    h = jnp.concatenate([end, found[:-1]] if static.reverse else [found[1:], end])
+    return last, _Trace(h, before, (projected, gates) if static.separate else (gates,), unprojected)
 
 
 @functools.partial(_scan.defjvp, symbolic_zeros=True)
-def _derivative(how: _How, primals: Any, tangents: Any) -> Any:
+def _derivative(static: _Static, primals: Any, tangents: Any) -> Any:
     """Only the tangent of the state goes from step to step.
 
     Every product with a tangent of inputs or weights is made before the loop, for all steps at
     once. So is, when JAX transposes this rule, the gradient of each weight.
     """
-    (operands,), (moved,) = primals, jax.tree.map(_or_none, tangents)
-    last, trace = _scan(how, operands)
-    weights, d_weights = operands.weights, moved.weights
+    (operands,), (tangents,) = primals, jax.tree.map(_or_none, tangents)
+    last, trace = _scan(static, operands)
+    weights, d_weights = operands.weights, tangents.weights
     d_projected = _sum(
-        None if moved.inputs is None else moved.inputs @ weights.input_kernel,
+        None if tangents.inputs is None else tangents.inputs @ weights.input_kernel,
         _times(operands.inputs, d_weights.input_kernel),
     )
     d_hidden = _sum(_times(trace.before[0], d_weights.hidden_kernel), d_weights.hidden_bias)
     d_biased = _sum(d_projected, d_weights.input_bias)
-    parts: Any = (d_biased, d_hidden) if how.separate else (_sum(d_biased, d_hidden),)
+    parts: Any = (d_biased, d_hidden) if static.separate else (_sum(d_biased, d_hidden),)
     fixed: Any = tuple(_as_large(part, trace.gates[0]) for part in parts)
     outward = _times(trace.unprojected, d_weights.proj_kernel)
-    d_captured = [*map(_filled, operands.captured, moved.captured)]
+    d_captured = [*map(_filled, operands.captured, tangents.captured)]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(d_state: Any, at: Any) -> tuple[Any, Any]:
         valid, gates, before, fixed, outward = at
         *d_outer, d_hidden = fixed
         d_gates: Any = (*d_outer, _sum(d_state[0] @ weights.hidden_kernel, d_hidden))
-        if how.separate:
+        if static.separate:
             gates = plus(gates[0], weights.input_bias), gates[1]
             d_gates = _filled(gates[0], d_gates[0]), d_gates[1]
         found, d_found = (operands.captured, gates, before), (d_captured, d_gates, d_state)
-        d_unprojected = jax.jvp(how.step, found, d_found)[1]
+        d_unprojected = jax.jvp(static.step, found, d_found)[1]
         d_after = _project(d_unprojected, weights)
         d_output: Any = _sum(d_after[0], outward)
         d_after = _where(valid, (d_output, *d_after[1:]), d_state)
         return d_after, (d_after[0], d_state, d_gates[-1], d_unprojected[0])
 
     steps = operands.valid, trace.gates, trace.before, fixed, outward
-    d_state = tuple(map(_filled, operands.state, moved.state))
+    d_state = tuple(map(_filled, operands.state, tangents.state))
     d_last, (d_h, d_before, d_gates, d_unprojected) = jax.lax.scan(
-        body, d_state, steps, reverse=how.reverse
+        body, d_state, steps, reverse=static.reverse
     )
-    d_kept = (_filled(trace.gates[0], d_projected), d_gates) if how.separate else (d_gates,)
+    d_kept = (_filled(trace.gates[0], d_projected), d_gates) if static.separate else (d_gates,)
     d_unprojected = None if trace.unprojected is None else d_unprojected
     return (last, trace), (d_last, _Trace(d_h, d_before, d_kept, d_unprojected))
 

@@ -323,30 +323,30 @@ def _run(
     targets: Mapping[str, nnx.Variable] | None,
     problems: _Problems,
 ) -> dict[str, np.ndarray]:
-    came = ", ".join(str(arrays[source].shape) for source in step.sources)
+    got = ", ".join(str(arrays[source].shape) for source in step.sources)
     try:
         changed = step.run(arrays)
     except (ValueError, einops.EinopsError) as error:
         reason = str(error).splitlines()[-1].strip()
-        problems.misshapen.append(f"{step}: {came} does not fit the layout: {reason}")
+        problems.misshapen.append(f"{step}: {got} does not fit the layout: {reason}")
         return {}
     for name, array in changed.items():
         if targets is None:
             break
         fault = _misfit(array.dtype, targets[name].dtype)
         if array.shape != targets[name].shape:
-            fault = f"{came} gives {array.shape}; {name} is {targets[name].shape}"
+            fault = f"{got} gives {array.shape}; {name} is {targets[name].shape}"
         if fault:
             problems.misshapen.append(f"{step}: {fault}")
     return changed
 
 
-def _misfit(came: np.dtype, dtype: np.dtype) -> str:
+def _misfit(got: np.dtype, dtype: np.dtype) -> str:
     """Why a parameter of a dtype cannot hold every number of a tensor; empty: it can."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return f"JAX has no {dtype} unless jax_enable_x64 is set"
-    floating = all(jnp.issubdtype(each, jnp.floating) for each in (came, dtype))
-    if came == dtype or (floating and np.can_cast(came, dtype)):
+    floating = all(jnp.issubdtype(each, jnp.floating) for each in (got, dtype))
+    if got == dtype or (floating and np.can_cast(got, dtype)):
         return ""
     rounded = " without being rounded" if floating else ""
-    return f"{came} does not fit a parameter of {dtype}{rounded}"
+    return f"{got} does not fit a parameter of {dtype}{rounded}"

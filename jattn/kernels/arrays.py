@@ -41,8 +41,8 @@ def head_scores(score: Callable[[Array, Array], Any], query: Array, key: Array) 
         grouped = group_heads(query, K, axis=-3)
         scores, expected = score(grouped, key[..., None, :, :]), (*batch, K, N // K, T, S)
     if not hasattr(scores, "shape"):
-        came = type(scores).__name__
-        raise TypeError(f"score must return an array [..., T, S] = {expected}, got a {came}")
+        got = type(scores).__name__
+        raise TypeError(f"score must return an array [..., T, S] = {expected}, got a {got}")
     if scores.shape != expected:
         each = f"score must return [..., T, S] for each head, {expected}"
         raise ValueError(f"{each}, got {scores.shape}")

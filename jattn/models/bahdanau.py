@@ -53,7 +53,7 @@ class Config:
     start: int = 1
     end: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_config(
             self,
             "source_vocabulary",

@@ -43,7 +43,7 @@ class Config:
     hidden_features: int = 8
     num_layers: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.assert_positive(**vars(self))
 
 

@@ -133,7 +133,7 @@ class Config:
     pooling: Callable[..., Any] | None = None
     padding_idx: int | None = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("vocabulary", "classes", "embedding_features", "hidden_features", "num_layers")
         checks.assert_positive(**{name: getattr(self, name) for name in sizes})
         checks.assert_probability(dropout_rate=self.dropout_rate)

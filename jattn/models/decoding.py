@@ -31,7 +31,7 @@ class Decoded(NamedTuple):
       tokens: int32 `[B, L]` or `[B, W, L]`, the end token included, padded beyond it.
       scores: `[B]` or `[B, W]`: natural log-probabilities, divided by the length penalty if there
         is one.
-      lengths: int32 `[B]` or `[B, W]`: tokens up to and including the end token; L if none came.
+      lengths: int32 `[B]` or `[B, W]`: tokens up to and including the end token; L without an end token.
     """
 
     tokens: Array
@@ -71,7 +71,7 @@ def greedy(
     carry, start, logits = _check(step, carry, start, end, max_length)
     pad = end if pad is None else pad
 
-    def advance(loop):
+    def advance(loop: Any) -> Any:
         time, carry, last, (tokens, scores, lengths), ended = loop
         carry, logits = step(carry, last)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -82,7 +82,7 @@ def greedy(
         )
         return time + 1, carry, best, decoded, ended | (best == end)
 
-    def unfinished(loop):
+    def unfinished(loop: Any) -> Array:
         time, *_, ended = loop
         return (time < max_length) & ~jnp.all(ended)
 
@@ -147,14 +147,14 @@ def beam_search(
     _check_beam(logits.shape[1], width, length_penalty)
     L, W = max_length, width
 
-    def normalised(scores, length):
+    def normalised(scores: Array, length: Any) -> Array:
         return scores / ((5 + jnp.asarray(length, scores.dtype)) / 6) ** length_penalty
 
-    def unfinished(beam):
+    def unfinished(beam: Any) -> Array:
         hope = normalised(beam.living.scores.max(axis=1), L)
         return (beam.time < L) & jnp.any(hope > beam.complete.scores.min(axis=1))
 
-    def advance(beam):
+    def advance(beam: Any) -> Any:
         return _advance(step, beam, end, normalised)
 
     last = jnp.repeat(start[:, None], W, axis=1)
@@ -253,11 +253,11 @@ def _check(
             )
     carry = jax.tree.map(jnp.asarray, carry)
     after, logits = jax.eval_shape(step, carry, start)
-    described, came = (
+    described, got = (
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (carry, after)
     )
-    if described != came:
-        raise ValueError(f"step must return a carry like the one it gets: {described}, got {came}")
+    if described != got:
+        raise ValueError(f"step must return a carry like the one it gets: {described}, got {got}")
     checks.assert_shapes(start=(start, "B"), logits=(logits, "B C"))
     checks.assert_floating(logits=logits)
     checks.assert_in_range(

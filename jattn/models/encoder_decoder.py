@@ -327,7 +327,16 @@ class EncoderDecoder(nnx.Module):
 @functools.partial(
     jax.jit, static_argnums=0, static_argnames=("max_length", "return_weights", *_BEAM)
 )
-def _decode(graphdef, parameters, source, lengths, *, return_weights, max_length, **beam) -> Any:
+def _decode(
+    graphdef: Any,
+    parameters: Any,
+    source: Array,
+    lengths: Array | None,
+    *,
+    return_weights: bool,
+    max_length: int,
+    **beam: Any,
+) -> Any:
     model = nnx.merge(graphdef, parameters)
     decoder, config = model.decoder, model.config
     memory, state = model._read(source, lengths, True)

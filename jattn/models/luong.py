@@ -67,7 +67,7 @@ class Config:
     start: int = 1
     end: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_config(
             self, "source_vocabulary", "target_vocabulary", "embedding_features", "hidden_features"
         )

@@ -64,15 +64,15 @@ class Attend:
 
     def __init__(self, function: Callable[..., Any] = attend):
         if not callable(function):
-            came = type(function).__name__
-            raise TypeError(f"attend must be callable, such as jattn.attend, got {came}")
+            got = type(function).__name__
+            raise TypeError(f"attend must be callable, such as jattn.attend, got {got}")
         self.function, self.given = function, {}
         if isinstance(function, functools.partial):
             self.function, self.given = function.func, function.keywords
             belongs = sorted(_OF_THE_MODULE & self.given.keys())
             if function.args or belongs:
-                came = ", ".join(belongs) or f"{len(function.args)} positional arguments"
-                raise TypeError(f"attend: {came} cannot be part of it: the module gives these")
+                got = ", ".join(belongs) or f"{len(function.args)} positional arguments"
+                raise TypeError(f"attend: {got} cannot be part of it: the module gives these")
         _refuse_state(function)
         self._content = _comparable(self.function), _comparable(self.given)
 

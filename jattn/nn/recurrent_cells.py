@@ -172,8 +172,8 @@ class Cell(nnx.Module):
             return (state,)
         pair = isinstance(state, (tuple, list))
         if not pair or len(state) != len(self.letters):
-            came = f"a {type(state).__name__} of {len(state)}" if pair else type(state).__name__
-            raise ValueError(f"state must be a pair of h and c, got {came}")
+            got = f"a {type(state).__name__} of {len(state)}" if pair else type(state).__name__
+            raise ValueError(f"state must be a pair of h and c, got {got}")
         return tuple(state)
 
     def pack(self, parts: State) -> Any:

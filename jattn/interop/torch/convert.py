@@ -68,9 +68,9 @@ def load_torch(
       >>> linear.bias[...]
       Array([1., 1.], dtype=float32)
     """
-    known = _tables(module) if rules is None else (Table("the rules given", tuple(rules)),)
+    tables = _tables(module) if rules is None else (Table("the rules given", tuple(rules)),)
     tensors = read(state_dict)
-    table = max(known, key=lambda table: table.knows(tensors))
+    table = max(tables, key=lambda table: table.knows(tensors))
     try:
         nnx.update(module, to_flax(tensors, module, table.rules))
     except ConversionError as error:
