@@ -4,8 +4,12 @@ Run one with `python -m experiments.NAME` from the root of the clone.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
+
+if importlib.util.find_spec("tyro") is None:
+    raise ModuleNotFoundError("the experiments need more packages: pip install -e '.[experiments]'")
 
 
 class BadInput(ValueError):

@@ -162,7 +162,12 @@ def check_operands(**operands: Array) -> checks.Sizes:
     checks.assert_floating(**operands)
     patterns = {"query": "... T N H", "key": "... S K H'", "value": "... S K V"}
     given = {name: (array, patterns[name]) for name, array in operands.items()}
-    sizes = checks.assert_shapes(swap_axes=(-3, -2), **given)
+    try:
+        sizes = checks.assert_shapes(swap_axes=(-3, -2), **given)
+    except ValueError as error:
+        if all(jnp.ndim(array) > 2 for array in operands.values()):
+            raise
+        raise ValueError(f"{error}; one head is an axis too: x[..., None, :]") from None
     N, K, T, S = (sizes[letter] for letter in "NKTS")
     if min(N, K, sizes["H"], sizes["H'"]) < 1:
         got = [x.shape for x in operands.values()]

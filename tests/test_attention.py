@@ -155,15 +155,21 @@ BAD = {
         (Q, KEY, VALUE),
         {"mask": [masks.causal(), masks.no_self()]},
     ),
+    "arrays without an axis of heads": (
+        ValueError,
+        r"got shape \(5, 3\); one head is an axis too: x\[..., None, :\]",
+        (jnp.ones((5, 3)), jnp.ones((5, 3)), jnp.ones((5, 3))),
+        {},
+    ),
     "mask of too few arguments": (
         TypeError,
-        r"mask must be a function of \(b, h, q_idx, k_idx\): too many positional arguments",
+        r"mask must be a function of \(b, h, q_idx, k_idx\), got one of \(",
         (Q, KEY, VALUE),
         {"mask": lambda i, j: i >= j},
     ),
     "modifier of too many arguments": (
         TypeError,
-        r"modifier must be a function of \(score, b, h, q_idx, k_idx\): missing .*'extra'",
+        r"modifier must be a function of \(score, b, h, q_idx, k_idx\), got one of .*extra",
         (Q, KEY, VALUE),
         {"modifier": lambda x, b, h, i, j, extra: x},
     ),

@@ -163,9 +163,10 @@ def entrywise(name: str, takes: str, function: Any, *entries: Any) -> Any:
       Array([ True,  True], dtype=bool)
     """
     try:
-        inspect.signature(function).bind(*entries)
-    except TypeError as error:
-        raise TypeError(f"{name} must be a function of {takes}: {error}") from None
+        signature = inspect.signature(function)
+        signature.bind(*entries)
+    except TypeError:
+        raise TypeError(f"{name} must be a function of {takes}, got one of {signature}") from None
     except ValueError:  # one that does not tell
         pass
 

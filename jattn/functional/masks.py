@@ -61,7 +61,7 @@ def causal(offset: int | Array = 0) -> Mask:
 
 
 def sliding_window(left: int | Array, right: int | Array = 0) -> Mask:
-    """A query sees `left` keys before its own position and `right` after it.
+    """A query sees its own position, `left` keys before it and `right` after it.
 
         i − left ≤ j ≤ i + right
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 
 class ConversionError(ValueError):
-    """Weights that do not fit: lists all that is missing, unused, ambiguous or misshapen.
+    """Weights that do not fit: lists all that is missing, unused, ambiguous or unfit.
 
     Args:
       missing: targets that nothing fills, or parts that a rule still needs.
       unused: source tensors that no rule takes, or whose target does not exist.
       ambiguous: source tensors that several rules take, and targets that several rules fill.
-      misshapen: tensors whose shape, dtype or storage does not fit.
+      unfit: tensors whose shape, dtype or storage does not fit.
       hint: what may help.
 
     Example:
@@ -25,13 +25,13 @@ class ConversionError(ValueError):
         missing: Sequence[str] = (),
         unused: Sequence[str] = (),
         ambiguous: Sequence[str] = (),
-        misshapen: Sequence[str] = (),
+        unfit: Sequence[str] = (),
         hint: str = "",
     ) -> None:
         self.missing, self.unused = tuple(missing), tuple(unused)
-        self.ambiguous, self.misshapen = tuple(ambiguous), tuple(misshapen)
+        self.ambiguous, self.unfit = tuple(ambiguous), tuple(unfit)
         self.hint = hint
-        kinds = ("missing", "unused", "ambiguous", "misshapen")
+        kinds = ("missing", "unused", "ambiguous", "unfit")
         lines = [f"  {kind}: {item}" for kind in kinds for item in getattr(self, kind)]
         lines += [f"  {hint}"] if hint else []
         super().__init__("\n".join(["the weights do not fit", *lines]))

@@ -155,7 +155,7 @@ def to_flax(
       A new state with the structure, shapes and dtypes of the target's parameters.
 
     Raises:
-      ConversionError: (a ValueError) what is missing, unused, ambiguous or misshapen.
+      ConversionError: (a ValueError) what is missing, unused, ambiguous or unfit.
 
     Example:
       >>> linear = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
@@ -187,7 +187,7 @@ def from_flax(source: nnx.Module | nnx.State, rules: Iterable[Rule]) -> dict[str
       PyTorch name → array, each in the dtype of its source.
 
     Raises:
-      ConversionError: (a ValueError) what is missing, unused, ambiguous or misshapen.
+      ConversionError: (a ValueError) what is missing, unused, ambiguous or unfit.
 
     Example:
       >>> linear = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
@@ -209,7 +209,7 @@ class _Problems:
     missing: list[str] = dataclasses.field(default_factory=list)
     unused: list[str] = dataclasses.field(default_factory=list)
     ambiguous: list[str] = dataclasses.field(default_factory=list)
-    misshapen: list[str] = dataclasses.field(default_factory=list)
+    unfit: list[str] = dataclasses.field(default_factory=list)
 
     def raise_any(self) -> None:
         found = vars(self)
@@ -328,7 +328,7 @@ def _run(
         changed = step.run(arrays)
     except (ValueError, einops.EinopsError) as error:
         reason = str(error).splitlines()[-1].strip()
-        problems.misshapen.append(f"{step}: {got} does not fit the layout: {reason}")
+        problems.unfit.append(f"{step}: {got} does not fit the layout: {reason}")
         return {}
     for name, array in changed.items():
         if targets is None:
@@ -337,7 +337,7 @@ def _run(
         if array.shape != targets[name].shape:
             fault = f"{got} gives {array.shape}; {name} is {targets[name].shape}"
         if fault:
-            problems.misshapen.append(f"{step}: {fault}")
+            problems.unfit.append(f"{step}: {fault}")
     return changed
 
 

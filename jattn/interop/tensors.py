@@ -41,7 +41,7 @@ def read(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
         except ValueError as error:
             unreadable.append(f"{name}: {error}")
     if unreadable:
-        raise ConversionError(misshapen=unreadable)
+        raise ConversionError(unfit=unreadable)
     return arrays
 
 
@@ -66,5 +66,9 @@ def _from_torch(tensor: Any) -> np.ndarray:
         return tensor.numpy()
     except TypeError:  # a dtype that NumPy knows by ml_dtypes alone
         name = str(tensor.dtype).removeprefix("torch.")
+        try:
+            dtype = np.dtype(name)
+        except TypeError:
+            raise ValueError(f"NumPy has no {name}") from None
         bits = {1: "uint8", 2: "int16"}[tensor.element_size()]
-        return tensor.view(getattr(sys.modules["torch"], bits)).numpy().view(name)
+        return tensor.view(getattr(sys.modules["torch"], bits)).numpy().view(dtype)

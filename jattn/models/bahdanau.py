@@ -160,7 +160,7 @@ class Decoder(encoder_decoder.Decoder):
         D, F = config.embedding_features, config.hidden_features
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         rate = config.dropout_rate
-        self.dtype = dtype
+        self.dtype, self.memory_features = dtype, F
         self.attention = AdditiveAttention(F, F, F, dropout_rate=rate, attend=attend, **options)
         self.embedding = Embed(config.target_vocabulary, D, **options)
         self.gru = GRU(F + D, F, num_layers=config.num_layers, dropout_rate=rate, **options)

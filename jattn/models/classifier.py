@@ -5,6 +5,8 @@ Zhou et al. 2016, https://aclanthology.org/P16-2034
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -179,7 +181,7 @@ class Classifier(nnx.Module):
       rngs: random streams; uses `params` and, with dropout, `dropout`.
 
     Raises:
-      ValueError: `attend` is given, and the config has no pooling.
+      ValueError: `attend` is given, and the config has no pooling that takes it.
 
     Attributes:
       embedding: a `jattn.nn.Embedding`; one with `max_norm` or other options may take its place.
@@ -205,8 +207,13 @@ class Classifier(nnx.Module):
     ):
         D, F = config.embedding_features, config.hidden_features
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        if attend is not None and config.pooling is None:
-            raise ValueError("attend needs a config with a pooling; without one nothing attends")
+        if attend is not None:
+            if config.pooling is None:
+                raise ValueError(
+                    "attend needs a pooling in the config; without one nothing attends"
+                )
+            if not _takes_attend(config.pooling):
+                raise ValueError(f"attend needs a pooling that takes it, got {config.pooling}")
         self.config = config
         self.embedding = Embedding(config.vocabulary, D, padding_idx=config.padding_idx, **options)
         self.network = config.network(
@@ -288,3 +295,12 @@ class Classifier(nnx.Module):
         return rearrange(
             h[..., -1 - self.config.bidirectional :, :], "... directions f -> ... (directions f)"
         )
+
+
+def _takes_attend(pooling: Callable[..., Any]) -> bool:
+    if isinstance(pooling, functools.partial):
+        return _takes_attend(pooling.func)
+    # Flax hides the arguments of its classes
+    function = vars(pooling).get("__init__", pooling) if isinstance(pooling, type) else pooling
+    parameters = inspect.signature(function).parameters
+    return "attend" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

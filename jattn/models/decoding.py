@@ -31,7 +31,7 @@ class Decoded(NamedTuple):
       tokens: int32 `[B, L]` or `[B, W, L]`, the end token included, padded beyond it.
       scores: `[B]` or `[B, W]`: natural log-probabilities, divided by the length penalty if there
         is one.
-      lengths: int32 `[B]` or `[B, W]`: tokens up to and including the end token; L without an end token.
+      lengths: int32 `[B]` or `[B, W]`: tokens up to and including the end token, or L.
     """
 
     tokens: Array

@@ -13,7 +13,7 @@ from jattn.functional.pytree import named_tuple
 from jattn.models import decoding
 from jattn.models.decoding import Decoded
 from jattn.models.tokens import embed
-from jattn.nn._shared import is_on, is_real, promoted
+from jattn.nn._shared import is_on, is_real, promoted, sequence
 from jattn.nn.embedding import Embedding
 
 Array = jax.Array
@@ -43,13 +43,23 @@ class Decoder(nnx.Module):
     embedding: Embedding
     out: nnx.Linear
     dtype: Any
+    memory_features: int  # of the encoder's outputs
     state_pattern: ClassVar[str]  # of the first array of the state
 
     def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
-        """What the decoder attends to: the encoder's outputs `[B, S, width]`.
+        """What the decoder attends to.
 
-        Lengths, integers `[B]`, hide the padding.
+        Args:
+          outputs: the encoder's, `[B, S, width]`, floating point.
+          lengths: integers `[B]`, the number of real positions; the rest is hidden. None: all.
+
+        Raises:
+          ValueError: a shape does not fit, or a length lies outside 1 … S.
+          TypeError: the outputs are not floating point, or the lengths no integers.
         """
+        checks.assert_shapes(outputs=(outputs, "B S width"))
+        outputs = sequence(outputs, self.memory_features, "outputs")
+        _check_lengths(lengths, outputs=outputs)
         return Memory(self._keys(outputs), outputs, lengths)
 
     @overload
@@ -310,12 +320,9 @@ class EncoderDecoder(nnx.Module):
         return self.decoder.remember(outputs, lengths), state
 
     def _check(self, source: Array, lengths: Array | None) -> None:
-        S = checks.assert_shapes(source=(source, "B S"))["S"]
+        checks.assert_shapes(source=(source, "B S"))
         checks.validated_tokens("source", source, self.config.source_vocabulary)
-        if lengths is not None:
-            checks.assert_shapes(source=(source, "B S"), lengths=(lengths, "B"))
-            checks.assert_integers(lengths=lengths)
-            checks.assert_in_range("lengths", lengths, 1, S, "S, the number of source positions")
+        _check_lengths(lengths, source=source)
 
     def _decode(
         self, source: Array, lengths: Array | None, *, return_weights: bool, **options: Any
@@ -355,6 +362,19 @@ def _decode(
 
     weights = (jax.vmap(weights_of, in_axes=1, out_axes=1) if beam else weights_of)(found.tokens)
     return found, jnp.where(is_real(found.lengths, max_length)[..., None], weights, 0)
+
+
+def _check_lengths(lengths: Array | None, **sources: Array) -> None:
+    """Lengths are integers `[B]` from 1 to S; the source is `[B, S]` or `[B, S, width]`."""
+    if lengths is None:
+        return
+    patterns: dict[str, Any] = {
+        name: (source, "B S width" if jnp.ndim(source) > 2 else "B S")
+        for name, source in sources.items()
+    }
+    S = checks.assert_shapes(**patterns, lengths=(lengths, "B"))["S"]
+    checks.assert_integers(lengths=lengths)
+    checks.assert_in_range("lengths", lengths, 1, S, "S, the number of source positions")
 
 
 def check_config(config: Any, *sizes: str) -> None:

@@ -87,7 +87,7 @@ class State(NamedTuple):
     h: Array  # [B, F]
     c: Array  # [B, F]
     output: Array  # o, of which the logits are made, [B, F]
-    input_feed: Array  # what the next step reads beside its token, [B, F], [B, D] or [B, 0]
+    input_feed: Array | None  # what the next step reads beside its token, [B, F] or [B, D]
 
 
 class Encoder(nnx.Module):
@@ -203,12 +203,12 @@ class Decoder(encoder_decoder.Decoder):
         D, F, C = config.embedding_features, config.hidden_features, config.target_vocabulary
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         bare = options | {"use_bias": False}
-        self.config, self.dtype = config, dtype
-        self.feed_features = D if config.feed == "prediction" else F if config.attention else 0
+        self.config, self.dtype, self.memory_features = config, dtype, 2 * F
         self.embedding = Embed(C, D, **options)
         self.first_h = nnx.Linear(2 * F, F, **bare)
         self.first_c = nnx.Linear(2 * F, F, **bare)
-        self.cell = LSTMCell(D + self.feed_features, F, **options)
+        fed = D if config.feed == "prediction" else F if config.attention else 0
+        self.cell = LSTMCell(D + fed, F, **options)
         if config.attention:
             self.attention = BilinearAttention(F, 2 * F, attend=attend, **options)
             self.combine = nnx.Linear(3 * F, F, **bare)
@@ -234,17 +234,18 @@ class Decoder(encoder_decoder.Decoder):
     ) -> tuple[State, tuple[Array, Array | None]]:
         predicts = self.config.feed == "prediction"
         parts = (state.input_feed, embedded) if predicts else (embedded, state.input_feed)
-        h, c = self.cell(jnp.concatenate(parts, axis=-1), (state.h, state.c))
+        read = jnp.concatenate([part for part in parts if part is not None], axis=-1)
+        h, c = self.cell(read, (state.h, state.c))
         output, weights = self._attend(h, memory, return_weights)
         output = self.dropout(output, deterministic=deterministic)
         prediction = jnp.argmax(self.out(output), axis=-1) if predicts else None
         return State(h, c, output, self._feed(output, prediction)), (output, weights)
 
-    def _feed(self, output: Array, prediction: Array | None) -> Array:
-        """What the next step reads beside its token."""
+    def _feed(self, output: Array, prediction: Array | None) -> Array | None:
+        """What the next step reads beside its token; None: nothing."""
         if self.config.feed == "prediction" and prediction is not None:
             return self.embedding(prediction).astype(output.dtype)
-        return output[:, : self.feed_features]  # all of it, or nothing
+        return output if self.config.attention else None
 
     def _attend(self, h: Array, memory: Memory, return_weights: bool) -> tuple[Array, Array | None]:
         """tanh(W_u [a; h]), and the weights if they are asked for."""

@@ -20,7 +20,7 @@ from jattn.parity.compare import Comparison, run
 from jattn.parity.fixtures import load
 
 _FOLDER = pathlib.Path("tests/fixtures")
-_WHERE = "jattn's own are in a clone of the project: run there, or give a path to fixtures"
+_WHERE = "jattn's own are found from the top folder of a clone; or give a path to fixtures"
 _OPTIONS = "[--dtype …] [--json FILE]"
 _USAGE = f"jattn parity [FOLDER] {_OPTIONS}\n       jattn parity run FIXTURE... {_OPTIONS}"
 

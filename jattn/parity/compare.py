@@ -21,7 +21,7 @@ class Row:
 
     Args:
       name: `output/NAME`, `grad/param/NAME` or `grad/input/NAME`, in PyTorch's names.
-      max_error: largest |Δ|; infinite where the tensor is missing, misshapen, not finite, or
+      max_error: largest |Δ|; infinite where the tensor is missing, unfit, not finite, or
         integers that differ.
       relative_error: the same over the largest magnitude of PyTorch's tensor.
       ulps: the same in units in the last place of that magnitude, in the type of the comparison.

@@ -87,7 +87,7 @@ def test_what_a_parameter_cannot_hold_exactly_is_refused(dtype):
     source = tensors() | {"fc.bias": np.ones(5, dtype)}
     with pytest.raises(ConversionError) as caught:
         to_flax(source, block(), RULES)
-    (item,) = caught.value.misshapen
+    (item,) = caught.value.unfit
     assert item.startswith("fc.bias → first.bias: ")
     assert f"{dtype} does not fit a parameter of float32" in item
 
@@ -133,12 +133,12 @@ def test_one_error_lists_all_that_is_wrong_and_nothing_changes():
     ]
     assert any(item.startswith("scale matches ") for item in error.ambiguous)
     assert any(item.startswith("first.bias is filled more than once") for item in error.ambiguous)
-    assert {item.split(" ")[0] for item in error.misshapen} == {
+    assert {item.split(" ")[0] for item in error.unfit} == {
         "fc.weight",
         "fc.bias",
         "stack.2.weight",
     }
-    for item in (*error.missing, *error.unused, *error.ambiguous, *error.misshapen):
+    for item in (*error.missing, *error.unused, *error.ambiguous, *error.unfit):
         assert item in str(error)
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(module)))
 

@@ -27,7 +27,7 @@ def test_only_mappings_of_names(weights):
 
 
 def test_what_is_no_tensor_is_named():
-    with pytest.raises(ConversionError, match=r"misshapen: bias: expected a tensor.* got list"):
+    with pytest.raises(ConversionError, match=r"unfit: bias: expected a tensor.* got list"):
         load_torch(linear(), {"weight": np.ones((2, 3), np.float32), "bias": [1.0, 2.0]})
 
 
@@ -46,6 +46,13 @@ def test_half_precision_travels_bit_for_bit(torch, dtype):
         tensor = reference.state_dict()[name]
         back = torch.from_numpy(array.view("int16" if dtype == "bfloat16" else dtype))
         assert torch.equal(back.view(tensor.dtype), tensor)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_a_dtype_that_numpy_lacks_is_named(torch):
+    with pytest.raises(ConversionError, match="unfit: half: NumPy has no complex32"):
+        read({"half": torch.zeros(2, dtype=torch.complex32)})
 
 
 @pytest.mark.torch
@@ -76,7 +83,7 @@ def test_parameters_that_need_gradients(torch):
 def test_other_storage_is_named(torch, storage, message):
     weights = torch.nn.Linear(3, 2).state_dict()
     weights["weight"] = storage(weights["weight"])
-    with pytest.raises(ConversionError, match=f"misshapen: weight: {message}"):
+    with pytest.raises(ConversionError, match=f"unfit: weight: {message}"):
         load_torch(linear(), weights)
 
 

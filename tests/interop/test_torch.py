@@ -241,6 +241,19 @@ def test_the_error_of_a_wrong_table_names_the_right_one():
         load_torch(nn.SelfAttention(15, 15, rngs=RNGS), packed)
 
 
+def test_a_prefix_before_every_name_is_told():
+    network = nn.LSTM(3, 4, rngs=nnx.Rngs(0))
+    tensors = {f"rnn.{name}": array for name, array in to_torch(network).items()}
+    with pytest.raises(ConversionError, match="these names fit without 'rnn' and its dot"):
+        load_torch(network, tensors)
+
+
+def test_weights_without_biases_are_told():
+    network = nn.LSTM(3, 4, use_bias=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ConversionError, match="no biases: use_bias=False makes a module"):
+        load_torch(nn.LSTM(3, 4, rngs=nnx.Rngs(0)), to_torch(network))
+
+
 @pytest.mark.parametrize("wrap", [
     lambda linear: nnx.LoRA(15, 2, 15, base_module=linear, rngs=RNGS),
     lambda linear: nnx.LoRALinear(15, 15, lora_rank=2, rngs=RNGS),

@@ -145,8 +145,37 @@ def test_attend_sets_the_kernel():
         )
         if name in TRANSLATORS:
             assert model.greedy(SOURCE, max_length=2).tokens.shape == (B, 2)
-    with pytest.raises(ValueError, match="attend needs a config with a pooling"):
+    with pytest.raises(ValueError, match="attend needs a pooling in the config"):
         classifier.Classifier(SORTED, attend=jattn.attend, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"attend needs a pooling that takes it, got .*LastStep"):
+        build("last step", attend=jattn.attend)
+
+
+@pytest.mark.parametrize("name", TRANSLATORS)
+def test_what_a_decoder_remembers_is_named(name):
+    decoder = build(name).decoder
+    width = decoder.memory_features
+    outputs = jnp.ones((B, S, width))
+    wrong = {
+        f"outputs must be \\[..., length, {width}\\]": (outputs[..., :1], LENGTHS),
+        "outputs must be \\[B, S, width\\]": (outputs[0], LENGTHS),
+        "outputs must be floating": (outputs.astype(int), LENGTHS),
+        "lengths must be": (outputs, LENGTHS[:2]),
+        "lengths must lie in 1 … 3": (outputs, LENGTHS - 1),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            decoder.remember(*arguments)
+
+
+def test_a_translator_without_attention_on_a_mesh_that_is_not_set():
+    model = luong.LuongTranslator(luong.Config.plain(C, C), rngs=nnx.Rngs(0))
+    expected = model(SOURCE, SOURCE, lengths=LENGTHS)
+    mesh = mesh_of(AxisType.Explicit)
+    nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, P())))
+    rows = NamedSharding(mesh, P("batch"))
+    source, lengths = jax.device_put((SOURCE, LENGTHS), rows)
+    assert_close(model(source, source, lengths=lengths), expected)
 
 
 def test_a_vocabulary_of_one_and_ids_beyond_int32(x64):

@@ -111,7 +111,7 @@ def test_patterns_that_the_shell_has_expanded(capsys):
 def test_outside_a_clone_it_asks_for_a_folder(capsys, monkeypatch, tmp_path, words):
     monkeypatch.chdir(tmp_path)
     assert main(["parity", *words]) == 2
-    assert "in a clone of the project: run there, or give a path" in capsys.readouterr().err
+    assert "from the top folder of a clone; or give a path" in capsys.readouterr().err
 
 
 def test_a_name_that_no_fixture_of_the_clone_has(capsys, monkeypatch):

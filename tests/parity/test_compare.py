@@ -84,7 +84,7 @@ def test_a_wrong_gradient_fails_though_the_outputs_are_right():
     lambda outputs: outputs | {"weights": outputs["weights"].at[0, 0, 0].set(jnp.nan)},
     lambda outputs: outputs | {"weights": outputs["weights"].astype(jnp.float32)},
     lambda outputs: outputs | {"weights": outputs["weights"] > 0},
-], ids=["missing", "misshapen", "not a number", "rounded", "boolean"])  # fmt: skip
+], ids=["missing", "unfit", "not a number", "rounded", "boolean"])  # fmt: skip
 def test_a_wrong_output_fails(change):
     name = "pooling/scaled_dot_product"
     assert "output/weights" in failing(name, call=changed_call(name, change))

@@ -58,7 +58,7 @@ def load_torch(
       rules: a weight table of your own; by default that of the module's class.
 
     Raises:
-      ConversionError: (a ValueError) all that is missing, unused, ambiguous or misshapen.
+      ConversionError: (a ValueError) all that is missing, unused, ambiguous or unfit.
       TypeError: the class has no table and there are no rules, or `state_dict` is no mapping.
 
     Example:
@@ -74,7 +74,8 @@ def load_torch(
     try:
         nnx.update(module, to_flax(tensors, module, table.rules))
     except ConversionError as error:
-        raise ConversionError(**vars(error) | {"hint": _hint(module, tensors, table)}) from None
+        hint = _hint(module, tensors, table) or _without_biases(error, tensors)
+        raise ConversionError(**vars(error) | {"hint": hint}) from None
 
 
 def to_torch(
@@ -167,12 +168,15 @@ def _named(module: nnx.Module | type[nnx.Module], names: str | None) -> list[Tab
 
 
 def _hint(module: nnx.Module, tensors: Iterable[str], tried: Table) -> str:
-    """What explains weights that do not fit: a wrapper, or names that another table knows."""
+    """What explains weights that do not fit: a wrapper, a prefix, or names of another table."""
     if wrapped := _wrapped(module):
         return f"{wrapped}: load the weights first, then wrap it"
     tensors = list(tensors)
     if tried.knows(tensors) == len(tensors):
         return ""
+    inner = [name.partition(".")[2] for name in tensors]
+    if len({name.partition(".")[0] for name in tensors}) == 1 and tried.knows(inner) == len(inner):
+        return f"these names fit without {tensors[0].partition('.')[0]!r} and its dot before them"
     own = [cls for cls in type(module).__mro__ if cls in TABLES]
     fitting = [
         f"{cls.__name__} ({table.names})"
@@ -181,6 +185,13 @@ def _hint(module: nnx.Module, tensors: Iterable[str], tried: Table) -> str:
         if table.knows(tensors) == len(tensors)
     ]
     return f"these names fit {', or '.join(fitting[:3])}" if fitting else ""
+
+
+def _without_biases(error: ConversionError, tensors: Iterable[str]) -> str:
+    only_biases = all("bias" in name for name in error.missing)
+    if not only_biases or error.unused or error.unfit or any("bias" in name for name in tensors):
+        return ""
+    return "the weights have no biases: use_bias=False makes a module that has none either"
 
 
 def _wrapped(module: nnx.Module) -> str:
