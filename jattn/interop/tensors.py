@@ -70,5 +70,5 @@ def _from_torch(tensor: Any) -> np.ndarray:
             dtype = np.dtype(name)
         except TypeError:
             raise ValueError(f"NumPy has no {name}") from None
-        bits = {1: "uint8", 2: "int16"}[tensor.element_size()]
+        bits = {1: "uint8", 2: "int16", 4: "int32"}[tensor.element_size()]
         return tensor.view(getattr(sys.modules["torch"], bits)).numpy().view(dtype)

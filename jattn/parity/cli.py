@@ -21,6 +21,15 @@ from jattn.parity.fixtures import load
 
 _FOLDER = pathlib.Path("tests/fixtures")
 _WHERE = "jattn's own are found from the top folder of a clone; or give a path to fixtures"
+_COLUMNS = """\
+columns, each the worst of a tensor:
+  max |Δ|    the largest difference from PyTorch's numbers
+  relative   the same, over the largest number of the tensor
+  ulps       over the spacing of floats of this dtype at the largest number
+  / float32  root mean square error, over that of PyTorch itself in float32
+  / allowed  over what is allowed; a tensor passes up to 1
+
+Exit code: 0 where all is equal, 1 where some tensor differs, 2 for bad input."""
 _OPTIONS = "[--dtype …] [--json FILE]"
 _USAGE = f"jattn parity [FOLDER] {_OPTIONS}\n       jattn parity run FIXTURE... {_OPTIONS}"
 
@@ -80,7 +89,8 @@ def _run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jattn parity run",
         description="Compares fixtures tensor by tensor.",
-        epilog="Exit code: 0 where all is equal, 1 where some tensor differs, 2 for bad input.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_COLUMNS,
     )
     help = (
         "a file, or a name that `jattn parity` prints, such as multi_head/widths;"

@@ -50,9 +50,10 @@ def test_half_precision_travels_bit_for_bit(torch, dtype):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-def test_a_dtype_that_numpy_lacks_is_named(torch):
-    with pytest.raises(ConversionError, match="unfit: half: NumPy has no complex32"):
-        read({"half": torch.zeros(2, dtype=torch.complex32)})
+def test_a_dtype_that_jax_lacks_is_named(torch):
+    weights = {"weight": np.ones((2, 3), np.float32), "bias": torch.zeros(2, dtype=torch.complex32)}
+    with pytest.raises(ConversionError, match=r"unfit: bias.* complex32"):
+        load_torch(linear(), weights)
 
 
 @pytest.mark.torch
