@@ -84,14 +84,14 @@ def attend(
     value that *some* query may see can reach other queries too, as in PyTorch: 0 · NaN is NaN.
 
     Args:
-      query: `[..., T, N, H]`, floating point. float16 and bfloat16 are multiplied as they come and
+      query: `[..., T, N, H]`, floating point. float16 and bfloat16 are multiplied in that dtype and
         summed in float32.
       key: `[..., S, K, H']`; N is a multiple of K, and query head n uses key head n // (N / K).
       value: `[..., S, K, V]`.
       score: `(query [..., T, H], key [..., S, H']) -> [..., T, S]`; see `jattn.scores`. It must be
-        pairwise: entry [t, s] depends on query t and key s alone. One that is not gives other
-        numbers in each kernel, and nothing tells. It sees query and key in the dtype that they have
-        together, in every kernel.
+        pairwise: entry [t, s] depends on query t and key s alone. One that is not gives different
+        numbers in each kernel, without an error. Every kernel passes it query and key in their
+        common dtype.
       mask: a value of `jattn.masks`, a callable `(b, h, q_idx, k_idx) -> bool`, or a boolean array
         broadcastable to `[..., N, T, S]`, as NumPy broadcasts: two axes are `[T, S]`, shared by all
         examples, even where B = T. True = may attend. For lengths there is `masks.padding`.
@@ -101,12 +101,12 @@ def attend(
         integers; default 0, 1, …. What masks and modifiers see as `q_idx` and `k_idx`.
       dropout_rate: probability, from 0 to 1, with which a weight is dropped after the softmax.
       dropout_key: a JAX random key, needed if `dropout_rate` > 0.
-      precision: of float32 products, as `jax.default_matmul_precision` takes it; None: as it is.
+      precision: of float32 products, as `jax.default_matmul_precision` takes it; None: what it is.
       implementation: "dense", the specification, which holds all scores; "blockwise", whose memory
         is linear in T and S; "cudnn", NVIDIA's; or a tuple of names, of which the first that can
         runs. None: "dense" up to 2²¹ scores (B · N · T · S on a device; symbols of `jax.export`
         count as few), from there on "blockwise"; never "dense" beyond 2²⁷ scores, unless
-        weights are asked for. `jattn.explain` tells which, and why. dense and blockwise differ in
+        weights are asked for. `jattn.explain` says which, and why. dense and blockwise differ in
         rounding, never in meaning, and have derivatives of every kind and order. (Through a score
         with a `jax.custom_vjp` of its own, "blockwise" has reverse mode alone.)
       return_lse: also return the log-sum-exp of the scores, `[..., T, N]`, before dropout.
@@ -277,7 +277,7 @@ def merge_partials(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     total = shares.sum(0, keepdims=True)
     divisor = jnp.where(total == 0, 1, total)
     outputs = jnp.stack([output for output, _ in parts])
-    # What an empty part holds has no share
+    # An empty part has no share, even if it holds NaN
     seen = jnp.where(shares[..., None] > 0, outputs.astype(shares.dtype), 0)
     output = (seen * (shares / divisor)[..., None]).sum(0)
     lse = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))

@@ -66,7 +66,7 @@ class Request:
         return_lse: bool = False,
         return_weights: bool = False,
     ) -> "Request":
-        """Check everything that can be told from shapes, dtypes and known values.
+        """Check all that shapes, dtypes and concrete values tell.
 
         Raises:
           ValueError, TypeError: name the argument, what was expected and what was given.

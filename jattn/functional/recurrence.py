@@ -144,7 +144,7 @@ def advance(
 
 
 def _gates(projected: Array, h: Array, weights: Weights, separate: bool) -> Gates:
-    hidden = plus(h @ weights.hidden_kernel, weights.hidden_bias)
+    hidden = added(h @ weights.hidden_kernel, weights.hidden_bias)
     return (projected, hidden) if separate else (projected + hidden,)
 
 
@@ -237,7 +237,7 @@ def _scan(static: _Static, operands: _Operands) -> tuple[State, _Trace]:
 
     def body(state: State, at: tuple[Array, Array | None]) -> tuple[State, Any]:
         projected, valid = at
-        biased = plus(projected, weights.input_bias)
+        biased = added(projected, weights.input_bias)
         gates = _gates(biased, state[0], weights, static.separate)
         after = static.step(captured, gates, state)
         unprojected = None if weights.proj_kernel is None else after[0]
@@ -262,13 +262,13 @@ def _derivative(static: _Static, primals: Any, tangents: Any) -> Any:
     (operands,), (tangents,) = primals, jax.tree.map(_or_none, tangents)
     last, trace = _scan(static, operands)
     weights, d_weights = operands.weights, tangents.weights
-    d_projected = _sum(
+    d_projected = added(
         None if tangents.inputs is None else tangents.inputs @ weights.input_kernel,
         _times(operands.inputs, d_weights.input_kernel),
     )
-    d_hidden = _sum(_times(trace.before[0], d_weights.hidden_kernel), d_weights.hidden_bias)
-    d_biased = _sum(d_projected, d_weights.input_bias)
-    parts: Any = (d_biased, d_hidden) if static.separate else (_sum(d_biased, d_hidden),)
+    d_hidden = added(_times(trace.before[0], d_weights.hidden_kernel), d_weights.hidden_bias)
+    d_biased = added(d_projected, d_weights.input_bias)
+    parts: Any = (d_biased, d_hidden) if static.separate else (added(d_biased, d_hidden),)
     fixed: Any = tuple(_as_large(part, trace.gates[0]) for part in parts)
     outward = _times(trace.unprojected, d_weights.proj_kernel)
     d_captured = [*map(_filled, operands.captured, tangents.captured)]
@@ -277,14 +277,14 @@ def _derivative(static: _Static, primals: Any, tangents: Any) -> Any:
     def body(d_state: Any, at: Any) -> tuple[Any, Any]:
         valid, gates, before, fixed, outward = at
         *d_outer, d_hidden = fixed
-        d_gates: Any = (*d_outer, _sum(d_state[0] @ weights.hidden_kernel, d_hidden))
+        d_gates: Any = (*d_outer, added(d_state[0] @ weights.hidden_kernel, d_hidden))
         if static.separate:
-            gates = plus(gates[0], weights.input_bias), gates[1]
+            gates = added(gates[0], weights.input_bias), gates[1]
             d_gates = _filled(gates[0], d_gates[0]), d_gates[1]
         found, d_found = (operands.captured, gates, before), (d_captured, d_gates, d_state)
         d_unprojected = jax.jvp(static.step, found, d_found)[1]
         d_after = _project(d_unprojected, weights)
-        d_output: Any = _sum(d_after[0], outward)
+        d_output: Any = added(d_after[0], outward)
         d_after = _where(valid, (d_output, *d_after[1:]), d_state)
         return d_after, (d_after[0], d_state, d_gates[-1], d_unprojected[0])
 
@@ -325,8 +325,8 @@ def _times(left: Array | None, d_kernel: Array | None) -> Array | None:
     return rearrange(product, "n r -> r n").reshape(*left.shape[:-1], d_kernel.shape[-1])
 
 
-def _sum(*terms: Array | None) -> Array | None:
-    """The sum of the terms that are given, among them biases of one axis."""
+def added(*terms: Array | None) -> Any:
+    """The sum of the terms that are not None, aligned at their last axes; None: there is none."""
     given = [term for term in terms if term is not None]
     axes = max((term.ndim for term in given), default=0)
     given = [jnp.expand_dims(term, range(axes - term.ndim)) for term in given]
@@ -341,8 +341,3 @@ def _where(valid: Array | None, new: State, old: State) -> State:
     if valid is None:
         return new
     return tuple(jnp.where(valid, a, b) for a, b in zip(new, old, strict=True))
-
-
-def plus(product: Array, bias: Array | None) -> Array:
-    """`product [..., n]` with a bias `[n]` added, if there is one."""
-    return product if bias is None else product + jnp.expand_dims(bias, range(product.ndim - 1))

@@ -13,10 +13,10 @@ from jattn.functional.recurrence import (
     Gates,
     State,
     Weights,
+    added,
     advance,
     gru_step,
     lstm_step,
-    plus,
     recur,
 )
 from jattn.nn._shared import promoted
@@ -131,7 +131,7 @@ class Cell(nnx.Module):
         inputs, _ = promoted(self.dtype, inputs, self.input_kernel[...])
         weights = self.weights(inputs.dtype)
         projected = inputs @ weights.input_kernel[begin : begin + width]
-        return plus(projected, weights.input_bias if use_bias else None)
+        return added(projected, weights.input_bias if use_bias else None)
 
     def advance(self, projected: Array, state: State) -> State:
         """The rest of a step: `projected [..., G · F]` and the state's parts to the next parts.
