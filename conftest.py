@@ -4,6 +4,7 @@ The compiler is most of the time that the tests take, so it is asked for little 
 same operations.
 """
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -40,3 +41,8 @@ def promotion(request):
     """The README mixes integers and floats, as users do."""
     with jax.numpy_dtype_promotion("standard" if request.node.name == "README.md" else "strict"):
         yield
+
+
+def pytest_collection_finish():
+    """Spare Python's collector the modules and tests, which stay."""
+    gc.freeze()

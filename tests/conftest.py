@@ -1,5 +1,7 @@
 """Fixtures of the contract, which every kernel passes."""
 
+import gc
+
 import jax
 import pytest
 
@@ -24,3 +26,12 @@ def no_rank_promotion():
     """Arrays of different ranks meet only where the code says how."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def checking_leaks():
+    """JAX finds leaks by Python's collector: here only among the objects that the test makes."""
+    gc.freeze()
+    with jax.checking_leaks():
+        yield
+    gc.unfreeze()

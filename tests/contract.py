@@ -390,7 +390,7 @@ def test_no_infinity_and_no_nan_where_the_results_hold_none(kernel, check, jit, 
         jax.config.update(check, value_and_flag)
 
 
-def test_no_traced_array_outlives_its_trace(kernel, rng):
+def test_no_traced_array_outlives_its_trace(kernel, rng, checking_leaks):
     query, key, value = operands(rng, dtype=np.float32)
 
     def total(query, lengths, positions, slope):
@@ -405,10 +405,9 @@ def test_no_traced_array_outlives_its_trace(kernel, rng):
 
         return jattn.attend(query, key, value, modifier=modifier, **options).sum()
 
-    with jax.checking_leaks():
-        jax.jit(jax.grad(total, argnums=(0, 3)))(
-            query, jnp.asarray(LENGTHS), jnp.arange(S), jnp.float32(0.5)
-        )
+    jax.jit(jax.grad(total, argnums=(0, 3)))(
+        query, jnp.asarray(LENGTHS), jnp.arange(S), jnp.float32(0.5)
+    )
 
 
 @pytest.mark.parametrize(

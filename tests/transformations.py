@@ -182,7 +182,7 @@ def test_copies_and_checkpoints_are_equal(case, tmp_path):
 
 
 @over(*ALL)
-def test_leaks_nans_ranks_and_dtypes_are_clean(case):
+def test_leaks_nans_ranks_and_dtypes_are_clean(case, checking_leaks):
     function, state = functional(case)
     loss_of, floats = scalar(case, function, state)
 
@@ -190,7 +190,7 @@ def test_leaks_nans_ranks_and_dtypes_are_clean(case):
         found = None if case in DECODING else jax.grad(loss_of)(floats)
         return function(state, *arrays), found
 
-    with jax.checking_leaks(), jax.debug_nans(True), jax.numpy_rank_promotion("raise"):
+    with jax.debug_nans(True), jax.numpy_rank_promotion("raise"):
         outputs, found = jax.jit(run)(floats, *case.arrays())
     same(outputs, expected(case))
     same(found, gradient(case))
@@ -225,7 +225,9 @@ def two_devices(kind):
     return jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices()[:2])
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["vma", "no_vma"]
+)
 @over(*ALL)
 def test_shard_map_over_the_batch(case, check_vma):
     """Outputs, and the gradients of weights that all devices share."""
