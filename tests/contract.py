@@ -531,7 +531,11 @@ def test_jit_vmap_and_a_loop_agree(kernel, rng, x64):
     np.testing.assert_allclose(looped, batched, rtol=1e-12)
 
 
-@pytest.mark.parametrize("mapped", ["query", "key", "value", "length", "slopes"])
+@pytest.mark.parametrize(
+    "mapped",
+    ["query", "key", *(pytest.param(name, marks=pytest.mark.slow) for name in ("value", "length"))]
+    + ["slopes"],
+)
 def test_vmap_over_one_operand_with_gradients(kernel, mapped, rng, x64):
     query, key, value = operands(rng, B=1)
     shared = {

@@ -81,7 +81,7 @@ def auto(*shape):
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_shard_map_over_the_batch(kernel, devices, check_vma, rng):
     """Lengths and the bias are sharded, slopes are shared: their gradient is the sum of all."""
@@ -124,6 +124,7 @@ def test_shard_map_over_keys_merges_to_the_whole(kernel, check_vma, rng):
     assert_close(results(whole), results(plain))
 
 
+@pytest.mark.slow
 def test_shard_map_called_eagerly(kernel, rng):
     given = arguments(rng)
     one = functools.partial(attend, kernel)

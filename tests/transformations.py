@@ -36,6 +36,9 @@ from tests.modules import (
 
 STATEFUL = [*MODULES, *MODELS]
 WHOLE = (*MODELS, *DECODING)  # slow where what they are made of says it as well
+# Flax's and JAX's own loops over what a module does: slow but for one of each kind
+KINDS = "MultiHeadAttention", "AdditiveAttention", "Embedding", "LSTM", "attend"
+OTHERS = tuple(case for case in ALL if str(case) not in KINDS)
 # float32: sums are taken in another order
 same = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=5e-6)
 
@@ -59,13 +62,13 @@ def test_one_trace_compiled_ahead_of_time_and_donated(case):
     same(jitted(state, *map(jnp.array, flipped(case.arrays())))[0], flipped(expected(case)))
 
 
-@over(*ALL, slow=WHOLE)
+@over(*ALL, slow=OTHERS)
 def test_disable_jit(case):
     with jax.disable_jit():
         same(case.call(case.module(), *case.arrays()), expected(case))
 
 
-@over(*STATEFUL, *FUNCTIONS)
+@over(*STATEFUL, *FUNCTIONS, slow=WHOLE)
 def test_derivatives_forward_and_reverse_are_the_finite_difference(case):
     with jax.enable_x64(True):
         function, state = functional(case, param_dtype=jnp.float64)
@@ -97,7 +100,7 @@ def test_vmap(case):
     same(found, jax.tree.map(lambda x: np.stack([x, np.flip(x, 0)]), expected(case)))
 
 
-@over(*STATEFUL, slow=WHOLE)
+@over(*STATEFUL, slow=OTHERS)
 def test_stacked_modules_under_nnx_vmap_and_scan(case):
     """Two modules of different parameters: `nnx.vmap` creates them, and both run them."""
     create = nnx.vmap(lambda rngs: case.create(rngs=rngs))
@@ -122,7 +125,7 @@ def test_stacked_modules_under_nnx_vmap_and_scan(case):
     same(scanned, truth)
 
 
-@over(*STATEFUL, slow=WHOLE)
+@over(*STATEFUL, slow=OTHERS)
 def test_nnx_remat(case):
     def remat(module, *arrays):
         return loss(nnx.remat(case.call)(module, *arrays))
@@ -275,7 +278,7 @@ def test_a_mesh_with_explicit_axes(case):
             assert leaf.sharding.spec[0] == "x"
 
 
-@over(*STATEFUL, slow=WHOLE)
+@over(*STATEFUL, slow=OTHERS)
 def test_linen(case):
     """Flax's bridge takes a module into Linen, which holds its parameters."""
 

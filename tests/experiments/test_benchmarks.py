@@ -68,6 +68,7 @@ def test_operations_are_those_of_the_scores_that_the_mask_leaves(kind):
     assert case.operations == 4 * scores * case.N * case.H
 
 
+@pytest.mark.slow
 def test_every_group_is_shown_and_written(tmp_path, monkeypatch, capsys):
     small = {
         name: cases.Group(

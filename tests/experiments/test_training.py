@@ -170,8 +170,8 @@ def test_second_interrupt_acts_at_once_and_earlier_checkpoints_stay(tmp_path):
     def twice(step):
         for i, batch in enumerate(batches(step)):
             if i == 7:
-                os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             yield batch
 
     with pytest.raises(KeyboardInterrupt):

@@ -89,6 +89,7 @@ def test_an_easy_language_is_learnt(finished_run):
         assert (finished_run.folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [[], ["--beam", "3"]])
 def test_the_other_model_learns_it_too(luong_run, capsys, decoding):
     assert json.loads((luong_run.folder / "scores.json").read_text())["exact_match"] >= 0.95
