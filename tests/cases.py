@@ -18,6 +18,12 @@ HEADS = [
     pytest.param(5, 1, id="multi-query"),
 ]
 
+
+def some(names, quick):
+    """Parameters of which all but a few are slow."""
+    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in names]
+
+
 VARIANTS = {
     "dense": {},
     "blockwise": {"ROWS": 3, "COLUMNS": (4, 4), "one_cpu_device": lambda: False},

@@ -14,7 +14,21 @@ import pytest
 import jattn
 from jattn import masks, modifiers, scores
 from tests import oracle
-from tests.cases import BIAS, LENGTHS, PER_QUERY, SLOPES, TABLE, B, H, S, T, V, loose, operands
+from tests.cases import (
+    BIAS,
+    LENGTHS,
+    PER_QUERY,
+    SLOPES,
+    TABLE,
+    B,
+    H,
+    S,
+    T,
+    V,
+    loose,
+    operands,
+    some,
+)
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion", "x64")
 
@@ -70,11 +84,6 @@ FEW = [
     "gaussian score a head, and no self",
     "a score that captures",
 ]
-
-
-def some(names, quick):
-    """Parameters of which all but a few are slow."""
-    return [pytest.param(n, marks=[] if n in quick else [pytest.mark.slow]) for n in names]
 
 
 def loss_of(name, kernel):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jattn
 from jattn import masks, modifiers, scores
 from jattn.kernels.blockwise import sizes
-from tests.cases import loose
+from tests.cases import loose, some
 
 pytestmark = pytest.mark.usefixtures("no_rank_promotion", "x64")
 B, T, S, N, K, H, V = 8, 8, 6, 4, 2, 3, 5
@@ -195,12 +195,10 @@ EXPLICIT = {
 
 
 BOTH_ORDERS = "batch and the sequence"
-FEW = ["batch and heads", "the sequence", BOTH_ORDERS, "nothing"]
+FEW = ["batch and heads", "the sequence", "nothing"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FEW)) for n in EXPLICIT]
-)
+@pytest.mark.parametrize("name", some(EXPLICIT, FEW))
 def test_a_mesh_with_explicit_axes(kernel, name, rng):
     """What comes out lies as the query does, and every number is that of one device."""
     shape, specs = EXPLICIT[name]
