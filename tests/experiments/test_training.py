@@ -166,6 +166,15 @@ def test_stop_signal_leaves_a_checkpoint_that_continues_to_the_same_bits(
     assert_same_bits(finished_run[1], resumed)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises, even in a process that was started in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_acts_at_once_and_earlier_checkpoints_stay(tmp_path):
     def twice(step):
         for i, batch in enumerate(batches(step)):
