@@ -15,7 +15,7 @@ from flax import nnx
 import jattn
 from jattn import masks, models, modifiers, nn
 from jattn.functional import heads, masked_softmax, positions
-from jattn.models import bahdanau, char_rnn, classifier, luong
+from jattn.models import bahdanau, char_rnn, classifier, feature_encoder, luong, transformer
 
 SIZES = {"b": 4, "t": 3, "s": 5}  # examples, queries, keys
 VOCABULARY = 7
@@ -98,6 +98,20 @@ def _padded(module: Any, x: Any, lengths: Any) -> Any:
     return module(x, lengths=lengths)
 
 
+def _as_torch(module: Any, query: Any, key: Any, value: Any) -> Any:
+    hidden = jnp.triu(jnp.ones((query.shape[1], key.shape[1]), bool), 1)
+    return module(query, key, value, attn_mask=hidden)
+
+
+def _later_hidden(module: Any, x: Any) -> Any:
+    return module(x, mask=masks.causal())
+
+
+def _decoded(module: Any, x: Any, memory: Any, lengths: Any) -> Any:
+    padding = masks.padding(lengths)
+    return module(x, memory, mask=masks.causal(), memory_mask=padding, return_weights=True)
+
+
 def _causal(module: Any, x: Any) -> Any:
     return module(x, mask=masks.causal(), modifier=modifiers.soft_cap(5.0), return_weights=True)
 
@@ -126,6 +140,17 @@ MODULES = [
         nn.MultiHeadAttention, 4, 4, 16, num_kv_heads=2, normalize_qk=True, dropout_rate=0.5,
         forms=("b t 4", "b s 4"), call=_weighted,
     ),
+    _of(
+        nn.TorchMultiheadAttention, 4, 2, 0.5, True, True, True, batch_first=True,
+        forms=("b t 4", "b s 4", "b s 4"), call=_as_torch,
+    ),
+    _of(nn.FeedForward, 4, 6, activation="gelu", dropout_rate=0.5, forms=SEQUENCE),
+    _of(nn.TransformerEncoderLayer, 4, 2, 6, dropout_rate=0.5, forms=SEQUENCE, call=_later_hidden),
+    _of(
+        nn.TransformerDecoderLayer, 4, 2, 6, dropout_rate=0.5, norm_first=True,
+        forms=("b t 4", "b s 4", "b of s"), call=_decoded,
+    ),
+    _of(nn.Transformer, 8, 2, 1, 1, 16, dropout_rate=0.5, forms=("b s 8", "b t 8")),
     _of(nn.FeaturePooling, 4, forms=("b t 4", "b of t"), call=_padded),
     _of(nn.LearnedQueryPooling, 4, forms=("b t 4", "b of t"), call=_padded),
     _of(nn.MultiHopPooling, 4, 2, forms=("b t 4", "b of t"), call=_padded),
@@ -171,6 +196,8 @@ CHARACTERS = char_rnn.Config(VOCABULARY, 3, 4, 1)
 CLASSIFIER = classifier.Config(
     VOCABULARY, 3, 3, 4, dropout_rate=0.5, network=nn.GRU, pooling=nn.LearnedQueryPooling
 )
+FEATURES = feature_encoder.Config(3, 4, 2, 1, 6, 0.5)
+TRANSFORMER = transformer.Config(VOCABULARY, VOCABULARY, 4, 2, 1, 1, 6, 0.5)
 
 MODELS = [
     _model(models.CharCell, CHARACTERS, ("b t ids",)),
@@ -180,12 +207,20 @@ MODELS = [
     _model(models.BahdanauTranslator, BAHDANAU, TRANSLATED, _translate),
     _model(models.LuongTranslator, LUONG, TRANSLATED, _translate),
     _model(models.LuongTranslator, PLAIN, TRANSLATED[:2], name="LuongTranslator.plain"),
+    _model(models.TransformerTranslator, TRANSFORMER, TRANSLATED, _translate),
+    Case(
+        "FeatureClassifier",
+        functools.partial(models.FeatureClassifier, FEATURES, 3),
+        ("b t 3", "b of t"),
+        _padded,
+    ),
 ]
 DECODING = [
     _model(model, config, ("b s ids", "b of s"), call, f"{model.__name__}{call.__name__}")
     for model, config in [
         (models.BahdanauTranslator, BAHDANAU),
         (models.LuongTranslator, LUONG),
+        (models.TransformerTranslator, TRANSFORMER),
     ]
     for call in (_greedy, _beam)
 ]  # fmt: skip

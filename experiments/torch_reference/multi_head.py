@@ -132,6 +132,20 @@ class WideHeads(nn.Module):
         return {"output": self.W_o(pooled), "weights": weights}
 
 
+class TorchMultiheadAttention(nn.MultiheadAttention):
+    """PyTorch's; whether weights are averaged is set beforehand."""
+
+    def __init__(self, average: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.average = average
+
+    def forward(self, **inputs: Any) -> Outputs:  # type: ignore[override]
+        """PyTorch's outputs."""
+        output, weights = super().forward(**inputs, average_attn_weights=self.average)
+        assert weights is not None
+        return {"output": output, "weights": weights}
+
+
 LENGTHS_ALONE: Inputs = {"lengths": LENGTHS}
 PER_QUERY: Inputs = {"lengths": LENGTHS_PER_QUERY}
 SEPARATE: Inputs = {"query": (B, T, 13), "key": (B, S, 17), "value": (B, S, 19)}
@@ -141,7 +155,7 @@ BIAS, NO_BIAS = {"use_bias": True}, {"use_bias": False}
 
 def cases() -> list[Case]:
     """Every case of heads and multi-head attention."""
-    return [*multi_head_cases(), *wide_head_cases(), *shared_head_cases()]
+    return [*multi_head_cases(), *torch_cases(), *wide_head_cases(), *shared_head_cases()]
 
 
 def multi_head_cases() -> list[Case]:
@@ -162,6 +176,47 @@ def multi_head_cases() -> list[Case]:
             widths=(widths | NO_BIAS, SEPARATE),
             widths_bias_lengths=(widths | BIAS, SEPARATE | LENGTHS_ALONE),
             widths_lengths_per_query=(widths | NO_BIAS, SEPARATE | PER_QUERY),
+        ),
+    ]
+
+
+def torch_cases() -> list[Case]:
+    """PyTorch's own module, with all of its arguments and masks."""
+    E, N = 15, 3
+    sizes: dict[str, Any] = {"embed_dim": E, "num_heads": N, "dropout": 0.5}
+    first, each = {"batch_first": True}, {"average": False}
+    widths: dict[str, Any] = sizes | {"kdim": 13, "vdim": 17}
+    times: Inputs = {"query": (T, B, E), "key": (S, B, E), "value": (S, B, E)}
+    batches: Inputs = {"query": (B, T, E), "key": (B, S, E), "value": (B, S, E)}
+    unbatched: Inputs = {"query": (T, E), "key": (S, E), "value": (S, E)}
+    later, past = np.triu(np.ones((T, S), bool), 1), np.arange(S) >= LENGTHS[:, None]
+    appended = {"add_bias_kv": True, "add_zero_attn": True}
+    return [
+        *cases_of(
+            "multi_head/torch",
+            TorchMultiheadAttention,
+            torch=(sizes, times),
+            torch_hidden=(
+                sizes | {"bias": False},
+                times | {"attn_mask": later, "key_padding_mask": past},
+            ),
+            torch_added=(
+                sizes | first | each,
+                batches | {"attn_mask": (B * N, T, S), "key_padding_mask": (B, S)},
+            ),
+            torch_appended=(
+                sizes | appended | each,
+                times | {"attn_mask": later, "key_padding_mask": past},
+            ),
+            torch_unbatched=(sizes | {"add_bias_kv": True}, unbatched | {"attn_mask": (N, T, S)}),
+        ),
+        *cases_of(
+            "multi_head/torch_widths",
+            TorchMultiheadAttention,
+            torch_widths=(
+                widths | {"add_zero_attn": True},
+                {"query": (T, B, E), "key": (S, B, 13), "value": (S, B, 17)},
+            ),
         ),
     ]
 

@@ -77,7 +77,7 @@ def _hook(name: str, child: nn.Module, modules: Tensors) -> torch.utils.hooks.Re
             modules[label] = pad_packed_sequence(output, batch_first=True)[0]
         elif isinstance(output, torch.Tensor):
             modules[label] = output
-        else:
+        elif output is not None:  # as PyTorch's weights are where nobody needs them
             for item, part in output.items() if isinstance(output, dict) else enumerate(output):
                 keep(f"{label}[{item}]", part)
 

@@ -5,6 +5,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.export
+import yaml
 
 T = TypeVar("T")
 
@@ -36,7 +37,13 @@ def pytree(cls: type[T]) -> type[T]:
         return value
 
     jax.tree_util.register_pytree_node(made, flatten, unflatten)
+    # `nnx.tabulate` writes the arguments of a call as YAML, but only arrays as words of its own
+    yaml.SafeDumper.add_multi_representer(made, _represent)
     return made
+
+
+def _represent(dumper: Any, value: Any) -> Any:
+    return dumper.represent_str(repr(value))
 
 
 def _is_static(field: Any) -> bool:

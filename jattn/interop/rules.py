@@ -56,6 +56,33 @@ class Rearrange:
         return einops.rearrange(array, f"{right} -> {left}", **self.sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tied:
+    """One array that stands in PyTorch under several names, all of which a rule lists.
+
+    Args:
+      number: of names.
+
+    Example:
+      >>> rule = Rule(("embed.weight", "decode.weight"), "embed.embedding", Tied(2))
+      >>> rule.layout.inverse(np.ones((5, 3))).shape
+      (2, 5, 3)
+    """
+
+    number: int
+
+    def forward(self, array: np.ndarray) -> np.ndarray:
+        """The array, if all are equal."""
+        first = array[0]
+        if not all(np.array_equal(first, other, equal_nan=True) for other in array[1:]):
+            raise ValueError("the tied tensors differ")
+        return first
+
+    def inverse(self, array: np.ndarray) -> np.ndarray:
+        """The array, once for each name."""
+        return np.stack([array] * self.number)
+
+
 IDENTITY = Rearrange("... -> ...")
 TRANSPOSE = Rearrange("o i -> i o")
 

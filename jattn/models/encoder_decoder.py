@@ -59,7 +59,7 @@ class Decoder(nnx.Module):
         """
         checks.assert_shapes(outputs=(outputs, "B S width"))
         outputs = sequence(outputs, self.memory_features, "outputs")
-        _check_lengths(lengths, outputs=outputs)
+        check_lengths(lengths, outputs=outputs)
         return Memory(self._keys(outputs), outputs, lengths)
 
     @overload
@@ -169,12 +169,13 @@ class Decoder(nnx.Module):
 class EncoderDecoder(nnx.Module):
     """A translator of two parts; each model has its own `config`, `encoder` and `decoder`.
 
-    The encoder turns `(source, lengths=…, deterministic=…)` into outputs and states.
+    The encoder turns `(source, lengths=…, deterministic=…)` into outputs and states. The decoder
+    has the methods `remember` and `step` of `Decoder`, and is called as it is.
     """
 
     config: Any
     encoder: Any
-    decoder: Decoder
+    decoder: Any
 
     @overload
     def __call__(
@@ -319,10 +320,14 @@ class EncoderDecoder(nnx.Module):
         outputs, state = self.encoder(source, lengths=lengths, deterministic=deterministic)
         return self.decoder.remember(outputs, lengths), state
 
+    def _begin(self, state: Any, source: Array, max_length: int) -> Any:
+        """The state before the first step of a search, from that of the encoder."""
+        return state
+
     def _check(self, source: Array, lengths: Array | None) -> None:
         checks.assert_shapes(source=(source, "B S"))
         checks.validated_tokens("source", source, self.config.source_vocabulary)
-        _check_lengths(lengths, source=source)
+        check_lengths(lengths, source=source)
 
     def _decode(
         self, source: Array, lengths: Array | None, *, return_weights: bool, **options: Any
@@ -347,6 +352,7 @@ def _decode(
     model = nnx.merge(graphdef, parameters)
     decoder, config = model.decoder, model.config
     memory, state = model._read(source, lengths, True)
+    state = model._begin(state, source, max_length)
     start = jnp.full_like(source[:, 0], config.start, jnp.int32)
     found = (decoding.beam_search if beam else decoding.greedy)(
         lambda state, tokens: decoder.step(tokens, state, memory),
@@ -364,7 +370,7 @@ def _decode(
     return found, jnp.where(is_real(found.lengths, max_length)[..., None], weights, 0)
 
 
-def _check_lengths(lengths: Array | None, **sources: Array) -> None:
+def check_lengths(lengths: Array | None, **sources: Array) -> None:
     """Lengths are integers `[B]` from 1 to S; the source is `[B, S]` or `[B, S, width]`."""
     if lengths is None:
         return

@@ -1,6 +1,7 @@
 """Flax NNX modules: they own parameters, project, call attend, and merge."""
 
 from jattn.nn.adapters import attention_fn as attention_fn
+from jattn.nn.cache import KeyValueCache as KeyValueCache
 from jattn.nn.embedding import Embedding as Embedding
 from jattn.nn.multi_head import MultiHeadAttention as MultiHeadAttention
 from jattn.nn.pooling import AdditiveAttention as AdditiveAttention
@@ -10,6 +11,7 @@ from jattn.nn.pooling import DotProductAttention as DotProductAttention
 from jattn.nn.pooling import NadarayaWatson as NadarayaWatson
 from jattn.nn.positions import LearnedPositions as LearnedPositions
 from jattn.nn.positions import SinusoidalPositions as SinusoidalPositions
+from jattn.nn.pytorch import TorchMultiheadAttention as TorchMultiheadAttention
 from jattn.nn.recurrent import GRU as GRU
 from jattn.nn.recurrent import LSTM as LSTM
 from jattn.nn.recurrent import RNN as RNN
@@ -23,3 +25,9 @@ from jattn.nn.self_attention import SharedProjectionAttention as SharedProjectio
 from jattn.nn.sequence_pooling import FeaturePooling as FeaturePooling
 from jattn.nn.sequence_pooling import LearnedQueryPooling as LearnedQueryPooling
 from jattn.nn.sequence_pooling import MultiHopPooling as MultiHopPooling
+from jattn.nn.transformer import Transformer as Transformer
+from jattn.nn.transformer import TransformerDecoder as TransformerDecoder
+from jattn.nn.transformer import TransformerEncoder as TransformerEncoder
+from jattn.nn.transformer_layers import FeedForward as FeedForward
+from jattn.nn.transformer_layers import TransformerDecoderLayer as TransformerDecoderLayer
+from jattn.nn.transformer_layers import TransformerEncoderLayer as TransformerEncoderLayer

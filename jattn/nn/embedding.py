@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn import initializers
 
 from jattn.functional import checks, compat
-from jattn.nn._shared import rows
+from jattn.nn._shared import promoted, rows
 
 Array = jax.Array
 
@@ -114,6 +114,24 @@ class Embedding(nnx.Module):
         if self.padding_idx is not None:
             source = jnp.where((tokens == self.padding_idx)[..., None], 0, source)
         return _with_gradient_of(self._rescaled(found), source)
+
+    def attend(self, query: Array) -> Array:
+        """The products of queries with every row, as of a Linear tied to the table: x Eᵀ.
+
+        Args:
+          query: `[..., D]`, floating point.
+
+        Returns:
+          `[..., C]`. The gradient reaches the row of `padding_idx`, as in PyTorch.
+
+        Raises:
+          ValueError: the width does not fit.
+          TypeError: the query is not floating point.
+        """
+        checks.assert_floating(query=query)
+        checks.assert_shapes(embedding=(self.embedding, "C D"), query=(query, "... D"))
+        query, table = promoted(self.dtype, query, self.embedding[...])
+        return query @ table.T
 
     def _counts(self, tokens: Array) -> Array:
         """How often each token stands among the tokens; any number for one that is unknown."""

@@ -19,9 +19,11 @@ from jattn.nn._shared import (
     apply,
     dropout,
     dropped_weights,
+    joined_masks,
     normalized,
     sequence,
 )
+from jattn.nn.cache import KeyValueCache
 from jattn.request import MaskLike, ModifierLike, Precision
 
 Array = jax.Array
@@ -55,6 +57,8 @@ class MultiHeadAttention(nnx.Module):
       use_out_bias: whether the output projection has a bias; None: as `use_bias`.
       normalize_qk: normalise every head of query and key: True by a LayerNorm without bias, or a
         class such as `nnx.RMSNorm`.
+      rotary: `(x [..., T, N, H], positions) -> x`, applied to the heads of query and key, such as
+        `jattn.positions.rotary` or a `functools.partial` of it; None: none.
       dropout_rate: for the weights.
       attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, a score, a mask or
         a modifier.
@@ -100,6 +104,7 @@ class MultiHeadAttention(nnx.Module):
         use_bias: bool = True,
         use_out_bias: bool | None = None,
         normalize_qk: bool | Callable[..., Any] = False,
+        rotary: Callable[..., Array] | None = None,
         dropout_rate: float = 0.0,
         attend: Callable[..., Any] = attend,
         dtype: Any = None,
@@ -127,6 +132,7 @@ class MultiHeadAttention(nnx.Module):
         self.out_features = in_features if out_features is None else out_features
         self.head_features = self._width_of_a_head(qkv_features, head_features)
         self.attend, self.dtype, self.precision = Attend(attend), dtype, precision
+        self.rotary = rotary
         linear = functools.partial(
             nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
@@ -180,21 +186,27 @@ class MultiHeadAttention(nnx.Module):
     @overload
     def __call__(
         self, query: Array, key: Array | None = None, value: Array | None = None, *,
-        return_weights: Literal[False] = False, qkv_sharding: Any = None, out_sharding: Any = None,
-        **options: Unpack[Options],
+        return_weights: Literal[False] = False, cache: None = None, qkv_sharding: Any = None,
+        out_sharding: Any = None, **options: Unpack[Options],
     ) -> Array: ...  # fmt: skip
     @overload
     def __call__(
         self, query: Array, key: Array | None = None, value: Array | None = None, *,
-        return_weights: Literal[True], qkv_sharding: Any = None, out_sharding: Any = None,
-        **options: Unpack[Options],
+        return_weights: Literal[True], cache: None = None, qkv_sharding: Any = None,
+        out_sharding: Any = None, **options: Unpack[Options],
     ) -> tuple[Array, Array]: ...  # fmt: skip
     @overload
     def __call__(
         self, query: Array, key: Array | None = None, value: Array | None = None, *,
-        return_weights: bool, qkv_sharding: Any = None, out_sharding: Any = None,
-        **options: Unpack[Options],
-    ) -> Array | tuple[Array, Array]: ...  # fmt: skip
+        return_weights: Literal[False] = False, cache: KeyValueCache, qkv_sharding: Any = None,
+        out_sharding: Any = None, **options: Unpack[Options],
+    ) -> tuple[Array, KeyValueCache]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, query: Array, key: Array | None = None, value: Array | None = None, *,
+        return_weights: bool, cache: KeyValueCache | None = None, qkv_sharding: Any = None,
+        out_sharding: Any = None, **options: Unpack[Options],
+    ) -> Any: ...  # fmt: skip
     def __call__(
         self,
         query: Array,
@@ -204,11 +216,12 @@ class MultiHeadAttention(nnx.Module):
         mask: MaskLike = None,
         modifier: ModifierLike = None,
         positions: tuple[Array, Array] | None = None,
+        cache: KeyValueCache | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
         qkv_sharding: Any = None,
         out_sharding: Any = None,
-    ) -> Array | tuple[Array, Array]:
+    ) -> Any:
         """Attend from query to key and value.
 
         Args:
@@ -216,6 +229,9 @@ class MultiHeadAttention(nnx.Module):
           key: `[..., S, in_kv_features]`; None: the query (self-attention).
           value: `[..., S, in_value_features]`; None: the key.
           mask, modifier, positions: as `jattn.attend` takes them.
+          cache: the keys and values of earlier tokens, from `empty_cache` or an earlier call. Those
+            of this call are appended, and the query attends to all of them; pass the same mask as
+            without a cache (`masks.causal()`, not an array), for it sees true positions.
           return_weights: also return the weights `[..., N, T, S]`, before dropout.
           deterministic: switches dropout off; None: as `module.train()`, `module.eval()` or
             `nnx.view` has set it.
@@ -223,29 +239,91 @@ class MultiHeadAttention(nnx.Module):
             `[..., T, N · H]` and of the output.
 
         Returns:
-          `[..., T, out_features]`, or a tuple of it and the weights.
+          `[..., T, out_features]`; or a tuple of it, of the weights if asked for, and of the new
+          cache if one is given.
 
         Raises:
-          ValueError: a shape does not fit, or a value comes without a key.
+          ValueError: a shape does not fit, a value comes without a key, positions come with a
+            cache, or the cache has no room. (Under jit, where its length cannot be seen: NaN.)
           TypeError: an argument is not floating point, or is given by `attend=` too.
         """
         if key is None and value is not None:
             raise ValueError(
                 "value without key: pass the key too, or leave out both for self-attention"
             )
-        key = query if key is None else key
-        value = key if value is None else value
         query = sequence(query, self.in_features, "query")
+        key = query if key is None else key
+        if cache is not None:
+            if positions is not None:
+                raise ValueError("positions come from the cache: leave them out")
+            checks.assert_shapes(query=(query, "... T D"), key=(key, "... T E"))
+            newest = cache.next_positions(query.shape[-2])
+            positions = newest, newest
+        key, value = self.project(
+            key, value, positions=positions and positions[1], sharding=qkv_sharding
+        )
+        if cache is not None:
+            cache = cache.append(key, value)
+            key, value, mask = cache.key, cache.value, joined_masks(mask, cache.mask)
+            positions = newest, jnp.arange(cache.capacity, dtype=jnp.int32)
+        result = self.attend_projected(
+            query, key, value, mask=mask, modifier=modifier, positions=positions,
+            return_weights=return_weights, deterministic=deterministic,
+            qkv_sharding=qkv_sharding, out_sharding=out_sharding,
+        )  # fmt: skip
+        if cache is None:
+            return result
+        return (*result, cache) if return_weights else (result, cache)
+
+    def project(
+        self,
+        key: Array,
+        value: Array | None = None,
+        *,
+        positions: Array | None = None,
+        sharding: Any = None,
+    ) -> tuple[Array, Array]:
+        """The heads of key and value, for `attend_projected` to attend to again and again.
+
+        Args:
+          key: `[..., S, in_kv_features]`.
+          value: `[..., S, in_value_features]`; None: the key.
+          positions: of the keys, for `rotary`.
+          sharding: on a mesh with explicit axes, of the projected `[..., S, K · H]`.
+
+        Returns:
+          `[..., S, K, H]`, twice.
+        """
+        value = key if value is None else value
         key = sequence(key, self.in_kv_features, "key")
         value = sequence(value, self.in_value_features, "value")
-        query, key, value = (
-            apply(linear, x, qkv_sharding)
-            for linear, x in ((self.query, query), (self.key, key), (self.value, value))
-        )
+        key, value = apply(self.key, key, sharding), apply(self.value, value, sharding)
+        heads = self._heads(key, self.num_kv_heads, self.key_ln, positions)
+        return heads, split_heads(value, self.num_kv_heads)
+
+    def attend_projected(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        mask: MaskLike = None,
+        modifier: ModifierLike = None,
+        positions: tuple[Array, Array] | None = None,
+        return_weights: bool = False,
+        deterministic: bool | None = None,
+        qkv_sharding: Any = None,
+        out_sharding: Any = None,
+    ) -> Any:
+        """Attend from a query `[..., T, in_features]` to heads of key and value from `project`.
+
+        Everything else is as in a call.
+        """
+        query = apply(self.query, sequence(query, self.in_features, "query"), qkv_sharding)
         result = self.attend(
-            self._heads(query, self.num_heads, self.query_ln),
-            self._heads(key, self.num_kv_heads, self.key_ln),
-            self._heads(value, self.num_kv_heads),
+            self._heads(query, self.num_heads, self.query_ln, positions and positions[0]),
+            key,
+            value,
             mask=mask, modifier=modifier, positions=positions, return_weights=return_weights,
             precision=self.precision, **dropped_weights(self.dropout, deterministic),
         )  # fmt: skip
@@ -254,9 +332,25 @@ class MultiHeadAttention(nnx.Module):
         output, weights = result
         return apply(self.out, merge_heads(output), out_sharding), weights
 
-    def _heads(self, projected: Array, num_heads: int, norm: Any = None) -> Array:
+    def empty_cache(
+        self, batch: int | tuple[int, ...], capacity: int, dtype: Any = None
+    ) -> KeyValueCache:
+        """A cache of this module's keys and values for up to `capacity` tokens an example.
+
+        Args:
+          batch: the number of examples, or several leading axes.
+          capacity: S.
+          dtype: of keys and values; None: that to compute in, or of the parameters.
+        """
+        dtype = dtype or self.dtype or self.key.param_dtype
+        return KeyValueCache.empty(
+            batch, capacity, self.num_kv_heads, self.head_features, dtype=dtype
+        )
+
+    def _heads(self, projected: Array, num_heads: int, norm: Any, positions: Any) -> Array:
         heads = split_heads(projected, num_heads)
-        return heads if norm is None else normalized(norm, heads)
+        heads = heads if norm is None else normalized(norm, heads)
+        return heads if self.rotary is None else self.rotary(heads, positions)
 
 
 def _norm(normalize_qk: bool | Callable[..., Any]) -> Callable[..., Any] | None:

@@ -46,10 +46,21 @@ class SinusoidalPositions(nnx.Module):
         self.features, self.dtype = features, dtype
         self.dropout = dropout(dropout_rate, rngs)
 
-    def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:
-        """Encode x `[..., T, D]`; keeps its shape, and its dtype unless the module has one."""
+    def __call__(
+        self, x: Array, *, positions: Array | None = None, deterministic: bool | None = None
+    ) -> Array:
+        """Encode x `[..., T, D]`; keeps its shape, and its dtype unless the module has one.
+
+        Positions, `[T]` or `[..., T]`, are 0 … T − 1 unless given.
+        """
         (x,) = promoted(self.dtype, sequence(x, self.features))
-        encoding = sinusoidal_encoding(x.shape[-2], self.features).astype(x.dtype)
+        if positions is not None and jnp.shape(positions) not in {x.shape[-2:-1], x.shape[:-1]}:
+            raise ValueError(
+                f"positions must be [T] or [..., T] for x of shape {x.shape},"
+                f" got {jnp.shape(positions)}"
+            )
+        where = x.shape[-2] if positions is None else positions
+        encoding = sinusoidal_encoding(where, self.features).astype(x.dtype)
         return self.dropout(_plus(x, encoding), deterministic=deterministic)
 
 
@@ -102,7 +113,7 @@ class LearnedPositions(nnx.Module):
 
 
 def _plus(x: Array, encoding: Array) -> Array:
-    return x + jnp.expand_dims(encoding, range(x.ndim - 2))
+    return x + jnp.expand_dims(encoding, range(x.ndim - encoding.ndim))
 
 
 def _at_most(length: Any, bound: int) -> bool:

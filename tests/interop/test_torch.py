@@ -14,15 +14,28 @@ from flax import nnx
 from jattn import models, nn
 from jattn.interop import ConversionError, Rule, load_torch, to_torch, torch_rules
 from jattn.interop.torch.convert import TABLES
-from jattn.models import bahdanau, char_rnn, classifier, encoder_decoder, luong
+from jattn.models import (
+    bahdanau,
+    char_rnn,
+    classifier,
+    encoder_decoder,
+    feature_encoder,
+    luong,
+    transformer,
+)
 from jattn.nn import recurrent_cells
 
 RNGS = nnx.Rngs(0)
 TRANSLATION = (11, 13, 3, 5)
+FEATURES = (3, 6, 2, 2, 5)
 
 
 def classifier_of(**options):
     return models.Classifier(classifier.Config(11, 3, 5, 7, **options), rngs=RNGS)
+
+
+def transformer_of(**options):
+    return transformer.Config(11, 13, 6, 2, 1, 2, 5, **options)
 
 
 MODULES = {
@@ -47,6 +60,20 @@ MODULES = {
         ),
         lambda: nn.ResidualAttention(nn.MultiHeadAttention(3, 15, rngs=RNGS), 15, rngs=RNGS),
     ],
+    nn.TorchMultiheadAttention: [
+        lambda: nn.TorchMultiheadAttention(6, 2, add_bias_kv=True, rngs=RNGS),
+        lambda: nn.TorchMultiheadAttention(6, 2, kdim=3, vdim=5, rngs=RNGS),
+    ],
+    nn.FeedForward: [lambda: nn.FeedForward(3, 5, rngs=RNGS)],
+    nn.TransformerEncoderLayer: [lambda: nn.TransformerEncoderLayer(6, 2, 5, rngs=RNGS)],
+    nn.TransformerDecoderLayer: [
+        lambda: nn.TransformerDecoderLayer(6, 2, 5, use_bias=False, rngs=RNGS)
+    ],
+    nn.TransformerEncoder: [
+        lambda: nn.TransformerEncoder([nn.TransformerEncoderLayer(6, 2, 5, rngs=RNGS)])
+    ],
+    nn.TransformerDecoder: [lambda: nn.Transformer(6, 2, 1, 2, 5, rngs=RNGS).decoder],
+    nn.Transformer: [lambda: nn.Transformer(6, 2, 2, 1, 5, rngs=RNGS)],
     nn.FeaturePooling: [lambda: nn.FeaturePooling(3, rngs=RNGS)],
     nn.MultiHopPooling: [lambda: nn.MultiHopPooling(3, 2, rngs=RNGS)],
     nn.LearnedQueryPooling: [lambda: nn.LearnedQueryPooling(3, 5, rngs=RNGS)],
@@ -75,6 +102,21 @@ MODULES = {
         lambda: models.LuongTranslator(luong.Config(*TRANSLATION), rngs=RNGS),
         lambda: models.LuongTranslator(luong.Config(*TRANSLATION, attention=False), rngs=RNGS),
     ],
+    feature_encoder.FeatureEncoder: [
+        lambda: feature_encoder.FeatureEncoder(feature_encoder.Config(*FEATURES), rngs=RNGS)
+    ],
+    feature_encoder.FeatureClassifier: [
+        lambda: feature_encoder.FeatureClassifier(feature_encoder.Config(*FEATURES), 5, rngs=RNGS)
+    ],
+    transformer.Encoder: [lambda: transformer.Encoder(transformer_of(), rngs=RNGS)],
+    transformer.Decoder: [
+        lambda: transformer.Decoder(transformer_of(), rngs=RNGS),
+        lambda: transformer.Decoder(transformer_of(tied=True), rngs=RNGS),
+    ],
+    models.TransformerTranslator: [
+        lambda: models.TransformerTranslator(transformer_of(), rngs=RNGS),
+        lambda: models.TransformerTranslator(transformer_of(tied=True), rngs=RNGS),
+    ],
 }
 EXAMPLES = [pytest.param(new, id=cls.__name__) for cls, news in MODULES.items() for new in news]
 BASES = {recurrent_cells.Cell, encoder_decoder.Decoder, encoder_decoder.EncoderDecoder}
@@ -102,10 +144,13 @@ def test_every_module_of_jattn_is_here_and_has_a_table():
 def distinct(module):
     """Weights under PyTorch's names that no two parameters share."""
     counter = itertools.count()
-    return {
-        name: np.arange(array.size, dtype=np.float32).reshape(array.shape) + 1000 * next(counter)
-        for name, array in to_torch(module).items()
-    }
+
+    def numbered(leaf):
+        return jnp.arange(leaf.size, dtype=jnp.float32).reshape(leaf.shape) + 1000 * next(counter)
+
+    module = nnx.clone(module)
+    nnx.update(module, jax.tree.map(numbered, nnx.state(module, nnx.Param)))
+    return to_torch(module)
 
 
 @pytest.mark.parametrize("new", EXAMPLES)

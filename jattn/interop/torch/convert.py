@@ -19,6 +19,7 @@ from jattn.interop.torch import (
     pooling,
     recurrent,
     sequence_pooling,
+    transformer,
     translation,
 )
 from jattn.interop.torch.table import Table
@@ -27,6 +28,7 @@ _FAMILIES: tuple[Any, ...] = (
     layers,
     pooling,
     multi_head,
+    transformer,
     sequence_pooling,
     recurrent,
     char_rnn,
@@ -70,12 +72,16 @@ def load_torch(
     """
     tables = _tables(module) if rules is None else (Table("the rules given", tuple(rules)),)
     tensors = read(state_dict)
-    table = max(tables, key=lambda table: table.knows(tensors))
-    try:
-        nnx.update(module, to_flax(tensors, module, table.rules))
-    except ConversionError as error:
-        hint = _hint(module, tensors, table) or _without_biases(error, tensors)
-        raise ConversionError(**vars(error) | {"hint": hint}) from None
+    most = max(table.knows(tensors) for table in tables)
+    fitting = [table for table in tables if table.knows(tensors) == most]
+    errors = []
+    for table in fitting:
+        try:
+            return nnx.update(module, to_flax(tensors, module, table.rules))
+        except ConversionError as error:
+            errors.append(error)
+    hint = _hint(module, tensors, fitting[0]) or _without_biases(errors[0], tensors)
+    raise ConversionError(**vars(errors[0]) | {"hint": hint})
 
 
 def to_torch(

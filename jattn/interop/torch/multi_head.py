@@ -25,7 +25,7 @@ _BIASES_AND_OUT = (
     ),
     *within(LINEAR, "out_proj", "out"),
 )
-_PACKED = (
+PACKED = (
     Rule(
         "in_proj_weight",
         ("query.kernel", "key.kernel", "value.kernel"),
@@ -33,7 +33,7 @@ _PACKED = (
     ),
     *_BIASES_AND_OUT,
 )
-_WIDTHS = (
+WIDTHS = (
     Rule("q_proj_weight", "query.kernel", TRANSPOSE),
     Rule("k_proj_weight", "key.kernel", TRANSPOSE),
     Rule("v_proj_weight", "value.kernel", TRANSPOSE),
@@ -44,8 +44,8 @@ MULTI_HEAD = (
     Table("W_q, W_o", _projections("W_q", "W_k", "W_v", "W_o")),
     Table("q_proj, out_proj", _projections("q_proj", "k_proj", "v_proj", "out_proj")),
     Table("q_proj, o_proj", _projections("q_proj", "k_proj", "v_proj", "o_proj")),
-    Table("torch.nn.MultiheadAttention", _PACKED),
-    Table("torch.nn.MultiheadAttention", _WIDTHS),
+    Table("torch.nn.MultiheadAttention", PACKED),
+    Table("torch.nn.MultiheadAttention", WIDTHS),
 )
 RESIDUAL = tuple(
     Table(

@@ -17,6 +17,7 @@ from jattn.parity.systems import (
     recurrent,
     self_attention,
     sequence_pooling,
+    transformer,
     translation,
 )
 
@@ -31,6 +32,7 @@ FAMILIES: tuple[Any, ...] = (
     char_rnn,
     classification,
     sequence_pooling,
+    transformer,
     translation,
 )
 

@@ -3,9 +3,12 @@
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jattn import nn
 from jattn.functional import heads
+from jattn.interop.torch.multi_head import PACKED, WIDTHS
+from jattn.interop.torch.transformer import multihead_attention
 from jattn.parity.system import Arguments, Arrays, System, constructor, padding
 
 Array = jax.Array
@@ -29,6 +32,18 @@ def multi_head(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, 
     """From query to key and value, or to itself where there is no key."""
     operands = inputs["query"], inputs.get("key"), inputs.get("value")
     output, weights = module(*operands, mask=padding(inputs), return_weights=True)
+    return {"output": output, "weights": weights}
+
+
+def torch_module(arguments: Arguments, dtype: Any) -> nnx.Module:
+    """From PyTorch's arguments; whether weights are averaged is one of the call."""
+    sizes = {name: each for name, each in arguments.items() if name != "average"}
+    return nn.TorchMultiheadAttention(**sizes, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def torch_call(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
+    """As PyTorch is called."""
+    output, weights = module(**inputs, average_attn_weights=arguments.get("average", True))
     return {"output": output, "weights": weights}
 
 
@@ -60,6 +75,32 @@ SYSTEMS = (
         reference="multi_head.MultiHeadAttention",
         build=constructor(nn.MultiHeadAttention),
         call=multi_head,
+    ),
+    System(
+        "multi_head/torch",
+        11,
+        "`torch.nn.MultiheadAttention`",
+        functions=("jattn.attend", "jattn.interop.torch_masks"),
+        modules=("jattn.nn.TorchMultiheadAttention",),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="multi_head.TorchMultiheadAttention",
+        build=torch_module,
+        call=torch_call,
+        rules=multihead_attention(PACKED),
+    ),
+    System(
+        "multi_head/torch_widths",
+        11,
+        "`torch.nn.MultiheadAttention` with `kdim` and `vdim`",
+        functions=("jattn.attend", "jattn.interop.torch_masks"),
+        modules=("jattn.nn.TorchMultiheadAttention",),
+        paper="Vaswani et al. 2017",
+        link="https://arxiv.org/abs/1706.03762",
+        reference="multi_head.TorchMultiheadAttention",
+        build=torch_module,
+        call=torch_call,
+        rules=multihead_attention(WIDTHS),
     ),
     System(
         "multi_head/wide_heads",
