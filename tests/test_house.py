@@ -16,7 +16,8 @@ SOURCES = sorted((ROOT / "jattn").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 ORDER = ["functional", "request", "kernels", "attention", "nn", "models", "interop", "parity"]
 OPTIONAL = {"torch", "transformers"}
-CORE = {"jax", "flax", "optax", "chex", "einops", "safetensors", "numpy", "jattn"} | set(
+# Flax needs PyYAML, too
+CORE = {"jax", "flax", "yaml", "optax", "chex", "einops", "safetensors", "numpy", "jattn"} | set(
     sys.stdlib_module_names
 )
 MENUS = ["jattn", "jattn.functional", "jattn.nn", "jattn.models", "jattn.interop"]
@@ -49,9 +50,8 @@ def floor(name):
     return ORDER.index(parts[1]) if len(parts) > 1 and parts[1] in ORDER else None
 
 
-def at_import(path):
+def at_import(tree):
     """The nodes that run when the file is imported: all but the bodies of functions."""
-    tree = ast.parse(path.read_text())
     inside = {
         id(inner)
         for node in ast.walk(tree)
@@ -88,8 +88,9 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_only_the_core_is_imported_and_torch_only_inside_functions(path):
-    top = {id(node) for node in at_import(path)}
-    for name, node in imports(path):
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in at_import(tree)}
+    for name, node in imports(path, tree):
         package = name.split(".")[0]
         if id(node) in top:
             assert package in CORE, f"line {node.lineno} needs {package} at import"
