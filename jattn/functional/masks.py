@@ -196,10 +196,11 @@ def from_array(array: Any) -> Mask:
     """
     array = array if hasattr(array, "dtype") else np.asarray(array)
     if array.dtype != bool:
-        raise TypeError(
-            f"a mask array must be boolean (True = may attend), got {array.dtype}: use "
-            "mask.astype(bool), or modifiers.bias for an array that is added to scores"
-        )
+        must = f"a mask array must be boolean (True = may attend), got {array.dtype}"
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            torch = "interop.torch_masks for a mask of PyTorch's layers"
+            raise TypeError(f"{must}: use modifiers.bias to add an array to the scores, {torch}")
+        raise TypeError(f"{must}: use mask.astype(bool)")
     return _Dense(array)
 
 
