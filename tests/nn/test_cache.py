@@ -1,0 +1,178 @@
+"""Token by token, or in chunks, with a cache: the numbers of the whole sequence at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jattn import masks, modifiers, nn, positions
+
+B, T, D = 2, 9, 12
+FORMS = {
+    "multi-head": {},
+    "grouped": {"num_heads": 6, "num_kv_heads": 2},
+    "normalised": {"normalize_qk": True},
+    "rotary": {"rotary": positions.rotary},
+    "rotary in halves": {"rotary": functools.partial(positions.rotary, interleaved=False)},
+}
+MASKS = {
+    "causal": {"mask": masks.causal()},
+    "window": {"mask": masks.sliding_window(2)},
+    "distance": {
+        "mask": masks.causal(),
+        "modifier": modifiers.alibi(np.float32([0.5, 0.25, 0.125])),
+    },
+}
+
+
+def make(num_heads=3, **options):
+    return nn.MultiHeadAttention(num_heads, D, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.fixture
+def x(rng):
+    return jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+
+
+def in_chunks(attention, x, sizes, **options):
+    cache, outputs, start = attention.empty_cache(len(x), T + 1), [], 0
+    for size in sizes:
+        output, cache = attention(x[:, start : start + size], cache=cache, **options)
+        outputs.append(output)
+        start += size
+    assert cache.length.tolist() == [T] * len(x)
+    return jnp.concatenate(outputs, axis=1)
+
+
+@pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 3, 1], [T]], ids=["tokens", "chunks", "all"])
+def test_chunks_of_any_size_are_the_whole(x, sizes):
+    attention = make()
+    expected = attention(x, mask=masks.causal())
+    found = in_chunks(attention, x, sizes, mask=masks.causal())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
+def test_every_form_of_attention_takes_a_cache(x, options):
+    attention = make(**options)
+    expected = attention(x, mask=masks.causal())
+    found = in_chunks(attention, x, [5, 1, 3], mask=masks.causal())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
+def test_masks_and_modifiers_see_true_positions(x, options):
+    attention = make()
+    expected = attention(x, **options)
+    found = in_chunks(attention, x, [5, 1, 3], **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_row_goes_on_from_its_own_length(x):
+    """Two prompts of different lengths, then one more token for each."""
+    attention, lengths = make(rotary=positions.rotary), [3, 5]
+    caches = []
+    for row, length in enumerate(lengths):
+        cache = attention.empty_cache(1, T)
+        caches.append(attention(x[row : row + 1, :length], cache=cache, mask=masks.causal())[1])
+    both = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+    assert both.length.tolist() == lengths
+    newest = jnp.stack([x[row, length] for row, length in enumerate(lengths)])[:, None]
+    found, both = attention(newest, cache=both, mask=masks.causal())
+    for row, length in enumerate(lengths):
+        expected = attention(x[row : row + 1, : length + 1], mask=masks.causal())[0, -1]
+        np.testing.assert_allclose(found[row, 0], expected, rtol=1e-5, atol=1e-6)
+    assert both.length.tolist() == [4, 6]
+
+
+def test_a_scan_compiles_one_step(x):
+    attention = make()
+    expected = attention(x, mask=masks.causal())
+
+    @jax.jit
+    def run(x):
+        def step(cache, token):
+            output, cache = attention(token[:, None], cache=cache, mask=masks.causal())
+            return cache, output[:, 0]
+
+        return jax.lax.scan(step, attention.empty_cache(B, T), jnp.swapaxes(x, 0, 1))[1]
+
+    np.testing.assert_allclose(jnp.swapaxes(run(x), 0, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_come_before_the_cache(x):
+    attention = make()
+    cache = attention.empty_cache(B, T)
+    _, weights, cache = attention(x[:, :4], cache=cache, mask=masks.causal(), return_weights=True)
+    assert weights.shape == (B, 3, 4, T) and isinstance(cache, nn.KeyValueCache)
+    assert not weights[..., 4:].any()
+
+
+def test_what_free_slots_hold_changes_nothing(x):
+    attention = make()
+    cache = attention.empty_cache(B, T)
+    dirty = cache._replace(keys=cache.keys + jnp.nan, values=cache.values + jnp.nan)
+    (expected, _), (found, _) = (
+        attention(x[:, :4], cache=each, mask=masks.causal()) for each in (cache, dirty)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_no_leading_axis_and_several(x):
+    attention = make()
+    expected = attention(x, mask=masks.causal())
+    cache = attention.empty_cache((), T)
+    alone, cache = attention(x[0], cache=cache, mask=masks.causal())
+    np.testing.assert_allclose(alone, expected[0], rtol=1e-5, atol=1e-6)
+    assert cache.length.shape == ()
+    several, _ = attention(x[None], cache=attention.empty_cache((1, B), T), mask=masks.causal())
+    np.testing.assert_allclose(several[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_has_the_dtype_to_compute_in(x):
+    attention = make(dtype=jnp.bfloat16)
+    cache = attention.empty_cache(B, T)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    output, after = attention(x, cache=cache, mask=masks.causal())
+    assert output.dtype == after.keys.dtype == jnp.bfloat16
+    assert attention.empty_cache(B, T, jnp.float32).keys.dtype == jnp.float32
+
+
+def test_tokens_beyond_the_capacity_are_refused_and_under_jit_nan(x):
+    attention = make()
+
+    def run(cache):
+        return attention(x[:, :5], cache=cache, mask=masks.causal())
+
+    _, half = run(attention.empty_cache(B, 8))
+    with pytest.raises(ValueError, match=r"length of the cache must lie in 0 … 3 .* got 5"):
+        run(half)
+    with pytest.raises(ValueError, match=r"must lie in 0 … -1|capacity"):
+        run(attention.empty_cache(B, 4))
+    output, _ = jax.jit(run)(half)
+    assert np.isnan(output).all()
+
+
+WRONG = {
+    "another batch": (ValueError, r"key must be .* with ... = \(3,\)", {"batch": 3}),
+    "positions": (ValueError, "positions come from the cache", {"positions": True}),
+    "another module's": (ValueError, r"key must be .*K = 1", {"heads": 1}),
+}
+
+
+@pytest.mark.parametrize(("error", "match", "broken"), WRONG.values(), ids=WRONG)
+def test_a_cache_that_does_not_fit_is_named(x, error, match, broken):
+    attention, other = make(), make(num_kv_heads=broken.get("heads"))
+    cache = other.empty_cache(broken.get("batch", B), T)
+    steps = jnp.arange(T)
+    options = {"positions": (steps, steps)} if "positions" in broken else {}
+    with pytest.raises(error, match=match):
+        attention(x, cache=cache, **options)
+
+
+def test_sizes_are_positive():
+    with pytest.raises(ValueError, match="capacity must be"):
+        make().empty_cache(B, 0)
