@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference import bahdanau, char_rnn, pooling
+from experiments.torch_reference import bahdanau, char_rnn, pooling, transformer
 from experiments.torch_reference.cases import Case
 from experiments.torch_reference.record import versions
 from jattn.parity.fixtures import Fixture
@@ -57,9 +57,15 @@ def cross_entropy(outputs: Tensors, labels: Tensors) -> torch.Tensor:
     )
 
 
+def class_entropy(outputs: Tensors, labels: Tensors) -> torch.Tensor:
+    """Mean over the examples [B]."""
+    return nn.functional.cross_entropy(outputs["logits"], labels["target"])
+
+
 LOSSES: dict[str, Callable[[Tensors, Tensors], torch.Tensor]] = {
     "squared_error": squared_error,
     "cross_entropy": cross_entropy,
+    "class_entropy": class_entropy,
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -116,9 +122,25 @@ def translation() -> Training:
     )
 
 
+def sequence_classification() -> Training:
+    """Random sequences of features are classified by heart, of different lengths."""
+    generator = np.random.default_rng(5)
+    config = transformer.FEATURES | {"dropout_rate": 0.0, "classes": 3}
+    inputs = {"x": generator.normal(size=(6, 5, 7)), "lengths": np.array([5, 3, 4, 5, 2, 5])}
+    case = Case(
+        "transformer/feature_classifier",
+        "by_heart",
+        transformer.FeatureClassifier,
+        config,
+        inputs,
+    )
+    adam = {"name": "adam", "learning_rate": 0.01}
+    return Training(case, {"target": np.array([0, 1, 2, 2, 1, 0])}, "class_entropy", adam)
+
+
 def all_trainings() -> list[Training]:
     """Every training that has a fixture."""
-    return [kernel_regression(), spelling(), translation()]
+    return [kernel_regression(), spelling(), translation(), sequence_classification()]
 
 
 def train(training: Training) -> Fixture:

@@ -28,7 +28,8 @@ class TextSettings(command.Settings):
     batch_size: int = 128
     """Examples in a step."""
     features: int = 128
-    """Width of a recurrent layer in each of its directions; the embeddings have half of it."""
+    """Width of a recurrent layer in each of its directions, with embeddings of half of it; or of a
+    transformer's layers."""
     dropout: float = 0.0
     """Fraction dropped in training."""
 

@@ -52,10 +52,11 @@ def finished_run(table, tmp_path_factory):
     return Run(folder)
 
 
-@pytest.fixture(scope="module")
-def luong_run(table, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "luong"
-    translate.main(["--data", str(table), "--run-dir", str(folder), "--model", "luong", *SETTINGS])
+@pytest.fixture(scope="module", params=["luong", "transformer"])
+def other_run(request, table, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    options = ["--data", str(table), "--run-dir", str(folder), "--model", request.param]
+    translate.main([*options, *SETTINGS])
     return Run(folder)
 
 
@@ -91,9 +92,9 @@ def test_an_easy_language_is_learnt(finished_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoding", [[], ["--beam", "3"]])
-def test_the_other_model_learns_it_too(luong_run, capsys, decoding):
-    assert json.loads((luong_run.folder / "scores.json").read_text())["exact_match"] >= 0.95
-    translate.main(["--translate", "506", "--run-dir", str(luong_run.folder), *decoding])
+def test_the_other_models_learn_it_too(other_run, capsys, decoding):
+    assert json.loads((other_run.folder / "scores.json").read_text())["exact_match"] >= 0.95
+    translate.main(["--translate", "506", "--run-dir", str(other_run.folder), *decoding])
     assert capsys.readouterr().out == spell("506") + "\n"
 
 

@@ -27,7 +27,15 @@ def cross_entropy(outputs, labels):
     return token_loss(outputs["logits"], labels["target"], lengths=labels.get("lengths"))
 
 
-LOSSES = {"squared_error": squared_error, "cross_entropy": cross_entropy}
+def class_entropy(outputs, labels):
+    return token_loss(outputs["logits"], labels["target"])
+
+
+LOSSES = {
+    "squared_error": squared_error,
+    "cross_entropy": cross_entropy,
+    "class_entropy": class_entropy,
+}
 
 
 def torch_clip(max_norm):
