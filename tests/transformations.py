@@ -139,7 +139,7 @@ def drops(case):
     )
 
 
-@over(*filter(drops, STATEFUL))
+@over(*filter(drops, STATEFUL), slow=WHOLE)
 def test_view_eval_and_deterministic_agree(case):
     run = nnx.jit(case.call)
     module = case.module()
@@ -184,7 +184,7 @@ def test_copies_and_checkpoints_are_equal(case, tmp_path):
         chex.assert_trees_all_equal(restored, params)
 
 
-@over(*ALL)
+@over(*ALL, slow=WHOLE)
 def test_leaks_nans_ranks_and_dtypes_are_clean(case, checking_leaks):
     function, state = functional(case)
     loss_of, floats = scalar(case, function, state)

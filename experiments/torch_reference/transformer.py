@@ -27,6 +27,15 @@ def _options(
     }
 
 
+def _encoder(
+    features: int, num_heads: int, mlp_features: int, num_layers: int, **options: Any
+) -> nn.TransformerEncoder:
+    """As `nn.Transformer` makes it, but for nested tensors, which warn."""
+    layer = nn.TransformerEncoderLayer(features, num_heads, mlp_features, **options)
+    norm = nn.LayerNorm(features, options["layer_norm_eps"], bias=options["bias"])
+    return nn.TransformerEncoder(layer, num_layers, norm, enable_nested_tensor=False)
+
+
 class EncoderLayer(nn.TransformerEncoderLayer):
     """PyTorch's, in the port's arguments."""
 
@@ -124,8 +133,11 @@ class Transformer(nn.Transformer):
         mlp_features: int,
         **options: Any,
     ) -> None:
-        layers = num_encoder_layers, num_decoder_layers
-        super().__init__(features, num_heads, *layers, mlp_features, **_options(**options))
+        layers, arguments = (num_encoder_layers, num_decoder_layers), _options(**options)
+        encoder = _encoder(features, num_heads, mlp_features, num_encoder_layers, **arguments)
+        super().__init__(
+            features, num_heads, *layers, mlp_features, custom_encoder=encoder, **arguments
+        )
 
     def forward(  # type: ignore[override]
         self, source: torch.Tensor, target: torch.Tensor, **masks: Any
@@ -160,12 +172,14 @@ class FeatureEncoder(nn.Module):
         dropout_rate: float,
         norm_first: bool = False,
         positions: bool = True,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         self.positions = positions
         self.embedding = nn.Linear(in_features, features)
+        options = _options(norm_first=norm_first, activation=activation)
         layer = nn.TransformerEncoderLayer(
-            features, num_heads, mlp_features, dropout_rate, batch_first=True, norm_first=norm_first
+            features, num_heads, mlp_features, dropout_rate, **options
         )
         norm = nn.LayerNorm(features) if norm_first else None
         self.encoder = nn.TransformerEncoder(layer, num_layers, norm, enable_nested_tensor=False)
@@ -232,26 +246,45 @@ class Translator(nn.Module):
         self.tgt_tok_emb = TokenEmbedding(target_vocabulary, features)
         layers = num_encoder_layers, num_decoder_layers
         options = _options(norm_first=norm_first, activation=activation)
-        self.transformer = nn.Transformer(features, num_heads, *layers, mlp_features, **options)
+        encoder = _encoder(features, num_heads, mlp_features, num_encoder_layers, **options)
+        self.transformer = nn.Transformer(
+            features, num_heads, *layers, mlp_features, custom_encoder=encoder, **options
+        )
         self.generator = nn.Linear(features, target_vocabulary, bias=not tied)
         if tied:
             self.generator.weight = self.tgt_tok_emb.embedding.weight
+
+    def encode(self, source: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """What the decoder attends to [B, S, D]."""
+        padding = _padding(lengths, source.shape[1])
+        x = _positioned(self.src_tok_emb(source))
+        return self.transformer.encoder(x, src_key_padding_mask=padding)
+
+    def decode(
+        self,
+        target_in: torch.Tensor,
+        memory: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, T, C]."""
+        steps = target_in.shape[1]
+        output = self.transformer.decoder(
+            _positioned(self.tgt_tok_emb(target_in)),
+            memory,
+            tgt_mask=torch.ones(steps, steps, dtype=torch.bool).triu(1),
+            memory_key_padding_mask=_padding(lengths, memory.shape[1]),
+        )
+        return self.generator(output)
 
     def forward(
         self, source: torch.Tensor, target_in: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> Outputs:
         """Teacher-forced logits [B, T, C]."""
-        embedded = self.src_tok_emb(source), self.tgt_tok_emb(target_in)
-        positioned = [x + sinusoidal(*x.shape[1:]).to(x.dtype) for x in embedded]
-        steps = target_in.shape[1]
-        padding = _padding(lengths, source.shape[1])
-        output = self.transformer(
-            *positioned,
-            tgt_mask=torch.ones(steps, steps, dtype=torch.bool).triu(1),
-            src_key_padding_mask=padding,
-            memory_key_padding_mask=padding,
-        )
-        return {"logits": self.generator(output)}
+        return {"logits": self.decode(target_in, self.encode(source, lengths), lengths)}
+
+
+def _positioned(x: torch.Tensor) -> torch.Tensor:
+    return x + sinusoidal(*x.shape[1:]).to(x.dtype)
 
 
 LATER = np.triu(np.ones((T, T), bool), 1)

@@ -126,6 +126,7 @@ def test_bad_options(option, value, least, capsys):
         ("attend", ["--json", "nothing/all.json"], "--json needs a folder that exists"),
         ("recurrent", ["--rounds", "0"], "--rounds must be at least 1, got 0"),
         ("seq2seq", ["--batch", "0"], "--batch must be at least 1, got 0"),
+        ("transformer", ["--features", "100"], "--features must be a multiple of 64, got 100"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(module, arguments, message, capsys):
@@ -143,6 +144,20 @@ def test_both_translators_find_the_same_and_what_is_timed_runs(monkeypatch):
     ours, theirs = (runs["beam search"][name]() for name in ("jattn", "PyTorch"))
     np.testing.assert_array_equal(ours.tokens, theirs.numpy()[:, 1:].reshape(3, 4, 5))
     for run in runs["training step"].values():
+        run()
+
+
+@pytest.mark.torch
+def test_both_transformers_find_the_same_and_what_is_timed_runs(monkeypatch):
+    from experiments.benchmarks import transformer
+
+    monkeypatch.setattr(transformer, "LONGEST", 5)
+    settings = transformer.Settings(batch=3, length=4, layers=1, features=64)
+    training, search = transformer.contenders(settings).values()
+    ours, theirs = (search[name]() for name in ("jattn", "PyTorch"))
+    np.testing.assert_array_equal(ours.tokens, theirs.numpy()[:, 1:].reshape(3, 4, 5))
+    assert training.keys() == {"jattn", "Flax", "PyTorch"}
+    for run in training.values():
         run()
 
 

@@ -16,9 +16,15 @@ FIXTURES = [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.saf
 
 @pytest.fixture(scope="module")
 def recorded():
+    """Sums have one order: that of one thread, as where the fixtures were recorded."""
+    import torch
+
     from experiments.torch_reference.__main__ import recordings
 
-    return recordings()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield recordings()
+    torch.set_num_threads(threads)
 
 
 def test_every_recording_has_a_fixture_and_every_fixture_a_recording(recorded):
