@@ -191,8 +191,9 @@ class Decoder(nnx.Module):
             [layer(attend=attend, **options) for layer in layers],
             layer_norm(config.features, 1e-5, options),
         )
-        free = nnx.Linear(config.features, config.target_vocabulary, **options)
-        self.out = nnx.data(None if config.tied else free)
+        self.out = nnx.data(None)
+        if not config.tied:
+            self.out = nnx.Linear(config.features, config.target_vocabulary, **options)
 
     def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
         """What the decoder attends to: the heads of the encoder's outputs `[B, S, D]`.

@@ -54,13 +54,23 @@ def test_the_learned_key_and_the_zero_are_never_hidden(operands):
     np.testing.assert_array_equal(added, weights)
 
 
-def test_is_causal_is_a_promise_and_changes_nothing(operands):
-    attention = make()
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}], ids=["plain", "learned key"])
+def test_is_causal_is_a_promise_and_changes_nothing(operands, options):
+    attention = make(**options)
     with pytest.raises(ValueError, match="is_causal needs attn_mask"):
         attention(*operands, is_causal=True)
     expected, _ = attention(*operands, attn_mask=LATER)
     found, _ = attention(*operands, attn_mask=LATER, is_causal=True, need_weights=False)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_are_those_before_dropout(operands):
+    attention = make(dropout=0.9)
+    attention.train()
+    _, weights = attention(*operands)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    first, second = (attention(*operands)[0] for _ in range(2))
+    assert np.abs(first - second).max() > 1e-3
 
 
 def test_sequences_may_come_before_batches_or_alone(operands):

@@ -71,6 +71,15 @@ def test_layers_begin_with_different_weights():
     assert np.abs(difference).max() > 0.01
 
 
+def test_every_matrix_begins_with_xaviers_bound_and_every_bias_with_zero():
+    for path, parameter in nnx.to_flat_state(nnx.state(whole(), nnx.Param)):
+        largest = np.abs(parameter[...]).max()
+        if path[-1] == "kernel":
+            assert 0.9 < largest / (6 / sum(parameter.shape)) ** 0.5 <= 1
+        else:
+            assert largest == (path[-1] == "scale")
+
+
 def test_a_whole_ends_in_norms_and_a_bare_stack_in_none():
     model = whole()
     assert isinstance(model.encoder.norm, nnx.LayerNorm)
