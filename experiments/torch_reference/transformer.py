@@ -1,7 +1,7 @@
 """The Transformer's layers and stacks, which are PyTorch's own, and models made of them."""
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from experiments.torch_reference.cases import B, Case, Inputs, S, T, cases_of, i
 from experiments.torch_reference.shared import Outputs
 
 D, N, MLP = 15, 3, 17
-Mask = torch.Tensor | None
+Mask: TypeAlias = torch.Tensor | None
 
 
 def _options(
