@@ -333,6 +333,7 @@ class EncoderDecoder(nnx.Module):
         self, source: Array, lengths: Array | None, *, return_weights: bool, **options: Any
     ) -> Any:
         self._check(source, lengths)
+        checks.assert_positive(max_length=options["max_length"])
         return _decode(*nnx.split(self), source, lengths, return_weights=return_weights, **options)
 
 

@@ -136,7 +136,7 @@ class TransformerDecoder(nnx.Module):
           `[..., T, D]`; or a tuple of it, of the weights if asked for, and of the new caches if
           there is a cache. Weights and caches are tuples with an entry for each layer.
         """
-        several = isinstance(memory, tuple)
+        several = isinstance(memory, (tuple, list))
         weights, new = [], []
         for n, of_layer in enumerate(_caches(cache, self.layers)):
             result = self.layers[n](
@@ -161,9 +161,10 @@ def _stack(layers: Sequence[Callable[..., Any]]) -> Any:
 def _caches(cache: Caches | None, layers: Any) -> Sequence[KeyValueCache | None]:
     if cache is None:
         return [None] * len(layers)
-    if len(cache) != len(layers):
+    alone = isinstance(cache, KeyValueCache)
+    if alone or len(cache) != len(layers):
         must = f"cache must have an entry for each layer, {len(layers)}"
-        raise ValueError(f"{must}, got {len(cache)}")
+        raise ValueError(f"{must}, got {'the cache of one layer' if alone else len(cache)}")
     return cache
 
 

@@ -65,6 +65,7 @@ class FeedForward(nnx.Module):
 
     Raises:
       ValueError: a size is not positive, or the activation has an unknown name.
+      TypeError: the activation is neither a name nor a function.
 
     Example:
       >>> FeedForward(4, 16, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 4))).shape
@@ -91,6 +92,8 @@ class FeedForward(nnx.Module):
                 expected = ", ".join(map(repr, _ACTIVATIONS))
                 raise ValueError(f"activation must be {expected} or a function, got {activation!r}")
             activation = _ACTIVATIONS[activation]
+        if not callable(activation):
+            raise TypeError(f"activation must be a name or a function, got {activation!r}")
         options: dict[str, Any] = {
             "use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype,
             "kernel_init": kernel_init, "rngs": rngs,
@@ -315,7 +318,7 @@ class TransformerDecoderLayer(nnx.Module):
           TypeError: x or memory is not floating point.
         """
         x = _input(self, "x", x)
-        key, value = memory if isinstance(memory, tuple) else self.remember(memory)
+        key, value = memory if isinstance(memory, (tuple, list)) else self.remember(memory)
 
         def attention(x: Array) -> Any:
             return self.self_attention(

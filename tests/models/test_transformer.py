@@ -131,6 +131,8 @@ def test_bad_configs_are_named():
         make(num_heads=5)
     with pytest.raises(ValueError, match="their number must be even"):
         make(features=9)
+    with pytest.raises(ValueError, match="max_length must be"):
+        make().greedy(SOURCE, max_length=0)
     with pytest.raises(ValueError, match="classes must be"):
         FeatureClassifier(feature_encoder.Config(3), 0, rngs=nnx.Rngs(0))
 
@@ -146,6 +148,13 @@ def test_padded_steps_change_no_class(rng):
     dirty = np.where(np.arange(6)[:, None] < lengths[:, None, None], x, np.float32(7))
     np.testing.assert_allclose(model(dirty, lengths=lengths)[:1], expected, rtol=1e-5, atol=1e-6)
     assert np.isfinite(jax.jit(model)(x, lengths=np.array([0, 6]))).all()
+
+
+def test_an_odd_width_needs_a_model_without_positions():
+    config = dataclasses.replace(FEATURES, features=9, positions=False)
+    assert FeatureClassifier(config, 4, rngs=nnx.Rngs(0))(jnp.ones((2, 6, 5))).shape == (2, 4)
+    with pytest.raises(ValueError, match="their number must be even"):
+        FeatureClassifier(dataclasses.replace(config, positions=True), 4, rngs=nnx.Rngs(0))
 
 
 def test_without_positions_the_order_of_steps_has_no_meaning(rng):

@@ -117,6 +117,7 @@ def test_heads_of_the_memory_stand_for_it(x, memory):
     np.testing.assert_array_equal(found, expected)
     assert len(weights) == 2 and weights[0].shape == (B, N, T, S)
     np.testing.assert_array_equal(same[1], weights[1])
+    np.testing.assert_array_equal(decoder(x, [*decoder.remember(memory)]), expected)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -210,3 +211,7 @@ def test_sizes_that_do_not_fit_are_named(x, memory):
     decoder = whole().decoder
     with pytest.raises(ValueError, match="cache must have an entry for each layer, 2, got 1"):
         decoder(x, memory, cache=decoder.empty_cache(B, T)[:1])
+    with pytest.raises(ValueError, match=r"cache must have an entry .* got the cache of one layer"):
+        decoder(x, memory, cache=decoder.empty_cache(B, T)[0])
+    with pytest.raises(TypeError, match="activation must be a name or a function, got None"):
+        encoder_layer(activation=None)
