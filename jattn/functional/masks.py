@@ -194,6 +194,11 @@ def from_array(array: Any) -> Mask:
       █ ·
       █ █
     """
+    if type(array).__module__.partition(".")[0] == "torch":
+        raise TypeError(
+            "a mask array must be one of JAX or NumPy (True = may attend), got a torch.Tensor: use "
+            "interop.torch_masks for a mask of PyTorch's layers, where True hides"
+        )
     array = array if hasattr(array, "dtype") else np.asarray(array)
     if array.dtype != bool:
         must = f"a mask array must be boolean (True = may attend), got {array.dtype}"

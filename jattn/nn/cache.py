@@ -111,6 +111,8 @@ class KeyValueCache(NamedTuple):
             keys=(self.keys, "... K H S"), values=(self.values, "... K S V"),
             length=(self.length, "..."), key=(key, "... T K H"), value=(value, "... T K V"),
         )["T"]  # fmt: skip
+        if isinstance(T, int) and T > self.capacity:  # T may be a symbol of `jax.export`
+            raise ValueError(f"a cache for {self.capacity} tokens cannot take {T}")
         free = self.capacity - T
         why = f"of {self.capacity} slots, {T} must be free"
         checks.assert_in_range("the length of the cache", self.length, 0, free, why)

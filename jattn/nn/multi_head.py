@@ -254,6 +254,8 @@ class MultiHeadAttention(nnx.Module):
         query = sequence(query, self.in_features, "query")
         key = query if key is None else key
         if cache is not None:
+            if not isinstance(cache, KeyValueCache):
+                raise TypeError(f"cache must be a KeyValueCache, got {type(cache).__name__}")
             if positions is not None:
                 raise ValueError("positions come from the cache: leave them out")
             checks.assert_shapes(query=(query, "... T D"), key=(key, "... T E"))

@@ -32,16 +32,18 @@ class TransformerEncoder(nnx.Module):
     """Layers one after another, and a norm behind them if one is given.
 
     Args:
-      layers: `TransformerEncoderLayer`s, or modules that are called as they are.
-      norm: a module, such as a LayerNorm, for the output of the last layer; None: none.
+      layers: a list of `TransformerEncoderLayer`s, or of modules that are called as they are.
+      norm: a module, such as a LayerNorm, for the output of the last layer; None: none. (PyTorch's
+        LayerNorm has `epsilon=1e-5`, that of Flax 1e-6.)
 
     Raises:
       ValueError: there is no layer.
+      TypeError: the layers are no list.
 
     Example:
       >>> rngs = nnx.Rngs(0)
       >>> layers = [TransformerEncoderLayer(4, 2, 16, rngs=rngs) for _ in range(3)]
-      >>> encoder = TransformerEncoder(layers, nnx.LayerNorm(4, rngs=rngs))
+      >>> encoder = TransformerEncoder(layers, nnx.LayerNorm(4, epsilon=1e-5, rngs=rngs))
       >>> encoder(jnp.ones((2, 5, 4)), deterministic=True).shape
       (2, 5, 4)
     """
@@ -87,11 +89,12 @@ class TransformerDecoder(nnx.Module):
     """Layers one after another, all of which attend to the memory, and a norm if one is given.
 
     Args:
-      layers: `TransformerDecoderLayer`s, or modules that are called as they are.
-      norm: a module, such as a LayerNorm, for the output of the last layer; None: none.
+      layers: a list of `TransformerDecoderLayer`s, or of modules that are called as they are.
+      norm: as `TransformerEncoder` takes it.
 
     Raises:
       ValueError: there is no layer.
+      TypeError: the layers are no list.
 
     Example:
       >>> rngs = nnx.Rngs(0)
@@ -137,6 +140,9 @@ class TransformerDecoder(nnx.Module):
           there is a cache. Weights and caches are tuples with an entry for each layer.
         """
         several = isinstance(memory, (tuple, list))
+        if several and len(memory) != len(self.layers):
+            must = f"memory must have an entry for each layer, {len(self.layers)}"
+            raise ValueError(f"{must}, got {len(memory)}: `remember` makes them")
         weights, new = [], []
         for n, of_layer in enumerate(_caches(cache, self.layers)):
             result = self.layers[n](
@@ -153,6 +159,8 @@ class TransformerDecoder(nnx.Module):
 
 
 def _stack(layers: Sequence[Callable[..., Any]]) -> Any:
+    if not isinstance(layers, (list, tuple, nnx.List)):
+        raise TypeError(f"layers must be a list of layers, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers must hold at least one layer, got none")
     return nnx.List(layers)

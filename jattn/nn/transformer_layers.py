@@ -1,4 +1,4 @@
-"""The Transformer's layers: PyTorch's arguments, jattn's masks, the batch first.
+"""The Transformer's layers: all that PyTorch's can do, with jattn's masks, the batch first.
 
 Papers: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; normalised first: Xiong et al. 2020,
 https://arxiv.org/abs/2002.04745
@@ -345,6 +345,8 @@ def layer_norm(features: int, epsilon: float, options: dict[str, Any]) -> nnx.La
       >>> layer_norm(3, 1e-5, {"rngs": nnx.Rngs(0)}).epsilon
       1e-05
     """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon!r}")
     return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, **options)
 
 

@@ -201,6 +201,16 @@ FORMS = {
 
 
 @pytest.mark.torch
+def test_a_mask_of_pytorch_is_told_from_ours(torch):
+    for mask in (torch.from_numpy(LATER), torch.zeros(T, S)):
+        with pytest.raises(TypeError, match=r"interop.torch_masks for a mask of PyTorch's layers"):
+            attended(mask, None)
+    np.testing.assert_array_equal(
+        attended(*interop.torch_masks(torch.from_numpy(LATER))), attended(masks.causal(), None)
+    )
+
+
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask")
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_numbers_are_pytorchs_for_every_pair_of_masks(torch, x64, rng, options):

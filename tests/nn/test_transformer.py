@@ -213,5 +213,11 @@ def test_sizes_that_do_not_fit_are_named(x, memory):
         decoder(x, memory, cache=decoder.empty_cache(B, T)[:1])
     with pytest.raises(ValueError, match=r"cache must have an entry .* got the cache of one layer"):
         decoder(x, memory, cache=decoder.empty_cache(B, T)[0])
+    with pytest.raises(ValueError, match="memory must have an entry for each layer, 2, got 1"):
+        decoder(x, decoder.remember(memory)[:1])
+    with pytest.raises(TypeError, match="layers must be a list of layers, got TransformerEncoder"):
+        nn.TransformerEncoder(encoder_layer())
+    with pytest.raises(ValueError, match="epsilon must be positive, got -1"):
+        encoder_layer(epsilon=-1)
     with pytest.raises(TypeError, match="activation must be a name or a function, got None"):
         encoder_layer(activation=None)
