@@ -9,7 +9,7 @@ from flax.nnx.nn import initializers
 
 from jattn.functional import checks
 from jattn.functional.positions import sinusoidal_encoding
-from jattn.nn._shared import dropout, promoted, sequence
+from jattn.nn._shared import dropout, promoted, rows, sequence
 
 Array = jax.Array
 
@@ -54,11 +54,7 @@ class SinusoidalPositions(nnx.Module):
         Positions, `[T]` or `[..., T]`, are 0 … T − 1 unless given.
         """
         (x,) = promoted(self.dtype, sequence(x, self.features))
-        if positions is not None and jnp.shape(positions) not in {x.shape[-2:-1], x.shape[:-1]}:
-            raise ValueError(
-                f"positions must be [T] or [..., T] for x of shape {x.shape},"
-                f" got {jnp.shape(positions)}"
-            )
+        _check(positions, x)
         where = x.shape[-2] if positions is None else positions
         encoding = sinusoidal_encoding(where, self.features).astype(x.dtype)
         return self.dropout(_plus(x, encoding), deterministic=deterministic)
@@ -78,7 +74,7 @@ class LearnedPositions(nnx.Module):
       embedding: E, `[max_length, D]`.
 
     Raises:
-      ValueError: in a call, x is not `[..., T, D]`, or T is beyond the table.
+      ValueError: in a call, x is not `[..., T, D]`, or a position is beyond the table.
 
     Paper: Gehring et al. 2017, https://arxiv.org/abs/1705.03122
 
@@ -101,15 +97,31 @@ class LearnedPositions(nnx.Module):
         initializer = initializers.normal(0.02)
         self.embedding = nnx.Param(initializer(rngs.params(), (max_length, features), param_dtype))
 
-    def __call__(self, x: Array) -> Array:
-        """Encode x `[..., T, D]`."""
+    def __call__(self, x: Array, *, positions: Array | None = None) -> Array:
+        """Encode x `[..., T, D]`.
+
+        Positions, integers `[T]` or `[..., T]`, are 0 … T − 1 unless given. Under jit, where their
+        values cannot be seen, one beyond the table gives NaN.
+        """
         max_length, features = self.embedding.shape
         x = sequence(x, features)
+        _check(positions, x)
         T = x.shape[-2]
-        if not _at_most(T, max_length):
+        if positions is not None:
+            ids = checks.validated_tokens("positions", positions, max_length)
+            table = rows(self.embedding[...], ids)
+        elif _at_most(T, max_length):
+            table = self.embedding[:T]
+        else:
             raise ValueError(f"x has length {T}, beyond the {max_length} learned positions")
-        x, table = promoted(self.dtype, x, self.embedding[:T])
+        x, table = promoted(self.dtype, x, table)
         return _plus(x, table)
+
+
+def _check(positions: Any, x: Array) -> None:
+    if positions is not None and jnp.shape(positions) not in {x.shape[-2:-1], x.shape[:-1]}:
+        must = f"positions must be [T] or [..., T] for x of shape {x.shape}"
+        raise ValueError(f"{must}, got {jnp.shape(positions)}")
 
 
 def _plus(x: Array, encoding: Array) -> Array:

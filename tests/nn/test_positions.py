@@ -112,3 +112,33 @@ def test_the_table_has_the_dtype_asked_for():
 def test_bad_input_is_named(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+MODULES = {
+    "sinusoidal": lambda: SinusoidalPositions(4),
+    "learned": lambda: LearnedPositions(9, 4, rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_positions_may_be_given_for_all_or_for_each_example(rng, make):
+    module = make()
+    x = jnp.asarray(rng.normal(size=(2, 9, 4)), jnp.float32)
+    expected = module(x)
+    found = module(x[:, 3:5], positions=jnp.array([3, 4]))
+    np.testing.assert_allclose(found, expected[:, 3:5], rtol=1e-6)
+    each = jnp.array([[3, 4], [0, 8]])
+    picked, truth = (jnp.take_along_axis(y, each[..., None], axis=1) for y in (x, expected))
+    found = jax.jit(lambda x, positions: module(x, positions=positions))(picked, each)
+    np.testing.assert_allclose(found, truth, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"positions must be \[T\] or \[..., T\]"):
+        module(x, positions=jnp.arange(3))
+
+
+def test_a_learned_position_beyond_the_table_is_refused_and_under_jit_nan():
+    module = LearnedPositions(9, 4, rngs=nnx.Rngs(0))
+    x, beyond = jnp.ones((1, 2, 4)), jnp.array([8, 9])
+    with pytest.raises(ValueError, match="positions must lie in 0 … 8"):
+        module(x, positions=beyond)
+    found = jax.jit(lambda x, positions: module(x, positions=positions))(x, beyond)
+    assert np.isnan(found[:, 1]).all() and np.isfinite(found[:, 0]).all()
