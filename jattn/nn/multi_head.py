@@ -275,6 +275,13 @@ class MultiHeadAttention(nnx.Module):
         )  # fmt: skip
         if cache is None:
             return result
+        # A mask may hide the slots that `append` made NaN: what overflows is NaN all the same
+        fits = cache.length <= cache.capacity
+
+        def poisoned(array: Array) -> Array:
+            return jnp.where(fits[(..., *(None,) * (array.ndim - fits.ndim))], array, jnp.nan)
+
+        result = jax.tree.map(poisoned, result)
         return (*result, cache) if return_weights else (result, cache)
 
     def project(

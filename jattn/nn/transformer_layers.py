@@ -319,6 +319,10 @@ class TransformerDecoderLayer(nnx.Module):
         """
         x = _input(self, "x", x)
         key, value = memory if isinstance(memory, (tuple, list)) else self.remember(memory)
+        positions = None
+        if cache is not None:
+            places = jnp.arange(key.shape[-3], dtype=jnp.int32)
+            positions = cache.next_positions(x.shape[-2]), places
 
         def attention(x: Array) -> Any:
             return self.self_attention(
@@ -327,7 +331,7 @@ class TransformerDecoderLayer(nnx.Module):
 
         def cross_attention(x: Array) -> Any:
             return self.cross_attention.attend_projected(
-                x, key, value, mask=memory_mask, modifier=memory_modifier,
+                x, key, value, mask=memory_mask, modifier=memory_modifier, positions=positions,
                 return_weights=return_weights, deterministic=deterministic,
             )  # fmt: skip
 

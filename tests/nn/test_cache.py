@@ -159,6 +159,16 @@ def test_tokens_beyond_the_capacity_are_refused_and_under_jit_nan(x):
     assert np.isnan(output).all()
 
 
+@pytest.mark.parametrize("mask", [masks.sliding_window(0), masks.sliding_window(1), masks.causal()])
+def test_tokens_beyond_the_capacity_stay_nan_under_jit_whatever_a_mask_hides(x, mask):
+    attention = make()
+    step = jax.jit(lambda x, cache: attention(x, cache=cache, mask=mask))
+    cache = attention.empty_cache(B, 4)
+    for t in range(7):
+        output, cache = step(x[:, t : t + 1], cache)
+        assert np.isnan(output).all() == (t >= 4)
+
+
 WRONG = {
     "another batch": (ValueError, r"key must be .* with ... = \(3,\)", {"batch": 3}),
     "positions": (ValueError, "positions come from the cache", {"positions": True}),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jattn import masks, nn
+from jattn import masks, modifiers, nn
 from jattn.functional import compat
 
 B, T, S, D, N, MLP = 2, 5, 7, 12, 3, 16
@@ -133,6 +133,24 @@ def test_a_decoder_with_caches_is_the_whole(x, memory, norm_first):
             memory_mask=masks.padding(LENGTHS),
             cache=caches,
         )
+        outputs.append(output)
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+MEMORY = {
+    "causal": {"memory_mask": masks.causal()},
+    "window": {"memory_mask": masks.sliding_window(1, 1)},
+    "distance": {"memory_modifier": modifiers.alibi(np.float32([0.5, 0.25, 0.125]))},
+}
+
+
+@pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
+def test_masks_and_modifiers_of_the_memory_see_true_positions(x, memory, options):
+    layer = decoder_layer(dropout_rate=0.0)
+    expected = layer(x, memory, mask=masks.causal(), **options)
+    cache, outputs = layer.empty_cache(B, T), []
+    for t in range(T):
+        output, cache = layer(x[:, t : t + 1], memory, mask=masks.causal(), cache=cache, **options)
         outputs.append(output)
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-5, atol=1e-5)
 
