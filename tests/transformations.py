@@ -41,6 +41,7 @@ KINDS = "MultiHeadAttention", "AdditiveAttention", "Embedding", "LSTM", "attend"
 OTHERS = tuple(case for case in ALL if str(case) not in KINDS)
 # float32: sums are taken in another order
 same = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=5e-6)
+ERF_VARIES = jax.__version_info__ < (0, 12)
 
 
 def flipped(tree):
@@ -232,8 +233,11 @@ def two_devices(kind):
     "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["vma", "no_vma"]
 )
 @over(*ALL)
-def test_shard_map_over_the_batch(case, check_vma):
+def test_shard_map_over_the_batch(request, case, check_vma):
     """Outputs, and the gradients of weights that all devices share."""
+    if check_vma and not ERF_VARIES and str(case) == "FeedForward":
+        reason = "jax.lax.erf itself refuses what varies over a mesh, from JAX 0.12 on"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     function, state = functional(case)
     sharded = jax.shard_map(
         function,

@@ -384,6 +384,17 @@ def check_lengths(lengths: Array | None, **sources: Array) -> None:
     checks.assert_in_range("lengths", lengths, 1, S, "S, the number of source positions")
 
 
+def nan_where_lengths_are_wrong(outputs: Array, lengths: Array | None, lowest: int) -> Array:
+    """Outputs `[..., S, width]`, NaN where a length lies outside `lowest` … S.
+
+    Where lengths are known `checks.assert_in_range` refuses them; under jit they cannot be seen.
+    """
+    if lengths is None:
+        return outputs
+    lengths = jnp.asarray(lengths)[..., None, None]
+    return jnp.where((lengths >= lowest) & (lengths <= outputs.shape[-2]), outputs, jnp.nan)
+
+
 def check_config(config: Any, *sizes: str) -> None:
     """Check the sizes of a model's config, its dropout rate and its special ids.
 

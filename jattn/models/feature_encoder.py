@@ -13,6 +13,7 @@ from flax import nnx
 
 from jattn.attention import attend
 from jattn.functional import checks, masks
+from jattn.models.encoder_decoder import nan_where_lengths_are_wrong
 from jattn.nn._shared import is_real, sequence
 from jattn.nn.positions import SinusoidalPositions
 from jattn.nn.transformer import TransformerEncoder
@@ -129,14 +130,20 @@ class FeatureEncoder(nnx.Module):
           `[..., T, D]`.
 
         Raises:
-          ValueError: a shape does not fit, or a length lies outside 0 … T.
+          ValueError: a shape does not fit, or a length lies outside 0 … T (under jit: NaN).
           TypeError: x is not floating point, or the lengths are not integers.
         """
-        x = self.embedding(sequence(x, self.in_features))
+        x = sequence(x, self.in_features)
+        if lengths is not None:
+            T = checks.assert_shapes(x=(x, "... T D"), lengths=(lengths, "..."))["T"]
+            checks.assert_integers(lengths=lengths)
+            checks.assert_in_range("lengths", lengths, 0, T, "T, the number of steps")
+        x = self.embedding(x)
         if self.positions is not None:
             x = self.positions(x, deterministic=deterministic)
         mask = None if lengths is None else masks.padding(lengths)
-        return self.stack(x, mask=mask, deterministic=deterministic)
+        outputs = self.stack(x, mask=mask, deterministic=deterministic)
+        return nan_where_lengths_are_wrong(outputs, lengths, 0)
 
 
 class FeatureClassifier(nnx.Module):
@@ -189,5 +196,7 @@ class FeatureClassifier(nnx.Module):
         if lengths is None:
             return self.out(outputs.mean(axis=-2))
         real = is_real(lengths, outputs.shape[-2])[..., None]
-        number = jnp.maximum(jnp.asarray(lengths), 1)[..., None].astype(outputs.dtype)
-        return self.out(jnp.where(real, outputs, 0).sum(axis=-2) / number)
+        number = jnp.maximum(real.sum(axis=-2), 1).astype(outputs.dtype)
+        # The encoder makes all steps NaN where a length is wrong, those that are not real, too
+        wrong = jnp.isnan(outputs) & (jnp.asarray(lengths) < 0)[..., None, None]
+        return self.out(jnp.where(real | wrong, outputs, 0).sum(axis=-2) / number)

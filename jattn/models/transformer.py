@@ -15,7 +15,12 @@ from flax import nnx
 from jattn.attention import attend
 from jattn.functional import checks, masks
 from jattn.functional.pytree import named_tuple
-from jattn.models.encoder_decoder import EncoderDecoder, check_config, check_lengths
+from jattn.models.encoder_decoder import (
+    EncoderDecoder,
+    check_config,
+    check_lengths,
+    nan_where_lengths_are_wrong,
+)
 from jattn.models.tokens import Embed, embed
 from jattn.nn.positions import SinusoidalPositions
 from jattn.nn.transformer import Caches, TransformerDecoder, TransformerEncoder
@@ -135,14 +140,16 @@ class Encoder(nnx.Module):
           Outputs `[B, S, D]`, and None for a state.
 
         Raises:
-          ValueError: a shape does not fit, or an id is unknown. (Under jit, where values cannot be
-            seen: NaN.)
+          ValueError: a shape does not fit, an id is unknown, or a length lies outside 1 … S. (Under
+            jit, where values cannot be seen: NaN.)
           TypeError: source or lengths are not integers.
         """
+        check_lengths(lengths, source=source)
         embedded = _scaled(embed("source", source, self.embedding))
         x = self.positions(embedded, deterministic=deterministic)
         mask = None if lengths is None else masks.padding(lengths)
-        return self.stack(x, mask=mask, deterministic=deterministic), None
+        outputs = self.stack(x, mask=mask, deterministic=deterministic)
+        return nan_where_lengths_are_wrong(outputs, lengths, 1), None
 
 
 @named_tuple
@@ -206,6 +213,9 @@ class Decoder(nnx.Module):
         """
         checks.assert_shapes(outputs=(outputs, "B S width"))
         check_lengths(lengths, outputs=outputs)
+        outputs = nan_where_lengths_are_wrong(outputs, lengths, 1)
+        if lengths is not None:  # a length of 0 would hide the NaN
+            lengths = jnp.maximum(jnp.asarray(lengths), 1)
         return Memory(self.stack.remember(outputs), lengths)
 
     def __call__(

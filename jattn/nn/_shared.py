@@ -113,7 +113,7 @@ def _comparable(value: Any) -> Any:
         array = np.asarray(value)
         return array.shape, str(array.dtype), array.tobytes()
     leaves, structure = jax.tree.flatten(value)
-    if jax.tree_util.treedef_is_leaf(structure):
+    if jax.tree_util.all_leaves([value]):
         return value if isinstance(value, types.FunctionType) else (type(value), _or_id(value))
     return _or_id(structure), tuple(map(_comparable, leaves))
 

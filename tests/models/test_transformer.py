@@ -86,6 +86,17 @@ def test_what_stands_in_the_padding_does_not_matter():
     )
 
 
+@pytest.mark.parametrize("length", [0, -1, S + 1])
+def test_a_wrong_length_is_refused_and_under_jit_nan(length):
+    model, lengths = make(), np.array([4, length, 1])
+    with pytest.raises(ValueError, match="lengths must lie in 1 … 6"):
+        model(SOURCE, TARGET, lengths=lengths)
+    with pytest.raises(ValueError, match="lengths must lie in 1 … 6"):
+        model.encoder(SOURCE, lengths=lengths)
+    logits = jax.jit(lambda lengths: model(SOURCE, TARGET, lengths=lengths))(lengths)
+    assert np.isnan(logits[1]).all() and np.isfinite(logits[::2]).all()
+
+
 def test_no_step_sees_a_later_token():
     model = make()
     changed = TARGET.copy()
@@ -148,6 +159,17 @@ def test_padded_steps_change_no_class(rng):
     dirty = np.where(np.arange(6)[:, None] < lengths[:, None, None], x, np.float32(7))
     np.testing.assert_allclose(model(dirty, lengths=lengths)[:1], expected, rtol=1e-5, atol=1e-6)
     assert np.isfinite(jax.jit(model)(x, lengths=np.array([0, 6]))).all()
+
+
+@pytest.mark.parametrize("length", [-1, 7])
+def test_a_wrong_number_of_steps_is_refused_and_under_jit_nan(length):
+    model, x = FeatureClassifier(FEATURES, 4, rngs=nnx.Rngs(0)), jnp.ones((2, 6, 5))
+    with pytest.raises(ValueError, match="lengths must lie in 0 … 6"):
+        model(x, lengths=np.array([3, length]))
+    logits = jax.jit(lambda lengths: model(x, lengths=lengths))(np.array([3, length]))
+    assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+    with pytest.raises(ValueError, match="lengths must be"):
+        model(x, lengths=np.ones((2, 6), int))
 
 
 def test_an_odd_width_needs_a_model_without_positions():

@@ -119,3 +119,8 @@ BIASED = {
 def test_use_bias_is_true_or_false(name, flag):
     with pytest.raises(TypeError, match=f"use_bias must be True or False, got {flag!r}"):
         build(name, BIASED, use_bias=flag)
+
+
+def test_modules_that_are_built_anew_have_an_equal_graphdef():
+    first, second = (nn.MultiHeadAttention(2, 4, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    assert nnx.graphdef(first) == nnx.graphdef(second)
