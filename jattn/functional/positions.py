@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from jattn.functional import checks, dtypes
+from jattn.functional.ropes import Rope
 
 Array = jax.Array
 
@@ -82,51 +83,132 @@ def sinusoidal_rotation(offset: float | Array, features: int, *, base: float = 1
 
 
 def rotary(
-    x: Array, positions: Array | None = None, *, base: float = 10000.0, interleaved: bool = True
+    x: Array,
+    positions: Array | tuple[Array, ...] | None = None,
+    *,
+    rope: Any = Rope(),  # noqa: B008
+    features: int | None = None,
+    length: Any = None,
+    interleaved: bool = False,
 ) -> Array:
     """Rotate pairs of features by an angle proportional to the position.
 
-        (x_a, x_b) ← (x_a cos iω_j − x_b sin iω_j, x_a sin iω_j + x_b cos iω_j),  ω_j = base^(−2j/H)
+        (x_a, x_b) ← c (x_a cos iω_j − x_b sin iω_j, x_a sin iω_j + x_b cos iω_j)
 
-    Then qᵀk depends on the offset alone.
+    Then qᵀk depends on the offset alone. ω_j and c are those of the rope. The angle iω_j is a
+    float32 product, as in the models whose weights are in circulation.
+
+    With several positions for each token, such as the row and the column of a patch of an image,
+    each of the A axes turns 1/A of the pairs: the first axis the first, and so on.
 
     Args:
-      x: `[..., T, N, H]`, floating point, H even: queries or keys.
-      positions: `[T]` or `[..., T]`; None: 0 … T − 1.
-      base: as in `sinusoidal_encoding`.
+      x: `[..., T, N, H]`, floating point: queries or keys.
+      positions: `[T]` or `[..., T]`, integer or floating point; or a tuple of A of these, one for
+        each axis; None: 0 … T − 1.
+      rope: a value of `jattn.ropes`; or frequencies `[J]` or `[..., J]`, an array; or for A axes
+        also a tuple of A of these.
+      features: R, how many features are turned, the first ones of a head; the others stay. None: as
+        many as there are frequencies, or all H.
+      length: of the sequence, an integer or integers `[...]`, for a rope that depends on it; None:
+        the greatest position of each example + 1.
       interleaved: pairs are neighbours (2j, 2j + 1), as in the paper; otherwise halves
-        (j, j + H/2), as in Llama.
+        (j, j + R/2), as in Llama and most weights in circulation.
 
     Returns:
-      The shape and dtype of `x`; angles and products are computed in at least float32.
+      The shape and dtype of `x`; cosines, sines and products are computed in at least float32.
 
     Raises:
-      ValueError: H is odd, or the positions do not fit.
+      ValueError: R is odd, above H or not a multiple of 2 A; or the positions or the frequencies do
+        not fit.
+      TypeError: x is not floating point.
 
-    Paper: Su et al. 2021, https://arxiv.org/abs/2104.09864
+    Papers: Su et al. 2021, https://arxiv.org/abs/2104.09864; two axes: Heo et al. 2024,
+    https://arxiv.org/abs/2403.13298
 
     Example:
       >>> np.asarray(rotary(jnp.ones((2, 1, 2)))[1, 0]).round(2)
       array([-0.3 ,  1.38], dtype=float32)
+      >>> rows, columns = np.divmod(np.arange(6), 3)
+      >>> rotary(jnp.ones((6, 1, 8)), (rows, columns)).shape
+      (6, 1, 8)
     """
     x = jnp.asarray(x)
     sizes = checks.assert_shapes(x=(x, "... T N H"))
     checks.assert_floating(x=x)
-    batch, T = sizes["..."], sizes["T"]
-    if positions is not None and np.shape(positions) not in {(T,), (*batch, T)}:
-        raise ValueError(
-            f"positions must be [T] or [..., T] for x of shape {x.shape}, got {np.shape(positions)}"
-        )
-    sequence = _as_positions(T if positions is None else positions)
-    angles = _angles(sequence, sizes["H"], base)[..., None, :]  # [..., T, 1, H/2]
-    angles = angles[(None,) * (x.ndim - angles.ndim)]
+    batch, T, H = sizes["..."], sizes["T"], sizes["H"]
+    axes = positions if isinstance(positions, tuple) else (positions,)
+    for each in axes:
+        if each is not None and np.shape(each) not in {(T,), (*batch, T)}:
+            must = f"positions must be [T] or [..., T] for x of shape {x.shape}"
+            raise ValueError(f"{must}, got {np.shape(each)}")
+    ropes = rope if isinstance(rope, tuple) else (rope,) * len(axes)
+    if not axes or len(ropes) != len(axes):
+        raise ValueError(f"rope must have one entry for each axis, {len(axes)}, got {len(ropes)}")
+    R, of_axis = _turned(ropes, features, H)
+    angles = [
+        _rope_angles(T if each is None else each, rope, of_axis, length)
+        for each, rope in zip(axes, ropes, strict=True)
+    ]
     dtype = dtypes.accumulator(x.dtype)
-    sin, cos = _sin_cos(angles, dtype)
+    sin, cos = (
+        jnp.concatenate([wave[(None,) * (x.ndim - wave.ndim)] for wave in waves], axis=-1)
+        for waves in zip(*(_waves(*each, dtype) for each in angles), strict=True)
+    )
     pairs = "... (J two) -> two ... J" if interleaved else "... (two J) -> two ... J"
-    a, b = rearrange(x.astype(dtype), pairs, two=2)
+    a, b = rearrange(x[..., :R].astype(dtype), pairs, two=2)
     rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos])
     back = "two ... J -> ... (J two)" if interleaved else "two ... J -> ... (two J)"
-    return rearrange(rotated, back).astype(x.dtype)
+    rotated = rearrange(rotated, back).astype(x.dtype)
+    return rotated if R == H else jnp.concatenate([rotated, x[..., R:]], axis=-1)
+
+
+def _turned(ropes: tuple[Any, ...], features: int | None, H: int) -> tuple[int, int]:
+    """R, how many features of a head are turned, and how many of these by each axis."""
+    arrays = [rope for rope in ropes if not isinstance(rope, Rope)]
+    for array in arrays:
+        checks.assert_floating(rope=array)
+    own = [2 * np.shape(array)[-1] for array in arrays]
+    R = features
+    if len(own) == len(ropes):  # the arrays say how many
+        R = sum(own)
+        if features not in {None, R}:
+            raise ValueError(f"features = {features}, but the frequencies are of {R} features")
+    elif own:
+        raise TypeError("rope must hold values of jattn.ropes or arrays, not both")
+    R = H if R is None else R
+    if not 0 < R <= H or R % (2 * len(ropes)):
+        must = f"features must be a multiple of {2 * len(ropes)} (pairs of sine and cosine"
+        several = "" if len(ropes) == 1 else f", {len(ropes)} axes"
+        raise ValueError(f"{must}{several}), up to the width of a head, H = {H}; got {R}")
+    return R, R // len(ropes)
+
+
+def _rope_angles(
+    positions: int | Array, rope: Any, features: int, length: Any
+) -> tuple[np.ndarray | Array, float]:
+    """Float32 angles `[..., T, 1, J]`, NumPy's where all is known, and the factor of the waves."""
+    places, scale = _as_positions(positions), 1.0
+    if isinstance(rope, Rope):
+        if length is None and rope.depends_on_length:
+            length = places.max(-1, initial=-1) + 1
+        frequencies, scale = rope.frequencies(features, length), rope.scale
+    else:
+        concrete = checks.concrete(rope)
+        frequencies = jnp.asarray(rope) if concrete is None else concrete
+    places = places.astype(np.float32)[..., None]  # [..., T, 1]
+    frequencies = frequencies.astype(np.float32)[..., None, :]  # [..., 1, J]
+    lead = max(places.ndim, frequencies.ndim)
+    places, frequencies = (
+        each.reshape((1,) * (lead - each.ndim) + each.shape) for each in (places, frequencies)
+    )
+    return (places * frequencies)[..., None, :], scale
+
+
+def _waves(angles: np.ndarray | Array, scale: float, dtype: np.dtype) -> tuple[Array, Array]:
+    """Sine and cosine times their factor; those of known angles are rounded once."""
+    xp, wide = (np, np.float64) if isinstance(angles, np.ndarray) else (jnp, dtype)
+    angles = angles.astype(wide)
+    return jnp.asarray(xp.sin(angles) * scale, dtype), jnp.asarray(xp.cos(angles) * scale, dtype)
 
 
 def _as_positions(positions: int | Array) -> np.ndarray | Array:

@@ -16,7 +16,7 @@ FORMS = {
     "grouped": {"num_heads": 6, "num_kv_heads": 2},
     "normalised": {"normalize_qk": True},
     "rotary": {"rotary": positions.rotary},
-    "rotary in halves": {"rotary": functools.partial(positions.rotary, interleaved=False)},
+    "rotary by pairs": {"rotary": functools.partial(positions.rotary, interleaved=True)},
 }
 MASKS = {
     "causal": {"mask": masks.causal()},
