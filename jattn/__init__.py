@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 # attend: weights(score(query, key), mask) · value
 from jattn.attention import attend as attend
+from jattn.attention import attend_with_sink as attend_with_sink
 from jattn.attention import attention_weights as attention_weights
 from jattn.attention import dot_product_attention as dot_product_attention
 from jattn.attention import explain as explain

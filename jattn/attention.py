@@ -284,6 +284,57 @@ def merge_partials(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     return output.astype(outputs.dtype), lse[0]
 
 
+def attend_with_sink(
+    query: Array, key: Array, value: Array, sink: float | Array = 0.0, **options: Any
+) -> Any:
+    """`attend` with a sink: one more column of scores, which takes weight and gives nothing.
+
+        weights[t, s] = exp(x[t, s]) / (exp(sink) + Σ_s exp(x[t, s]))
+        output = σ(lse − sink) · attend(query, key, value)
+
+    where x are the scores after modifier and mask. So the weights of a query may sum to less than
+    1, and a query that finds nothing attends to nothing. A sink of 0 is softmax-off-by-one; one of
+    −inf is none.
+
+    Args:
+      query, key, value: as `attend` takes them.
+      sink: one number, or `[N]` with one for each query head, floating point; learned by gradients.
+        It is not scaled, as scores are.
+      **options: those of `attend`.
+
+    Returns:
+      What `attend` returns; log-sum-exp counts the sink, and weights are those above.
+
+    Raises:
+      ValueError: there is not one sink for each head; or as `attend`.
+      TypeError: the sink is not floating point; or as `attend`.
+
+    Papers: a learned sink for each head: OpenAI 2025, https://arxiv.org/abs/2508.10925; why models
+    need one: Xiao et al. 2023, https://arxiv.org/abs/2309.17453
+
+    Example:
+      >>> x = jnp.zeros((1, 1, 2))
+      >>> attend_with_sink(x, x, jnp.ones((1, 1, 2)))  # one key and the sink, with equal scores
+      Array([[[0.5, 0.5]]], dtype=float32)
+    """
+    checks.assert_floating(sink=sink)
+    N = jnp.shape(query)[-2] if jnp.ndim(query) > 2 else None
+    if jnp.shape(sink) not in {(), (N,)}:
+        must = f"sink must be one number or one for each query head, shape () or ({N},)"
+        raise ValueError(f"{must}, got shape {jnp.shape(sink)}")
+    wanted = {name: options.pop(name, False) for name in ("return_lse", "return_weights")}
+    options["return_weights"] = wanted["return_weights"]
+    output, lse, *weights = attend(query, key, value, return_lse=True, **options)
+    sink = jnp.broadcast_to(jnp.asarray(sink, lse.dtype), lse.shape[-1:])
+    sink = sink.reshape((1,) * (lse.ndim - 1) + sink.shape)
+    share = jax.nn.sigmoid(lse - sink)
+    results = [output * share[..., None].astype(output.dtype)]
+    if wanted["return_lse"]:
+        results.append(jnp.logaddexp(lse, sink))
+    results += [each * rearrange(share, "... T N -> ... N T 1") for each in weights]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 class _Masking(TypedDict, total=False):
     """The options of `dot_product_attention` that do not change the type of its result."""
 

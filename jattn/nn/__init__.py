@@ -25,6 +25,7 @@ from jattn.nn.self_attention import SharedProjectionAttention as SharedProjectio
 from jattn.nn.sequence_pooling import FeaturePooling as FeaturePooling
 from jattn.nn.sequence_pooling import LearnedQueryPooling as LearnedQueryPooling
 from jattn.nn.sequence_pooling import MultiHopPooling as MultiHopPooling
+from jattn.nn.sinks import AttentionSink as AttentionSink
 from jattn.nn.transformer import Transformer as Transformer
 from jattn.nn.transformer import TransformerDecoder as TransformerDecoder
 from jattn.nn.transformer import TransformerEncoder as TransformerEncoder

@@ -105,6 +105,16 @@ class Attend:
         return f"Attend({getattr(self.function, '__name__', self.function)}{given})"
 
 
+def attending(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """What a module holds of its `attend=`: an `Attend`, or a module that attends, as it is.
+
+    Example:
+      >>> attending(attend)
+      Attend(attend)
+    """
+    return attend if isinstance(attend, nnx.Module) else Attend(attend)
+
+
 def _comparable(value: Any) -> Any:
     """A hashable value that is equal for equal things, arrays and partials among them."""
     if isinstance(value, functools.partial):

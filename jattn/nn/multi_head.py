@@ -14,9 +14,9 @@ from jattn.attention import attend
 from jattn.functional import checks
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn._shared import (
-    Attend,
     Options,
     apply,
+    attending,
     dropout,
     dropped_weights,
     joined_masks,
@@ -61,7 +61,7 @@ class MultiHeadAttention(nnx.Module):
         `jattn.positions.rotary` or a `functools.partial` of it; None: none.
       dropout_rate: for the weights.
       attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, a score, a mask or
-        a modifier.
+        a modifier; or a module that is called as `jattn.attend`, such as `nn.AttentionSink`.
       dtype: to compute in; None: the one to which inputs and parameters promote.
       param_dtype: dtype of the parameters.
       precision: of all products, as `jax.lax.Precision`.
@@ -131,7 +131,7 @@ class MultiHeadAttention(nnx.Module):
         )
         self.out_features = in_features if out_features is None else out_features
         self.head_features = self._width_of_a_head(qkv_features, head_features)
-        self.attend, self.dtype, self.precision = Attend(attend), dtype, precision
+        self.attend, self.dtype, self.precision = attending(attend), dtype, precision
         self.rotary = rotary
         linear = functools.partial(
             nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs

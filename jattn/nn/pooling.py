@@ -15,7 +15,7 @@ from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks, scores
-from jattn.nn._shared import Attend, Given, Options, dropout, dropped_weights, project, promoted
+from jattn.nn._shared import Given, Options, attending, dropout, dropped_weights, project, promoted
 from jattn.request import MaskLike, ModifierLike, Score
 
 Array = jax.Array
@@ -24,7 +24,7 @@ Array = jax.Array
 class _Pooling(nnx.Module):
     """Single-head pooling; what the modules below share. Each has a score of its own."""
 
-    attend: Attend
+    attend: Callable[..., Any]
     dropout: nnx.Dropout
     dtype: Any
     weight: Any = None  # of the score, if it has one
@@ -148,7 +148,7 @@ class DotProductAttention(_Pooling):
         rngs: nnx.Rngs | None = None,
     ):
         self.scaled = scaled
-        self.attend, self.dtype = Attend(attend), dtype
+        self.attend, self.dtype = attending(attend), dtype
         self.dropout = dropout(dropout_rate, rngs)
 
     def _score(self, dtype: Any) -> Score:
@@ -188,7 +188,7 @@ class CosineAttention(_Pooling):
         rngs: nnx.Rngs | None = None,
     ):
         self.scale = scale
-        self.attend, self.dtype = Attend(attend), dtype
+        self.attend, self.dtype = attending(attend), dtype
         self.dropout = dropout(dropout_rate, rngs)
 
     def _score(self, dtype: Any) -> Score:
@@ -237,7 +237,7 @@ class BilinearAttention(_Pooling):
         self.weight = nnx.Param(
             initializer(rngs.params(), (query_features, key_features), param_dtype)
         )
-        self.attend, self.dtype = Attend(attend), dtype
+        self.attend, self.dtype = attending(attend), dtype
         self.dropout = dropout(dropout_rate, rngs)
 
     def _score(self, dtype: Any) -> Score:
@@ -300,7 +300,7 @@ class AdditiveAttention(_Pooling):
         self.key = linear(key_features, hidden_features)
         weight = initializers.lecun_normal()(rngs.params(), (hidden_features, 1), param_dtype)
         self.weight = nnx.Param(weight[:, 0])
-        self.attend, self.dtype = Attend(attend), dtype
+        self.attend, self.dtype = attending(attend), dtype
         self.dropout = dropout(dropout_rate, rngs)
 
     def project_key(self, key: Array) -> Array:
@@ -368,7 +368,7 @@ class NadarayaWatson(_Pooling):
         rngs: nnx.Rngs,
     ):
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (), param_dtype))
-        self.attend, self.dtype = Attend(attend), dtype
+        self.attend, self.dtype = attending(attend), dtype
         self.dropout = dropout(0.0, None)
 
     def _score(self, dtype: Any) -> Score:

@@ -13,8 +13,8 @@ from jattn.attention import attend
 from jattn.functional import checks, scores
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn._shared import (
-    Attend,
     Options,
+    attending,
     dropout,
     dropped_weights,
     normalized,
@@ -32,7 +32,7 @@ class _SelfAttention(nnx.Module):
     Each says what query, key and value are, and what becomes of the heads.
     """
 
-    attend: Attend
+    attend: Callable[..., Any]
     dropout: nnx.Dropout
     features: int
     scale: float | None = None
@@ -151,7 +151,7 @@ class SelfAttention(_SelfAttention):
         self.query = linear(in_features, features)
         self.key = linear(in_features, features)
         self.value = linear(in_features, features)
-        self.attend, self.dropout = Attend(attend), dropout(dropout_rate, rngs)
+        self.attend, self.dropout = attending(attend), dropout(dropout_rate, rngs)
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array]:
         query, key, value = self.query(x), self.key(x), self.value(x)
@@ -222,7 +222,7 @@ class SharedProjectionAttention(_SelfAttention):
         self.key = linear(width, width, use_bias=False)
         self.value = linear(width, width, use_bias=False)
         self.out = linear(features, features)
-        self.attend, self.dropout = Attend(attend), dropout(dropout_rate, rngs)
+        self.attend, self.dropout = attending(attend), dropout(dropout_rate, rngs)
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array]:
         heads = split_heads(x, self.num_heads)

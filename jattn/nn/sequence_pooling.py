@@ -16,8 +16,8 @@ from flax.nnx.nn import initializers
 from jattn.attention import attend
 from jattn.functional import checks, masks, modifiers, scores
 from jattn.nn._shared import (
-    Attend,
     Given,
+    attending,
     is_real,
     joined_masks,
     joined_modifiers,
@@ -33,7 +33,7 @@ class _SequencePooling(nnx.Module):
     """Pooling over time; what the modules below share."""
 
     features: int
-    attend: Attend
+    attend: Callable[..., Any]
     dtype: Any
     context_pattern: str  # of attend's output [..., T, N, V]
     weights_pattern: str  # of attend's weights [..., N, T, S]
@@ -154,7 +154,7 @@ class FeaturePooling(_SequencePooling):
     ):
         checks.assert_positive(features=features)
         checks.assert_bool(use_bias=use_bias)
-        self.features, self.attend, self.dtype = features, Attend(attend), dtype
+        self.features, self.attend, self.dtype = features, attending(attend), dtype
         self.key = nnx.Linear(
             features, features, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -213,7 +213,7 @@ class MultiHopPooling(_SequencePooling):
     ):
         checks.assert_positive(features=features, num_hops=num_hops)
         checks.assert_bool(use_bias=use_bias)
-        self.features, self.attend, self.dtype = features, Attend(attend), dtype
+        self.features, self.attend, self.dtype = features, attending(attend), dtype
         initializer = initializers.lecun_normal(in_axis=-1, out_axis=-2)
         self.query = nnx.Param(initializer(rngs.params(), (num_hops, features), param_dtype))
         self.bias = nnx.Param(jnp.zeros(num_hops, param_dtype)) if use_bias else nnx.data(None)
@@ -274,7 +274,7 @@ class LearnedQueryPooling(_SequencePooling):
         hidden_features = features if hidden_features is None else hidden_features
         checks.assert_positive(features=features, hidden_features=hidden_features)
         checks.assert_bool(use_bias=use_bias)
-        self.features, self.attend, self.dtype = features, Attend(attend), dtype
+        self.features, self.attend, self.dtype = features, attending(attend), dtype
         self.key = nnx.Linear(
             features,
             hidden_features,
