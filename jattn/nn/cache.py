@@ -1,4 +1,7 @@
-"""The keys and values of the tokens so far, in arrays that never change their size."""
+"""The keys and values of the tokens so far, in arrays that never change their size.
+
+`MultiHeadAttention` takes either cache. It calls `next_positions` and `extended`.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,10 +9,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jattn.functional import checks, compat, masks
+from jattn.functional import checks, compat, dtypes, masks
 from jattn.functional.pytree import named_tuple
 
 Array = jax.Array
+
+
+@named_tuple
+class Seen(NamedTuple):
+    """What the newest queries see of a cache, as `jattn.attend` takes it.
+
+    Attributes:
+      key: `[..., S, K, H]`.
+      value: `[..., S, K, V]`.
+      positions: of the keys, int32 `[S]` or `[..., S]`.
+      mask: the keys that are tokens.
+    """
+
+    key: Array
+    value: Array
+    positions: Array
+    mask: masks.Mask
 
 
 @named_tuple
@@ -96,21 +116,20 @@ class KeyValueCache(NamedTuple):
         steps = jnp.arange(T, dtype=jnp.int32).reshape((1,) * self.length.ndim + (T,))
         return self.length[..., None] + steps
 
-    def append(self, key: Array, value: Array) -> "KeyValueCache":
+    def append(self, key: Array, value: Array, *, lengths: Array | None = None) -> "KeyValueCache":
         """A cache with T more tokens for each example.
 
         Args:
           key: `[..., T, K, H]`.
           value: `[..., T, K, V]`.
+          lengths: integers `[...]`, how many of the T are tokens; the next ones take the place of
+            the others. None: all.
 
         Raises:
-          ValueError: a shape does not fit, or there are fewer free slots than tokens. (Under jit,
-            where lengths cannot be seen, the tokens become NaN.)
+          ValueError: a shape does not fit, or there are fewer than T free slots. (Under jit, where
+            lengths cannot be seen, the tokens become NaN.)
         """
-        T = checks.assert_shapes(
-            keys=(self.keys, "... K H S"), values=(self.values, "... K S V"),
-            length=(self.length, "..."), key=(key, "... T K H"), value=(value, "... T K V"),
-        )["T"]  # fmt: skip
+        T = _check_fits(self, key, value, lengths)
         if isinstance(T, int) and T > self.capacity:  # T may be a symbol of `jax.export`
             raise ValueError(f"a cache for {self.capacity} tokens cannot take {T}")
         free = self.capacity - T
@@ -123,7 +142,170 @@ class KeyValueCache(NamedTuple):
         )
         keys = _write(self.keys, jnp.moveaxis(key, -3, -1), self.length, -1)
         values = _write(self.values, jnp.moveaxis(value, -3, -2), self.length, -2)
-        return KeyValueCache(keys, values, self.length + T)
+        # A cache that has overflown stays so
+        grown = self.length + (T if lengths is None else dtypes.lengths(lengths))
+        return KeyValueCache(keys, values, jnp.where(fits[..., 0, 0, 0], grown, self.length + T))
+
+    def extended(
+        self, key: Array, value: Array, *, lengths: Array | None = None
+    ) -> tuple["KeyValueCache", Seen]:
+        """`append`, and what the new tokens see: all tokens so far, themselves included."""
+        cache = self.append(key, value, lengths=lengths)
+        places = jnp.arange(cache.capacity, dtype=jnp.int32)
+        return cache, Seen(cache.key, cache.value, places, cache.mask)
+
+    @property
+    def overflown(self) -> Array:
+        """Which examples got more tokens than there are slots, boolean `[...]`."""
+        return self.length > self.capacity
+
+
+@named_tuple
+class WindowCache(NamedTuple):
+    """What sliding-window attention remembers: the last W tokens, however many come.
+
+    The token at position p stands in slot p mod W. With it attention is that of a `KeyValueCache`
+    under the mask `sliding_window(W − 1)`: a query sees itself and the W − 1 tokens before it.
+
+    Attributes:
+      keys: `[..., K, H, W]`.
+      values: `[..., K, W, V]`.
+      length: int32 `[...]`, how many tokens of each example came so far.
+
+    Example:
+      >>> cache = WindowCache.empty(1, capacity=4, num_kv_heads=1, head_features=2)
+      >>> cache = cache.append(jnp.ones((1, 6, 1, 2)), jnp.ones((1, 6, 1, 2)))
+      >>> cache.positions
+      Array([[4, 5, 2, 3]], dtype=int32)
+    """
+
+    keys: Array
+    values: Array
+    length: Array
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int | tuple[int, ...],
+        capacity: int,
+        num_kv_heads: int,
+        head_features: int,
+        *,
+        value_features: int | None = None,
+        dtype: Any = jnp.float32,
+    ) -> "WindowCache":
+        """A cache without tokens; `capacity` is W, the others are as in `KeyValueCache.empty`."""
+        cache = KeyValueCache.empty(
+            batch, capacity, num_kv_heads, head_features,
+            value_features=value_features, dtype=dtype,
+        )  # fmt: skip
+        return cls(*cache)
+
+    @property
+    def capacity(self) -> int:
+        """W."""
+        return self.keys.shape[-1]
+
+    @property
+    def key(self) -> Array:
+        """The keys as `attend` takes them, `[..., W, K, H]`."""
+        return KeyValueCache(*self).key
+
+    @property
+    def value(self) -> Array:
+        """The values as `attend` takes them, `[..., W, K, V]`."""
+        return KeyValueCache(*self).value
+
+    def next_positions(self, T: int) -> Array:
+        """The positions `[..., T]` of the T tokens that come next."""
+        return KeyValueCache(*self).next_positions(T)
+
+    @property
+    def positions(self) -> Array:
+        """The position of the token in each slot, int32 `[..., W]`; far below 0 where none is."""
+        last = self.length[..., None] - 1
+        slots = jnp.arange(self.capacity, dtype=jnp.int32).reshape((1,) * (last.ndim - 1) + (-1,))
+        positions = last - jnp.mod(last - slots, self.capacity)
+        return jnp.where(positions >= 0, positions, _NOWHERE)
+
+    @property
+    def mask(self) -> masks.Mask:
+        """The window, outside of which empty slots stand, too."""
+        return masks.sliding_window(self.capacity - 1, -_NOWHERE)
+
+    def append(self, key: Array, value: Array, *, lengths: Array | None = None) -> "WindowCache":
+        """A cache with T more tokens for each example; arguments and errors as `KeyValueCache`.
+
+        It never overflows: the oldest tokens make room.
+        """
+        T = _check_fits(self, key, value, lengths)
+        grown = self.length + (T if lengths is None else dtypes.lengths(lengths))
+        cache = WindowCache(self.keys, self.values, grown)
+        key, value = key.astype(self.keys.dtype), value.astype(self.values.dtype)
+        key, value = jnp.moveaxis(key, -3, -1), jnp.moveaxis(value, -3, -2)
+        if lengths is None and T == 1:  # in place
+            slot = jnp.mod(self.length, self.capacity)
+            return WindowCache(
+                _write(self.keys, key, slot, -1), _write(self.values, value, slot, -2), grown
+            )
+        places = cache.positions - self.length[..., None]  # of each slot's token among the T
+        keys = _replaced(self.keys, key, places, -1)
+        return WindowCache(keys, _replaced(self.values, value, places, -2), grown)
+
+    def extended(
+        self, key: Array, value: Array, *, lengths: Array | None = None
+    ) -> tuple["WindowCache", Seen]:
+        """`append`, and what the new tokens see: what the window held before, and themselves."""
+        cache, T = self.append(key, value, lengths=lengths), key.shape[-3]
+        if lengths is None and T == 1:
+            return cache, Seen(cache.key, cache.value, cache.positions, cache.mask)
+        newest = self.next_positions(T)
+        newest = jnp.where(newest < cache.length[..., None], newest, _NOWHERE)
+        return cache, Seen(
+            jnp.concatenate([self.key, key.astype(self.keys.dtype)], axis=-3),
+            jnp.concatenate([self.value, value.astype(self.values.dtype)], axis=-3),
+            jnp.concatenate([self.positions, newest], axis=-1),
+            self.mask,
+        )
+
+    @property
+    def overflown(self) -> Array:
+        """Never: boolean `[...]`."""
+        return jnp.zeros_like(self.length, bool)
+
+
+Cache = KeyValueCache | WindowCache
+_NOWHERE = -(2**30)
+
+
+def _check_fits(cache: Cache, key: Array, value: Array, lengths: Array | None) -> Any:
+    """T, the number of new tokens, after a check of all shapes."""
+    given: dict[str, Any] = {} if lengths is None else {"lengths": (lengths, "...")}
+    T = checks.assert_shapes(
+        keys=(cache.keys, "... K H S"), values=(cache.values, "... K S V"),
+        length=(cache.length, "..."), key=(key, "... T K H"), value=(value, "... T K V"), **given,
+    )["T"]  # fmt: skip
+    if lengths is not None:
+        checks.assert_integers(lengths=lengths)
+        checks.assert_in_range("lengths", lengths, 0, T, "T, the number of new tokens")
+    return T
+
+
+def _replaced(array: Array, new: Array, places: Array, axis: int) -> Array:
+    """The slots, along a negative axis, whose place among the new ones is not negative, replaced.
+
+    Places are `[..., S]`, the other arrays `[..., K, *, *]`.
+    """
+
+    def replaced(array: Array, new: Array, places: Array) -> Array:
+        shape = [1] * array.ndim
+        shape[: places.ndim - 1], shape[axis] = places.shape[:-1], places.shape[-1]
+        places = places.reshape(shape)
+        taken = jnp.take_along_axis(new, jnp.clip(places, 0, new.shape[axis] - 1), axis=axis)
+        return jnp.where(places >= 0, taken, array)
+
+    array, new, places = compat.vary_alike((array, new, places))
+    return compat.automatically(replaced, jax.typeof(array).sharding.spec)(array, new, places)
 
 
 def _write(array: Array, new: Array, start: Array, axis: int) -> Array:

@@ -23,7 +23,7 @@ from jattn.nn._shared import (
     normalized,
     sequence,
 )
-from jattn.nn.cache import KeyValueCache
+from jattn.nn.cache import Cache, KeyValueCache, WindowCache
 from jattn.request import MaskLike, ModifierLike, Precision
 
 Array = jax.Array
@@ -198,13 +198,13 @@ class MultiHeadAttention(nnx.Module):
     @overload
     def __call__(
         self, query: Array, key: Array | None = None, value: Array | None = None, *,
-        return_weights: Literal[False] = False, cache: KeyValueCache, qkv_sharding: Any = None,
+        return_weights: Literal[False] = False, cache: Cache, qkv_sharding: Any = None,
         out_sharding: Any = None, **options: Unpack[Options],
-    ) -> tuple[Array, KeyValueCache]: ...  # fmt: skip
+    ) -> tuple[Array, Cache]: ...  # fmt: skip
     @overload
     def __call__(
         self, query: Array, key: Array | None = None, value: Array | None = None, *,
-        return_weights: bool, cache: KeyValueCache | None = None, qkv_sharding: Any = None,
+        return_weights: bool, cache: Cache | None = None, qkv_sharding: Any = None,
         out_sharding: Any = None, **options: Unpack[Options],
     ) -> Any: ...  # fmt: skip
     def __call__(
@@ -216,7 +216,9 @@ class MultiHeadAttention(nnx.Module):
         mask: MaskLike = None,
         modifier: ModifierLike = None,
         positions: tuple[Array, Array] | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
+        lengths: Array | None = None,
+        rotary: Callable[..., Array] | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
         qkv_sharding: Any = None,
@@ -232,6 +234,8 @@ class MultiHeadAttention(nnx.Module):
           cache: the keys and values of earlier tokens, from `empty_cache` or an earlier call. Those
             of this call are appended, and the query attends to all of them; pass the same mask as
             without a cache (`masks.causal()`, not an array), for it sees true positions.
+          lengths: with a cache, integers `[...]`, how many of the T are tokens; None: all.
+          rotary: in the place of the module's own, in this call.
           return_weights: also return the weights `[..., N, T, S]`, before dropout.
           deterministic: switches dropout off; None: as `module.train()`, `module.eval()` or
             `nnx.view` has set it.
@@ -253,33 +257,35 @@ class MultiHeadAttention(nnx.Module):
             )
         query = sequence(query, self.in_features, "query")
         key = query if key is None else key
+        rotary = self.rotary if rotary is None else rotary
         if cache is not None:
-            if not isinstance(cache, KeyValueCache):
-                raise TypeError(f"cache must be a KeyValueCache, got {type(cache).__name__}")
-            if positions is not None:
-                raise ValueError("positions come from the cache: leave them out")
-            checks.assert_shapes(query=(query, "... T D"), key=(key, "... T E"))
-            newest = cache.next_positions(query.shape[-2])
+            newest = _newest(cache, query, key, positions)
             positions = newest, newest
         key, value = self.project(
-            key, value, positions=positions and positions[1], sharding=qkv_sharding
+            key, value, positions=positions and positions[1], rotary=rotary, sharding=qkv_sharding
         )
         if cache is not None:
-            cache = cache.append(key, value)
-            key, value, mask = cache.key, cache.value, joined_masks(mask, cache.mask)
-            positions = newest, jnp.arange(cache.capacity, dtype=jnp.int32)
+            cache, seen = cache.extended(key, value, lengths=lengths)
+            key, value, mask = seen.key, seen.value, joined_masks(mask, seen.mask)
+            positions = newest, seen.positions
+        elif lengths is not None:
+            raise ValueError(
+                "lengths go with a cache; without one, masks.padding(lengths) is a mask"
+            )
         result = self.attend_projected(
-            query, key, value, mask=mask, modifier=modifier, positions=positions,
+            query, key, value, mask=mask, modifier=modifier, positions=positions, rotary=rotary,
             return_weights=return_weights, deterministic=deterministic,
             qkv_sharding=qkv_sharding, out_sharding=out_sharding,
         )  # fmt: skip
         if cache is None:
             return result
         # A mask may hide the slots that `append` made NaN: what overflows is NaN all the same
-        fits = cache.length <= cache.capacity
+        overflown = cache.overflown
 
         def poisoned(array: Array) -> Array:
-            return jnp.where(fits[(..., *(None,) * (array.ndim - fits.ndim))], array, jnp.nan)
+            return jnp.where(
+                overflown[(..., *(None,) * (array.ndim - overflown.ndim))], jnp.nan, array
+            )
 
         result = jax.tree.map(poisoned, result)
         return (*result, cache) if return_weights else (result, cache)
@@ -290,6 +296,7 @@ class MultiHeadAttention(nnx.Module):
         value: Array | None = None,
         *,
         positions: Array | None = None,
+        rotary: Callable[..., Array] | None = None,
         sharding: Any = None,
     ) -> tuple[Array, Array]:
         """The heads of key and value, for `attend_projected` to attend to again and again.
@@ -298,6 +305,7 @@ class MultiHeadAttention(nnx.Module):
           key: `[..., S, in_kv_features]`.
           value: `[..., S, in_value_features]`; None: the key.
           positions: of the keys, for `rotary`.
+          rotary: in the place of the module's own.
           sharding: on a mesh with explicit axes, of the projected `[..., S, K · H]`.
 
         Returns:
@@ -307,7 +315,7 @@ class MultiHeadAttention(nnx.Module):
         key = sequence(key, self.in_kv_features, "key")
         value = sequence(value, self.in_value_features, "value")
         key, value = apply(self.key, key, sharding), apply(self.value, value, sharding)
-        heads = self._heads(key, self.num_kv_heads, self.key_ln, positions)
+        heads = self._heads(key, self.num_kv_heads, self.key_ln, positions, rotary)
         return heads, split_heads(value, self.num_kv_heads)
 
     def attend_projected(
@@ -319,6 +327,7 @@ class MultiHeadAttention(nnx.Module):
         mask: MaskLike = None,
         modifier: ModifierLike = None,
         positions: tuple[Array, Array] | None = None,
+        rotary: Callable[..., Array] | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
         qkv_sharding: Any = None,
@@ -329,8 +338,9 @@ class MultiHeadAttention(nnx.Module):
         Everything else is as in a call.
         """
         query = apply(self.query, sequence(query, self.in_features, "query"), qkv_sharding)
+        q_positions = positions and positions[0]
         result = self.attend(
-            self._heads(query, self.num_heads, self.query_ln, positions and positions[0]),
+            self._heads(query, self.num_heads, self.query_ln, q_positions, rotary),
             key,
             value,
             mask=mask, modifier=modifier, positions=positions, return_weights=return_weights,
@@ -342,24 +352,48 @@ class MultiHeadAttention(nnx.Module):
         return apply(self.out, merge_heads(output), out_sharding), weights
 
     def empty_cache(
-        self, batch: int | tuple[int, ...], capacity: int, dtype: Any = None
-    ) -> KeyValueCache:
+        self,
+        batch: int | tuple[int, ...],
+        capacity: int,
+        *,
+        window: int | None = None,
+        dtype: Any = None,
+    ) -> Cache:
         """A cache of this module's keys and values for up to `capacity` tokens an example.
 
         Args:
           batch: the number of examples, or several leading axes.
           capacity: S.
-          dtype: of keys and values; None: that to compute in, or of the parameters.
+          window: W, where the mask of every call is `sliding_window(W − 1)`: then no more than W
+            tokens are kept. None: all are kept.
+          dtype: of keys and values; None: that to compute in, or of the kernels.
         """
-        dtype = dtype or self.dtype or self.key.param_dtype
-        return KeyValueCache.empty(
-            batch, capacity, self.num_kv_heads, self.head_features, dtype=dtype
-        )
+        dtype = dtype or self.dtype or self.key.kernel.dtype
+        kind: type[Any] = KeyValueCache
+        if window is not None:
+            checks.assert_positive(window=window, capacity=capacity)
+            if window < capacity:
+                kind, capacity = WindowCache, window
+        return kind.empty(batch, capacity, self.num_kv_heads, self.head_features, dtype=dtype)
 
-    def _heads(self, projected: Array, num_heads: int, norm: Any, positions: Any) -> Array:
+    def _heads(
+        self, projected: Array, num_heads: int, norm: Any, positions: Any, rotary: Any
+    ) -> Array:
         heads = split_heads(projected, num_heads)
         heads = heads if norm is None else normalized(norm, heads)
-        return heads if self.rotary is None else self.rotary(heads, positions)
+        rotary = self.rotary if rotary is None else rotary
+        return heads if rotary is None else rotary(heads, positions)
+
+
+def _newest(cache: Any, query: Array, key: Array, positions: Any) -> Array:
+    """The positions of the tokens of this call, after a check of what goes with a cache."""
+    if not isinstance(cache, Cache):
+        expected = "a KeyValueCache or a WindowCache"
+        raise TypeError(f"cache must be {expected}, got {type(cache).__name__}")
+    if positions is not None:
+        raise ValueError("positions come from the cache: leave them out")
+    checks.assert_shapes(query=(query, "... T D"), key=(key, "... T E"))
+    return cache.next_positions(query.shape[-2])
 
 
 def _norm(normalize_qk: bool | Callable[..., Any]) -> Callable[..., Any] | None:

@@ -14,7 +14,7 @@ from flax.nnx.nn import initializers
 from jattn.attention import attend
 from jattn.functional import checks
 from jattn.nn._shared import normalized
-from jattn.nn.cache import KeyValueCache
+from jattn.nn.cache import Cache
 from jattn.nn.transformer_layers import (
     Activation,
     Heads,
@@ -25,7 +25,7 @@ from jattn.nn.transformer_layers import (
 from jattn.request import MaskLike, ModifierLike
 
 Array = jax.Array
-Caches = tuple[KeyValueCache, ...]
+Caches = tuple[Cache, ...]
 
 
 class TransformerEncoder(nnx.Module):
@@ -53,9 +53,11 @@ class TransformerEncoder(nnx.Module):
     ):
         self.layers, self.norm = _stack(layers), nnx.data(norm)
 
-    def empty_cache(self, batch: int | tuple[int, ...], capacity: int) -> Caches:
+    def empty_cache(
+        self, batch: int | tuple[int, ...], capacity: int, *, dtype: Any = None
+    ) -> Caches:
         """A cache for each layer, for up to `capacity` tokens an example."""
-        return tuple(layer.empty_cache(batch, capacity) for layer in self.layers)
+        return tuple(layer.empty_cache(batch, capacity, dtype=dtype) for layer in self.layers)
 
     def __call__(
         self,
@@ -108,9 +110,11 @@ class TransformerDecoder(nnx.Module):
     ):
         self.layers, self.norm = _stack(layers), nnx.data(norm)
 
-    def empty_cache(self, batch: int | tuple[int, ...], capacity: int) -> Caches:
+    def empty_cache(
+        self, batch: int | tuple[int, ...], capacity: int, *, dtype: Any = None
+    ) -> Caches:
         """A cache for each layer, for up to `capacity` tokens an example."""
-        return tuple(layer.empty_cache(batch, capacity) for layer in self.layers)
+        return tuple(layer.empty_cache(batch, capacity, dtype=dtype) for layer in self.layers)
 
     def remember(self, memory: Array) -> tuple[Heads, ...]:
         """The heads of the encoder's output for each layer: what a call takes in its place."""
@@ -166,10 +170,10 @@ def _stack(layers: Sequence[Callable[..., Any]]) -> Any:
     return nnx.List(layers)
 
 
-def _caches(cache: Caches | None, layers: Any) -> Sequence[KeyValueCache | None]:
+def _caches(cache: Caches | None, layers: Any) -> Sequence[Cache | None]:
     if cache is None:
         return [None] * len(layers)
-    alone = isinstance(cache, KeyValueCache)
+    alone = isinstance(cache, Cache)
     if alone or len(cache) != len(layers):
         must = f"cache must have an entry for each layer, {len(layers)}"
         raise ValueError(f"{must}, got {'the cache of one layer' if alone else len(cache)}")

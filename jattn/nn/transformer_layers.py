@@ -15,7 +15,7 @@ from flax.nnx.nn import initializers
 from jattn.attention import attend
 from jattn.functional import checks
 from jattn.nn._shared import dropout, normalized, promoted, sequence
-from jattn.nn.cache import KeyValueCache
+from jattn.nn.cache import Cache
 from jattn.nn.multi_head import MultiHeadAttention
 from jattn.request import MaskLike, ModifierLike
 
@@ -42,6 +42,16 @@ def gelu(x: Array) -> Array:
       Array([ 0., 10.], dtype=float32)
     """
     return jax.nn.gelu(x, approximate=False)
+
+
+def silu(x: Array) -> Array:
+    """x · σ(x). (`jax.nn.silu` cannot be pickled.)
+
+    Example:
+      >>> silu(jnp.array([0.0, 100.0]))
+      Array([  0., 100.], dtype=float32)
+    """
+    return jax.nn.silu(x)
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": relu, "gelu": gelu}
@@ -109,6 +119,65 @@ class FeedForward(nnx.Module):
         return self.linear2(self.dropout(inner, deterministic=deterministic))
 
 
+class GatedFeedForward(nnx.Module):
+    """Two Linears, one of which gates the other, and a third (SwiGLU).
+
+        output = W_down (activation(W_gate x) ⊙ W_up x)
+
+    Args:
+      features: D, the width of input and output.
+      mlp_features: the width between the Linears.
+      activation: a function; `silu` makes it SwiGLU.
+      use_bias: whether the Linears have biases.
+      dtype: to compute in; None: the one to which input and parameters promote.
+      param_dtype: dtype of the parameters.
+      kernel_init: of the kernels.
+      rngs: for initialisation.
+
+    Attributes:
+      gate, up, down: the Linears.
+
+    Raises:
+      ValueError: a size is not positive.
+      TypeError: the activation is no function.
+
+    Paper: Shazeer 2020, https://arxiv.org/abs/2002.05202
+
+    Example:
+      >>> GatedFeedForward(4, 16, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 4))).shape
+      (2, 5, 4)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        mlp_features: int,
+        *,
+        activation: Callable[[Array], Array] = silu,
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Callable[..., Any] = initializers.lecun_normal(),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        checks.assert_positive(features=features, mlp_features=mlp_features)
+        checks.assert_bool(use_bias=use_bias)
+        if not callable(activation):
+            raise TypeError(f"activation must be a function, got {activation!r}")
+        options: dict[str, Any] = {
+            "use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype,
+            "kernel_init": kernel_init, "rngs": rngs,
+        }  # fmt: skip
+        self.gate = nnx.Linear(features, mlp_features, **options)
+        self.up = nnx.Linear(features, mlp_features, **options)
+        self.down = nnx.Linear(mlp_features, features, **options)
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        """Map x `[..., D]` to `[..., D]`."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
 class TransformerEncoderLayer(nnx.Module):
     """Self-attention and a network of two Linears, each with a residual connection.
 
@@ -174,9 +243,11 @@ class TransformerEncoderLayer(nnx.Module):
         self.norm1, self.norm2 = (layer_norm(features, epsilon, options) for _ in range(2))
         self.dropout = dropout(dropout_rate, rngs)
 
-    def empty_cache(self, batch: int | tuple[int, ...], capacity: int) -> KeyValueCache:
+    def empty_cache(
+        self, batch: int | tuple[int, ...], capacity: int, *, dtype: Any = None
+    ) -> Cache:
         """A cache for up to `capacity` tokens an example."""
-        return self.self_attention.empty_cache(batch, capacity)
+        return self.self_attention.empty_cache(batch, capacity, dtype=dtype)
 
     def __call__(
         self,
@@ -184,7 +255,7 @@ class TransformerEncoderLayer(nnx.Module):
         *,
         mask: MaskLike = None,
         modifier: ModifierLike = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         deterministic: bool | None = None,
     ) -> Any:
         """Encode.
@@ -276,9 +347,11 @@ class TransformerDecoderLayer(nnx.Module):
         self.norm1, self.norm2, self.norm3 = norms
         self.dropout = dropout(dropout_rate, rngs)
 
-    def empty_cache(self, batch: int | tuple[int, ...], capacity: int) -> KeyValueCache:
+    def empty_cache(
+        self, batch: int | tuple[int, ...], capacity: int, *, dtype: Any = None
+    ) -> Cache:
         """A cache of the self-attention, for up to `capacity` tokens an example."""
-        return self.self_attention.empty_cache(batch, capacity)
+        return self.self_attention.empty_cache(batch, capacity, dtype=dtype)
 
     def remember(self, memory: Array) -> Heads:
         """The heads of the encoder's output `[..., S, D]`: what a call takes in its place."""
@@ -293,7 +366,7 @@ class TransformerDecoderLayer(nnx.Module):
         modifier: ModifierLike = None,
         memory_mask: MaskLike = None,
         memory_modifier: ModifierLike = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         return_weights: bool = False,
         deterministic: bool | None = None,
     ) -> Any:
@@ -357,7 +430,7 @@ def layer_norm(features: int, epsilon: float, options: dict[str, Any]) -> nnx.La
 def _input(layer: Any, name: str, x: Array) -> Array:
     """x, checked, in the dtype in which the layer computes."""
     x = sequence(x, layer.features, name)
-    return promoted(layer.dtype, x, layer.norm1.scale[...])[0]
+    return promoted(layer.dtype, x, layer.mlp.linear1.kernel[...])[0]
 
 
 def _residual(

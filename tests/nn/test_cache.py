@@ -138,7 +138,7 @@ def test_a_cache_has_the_dtype_to_compute_in(x):
     assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
     output, after = attention(x, cache=cache, mask=masks.causal())
     assert output.dtype == after.keys.dtype == jnp.bfloat16
-    assert attention.empty_cache(B, T, jnp.float32).keys.dtype == jnp.float32
+    assert attention.empty_cache(B, T, dtype=jnp.float32).keys.dtype == jnp.float32
 
 
 def test_tokens_beyond_the_capacity_are_refused_and_under_jit_nan(x):
@@ -153,7 +153,7 @@ def test_tokens_beyond_the_capacity_are_refused_and_under_jit_nan(x):
     for form in (run, jax.jit(run)):
         with pytest.raises(ValueError, match="a cache for 4 tokens cannot take 5"):
             form(attention.empty_cache(B, 4))
-    with pytest.raises(TypeError, match="cache must be a KeyValueCache, got int"):
+    with pytest.raises(TypeError, match="cache must be a KeyValueCache or a WindowCache, got int"):
         attention(x, cache=10)
     output, _ = jax.jit(run)(half)
     assert np.isnan(output).all()
