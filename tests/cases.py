@@ -106,16 +106,23 @@ Q_IDS, K_IDS = (
     np.array([[0, 1, 1, 1, 2, 2, 2], [3, 3, 2, 2, 1, 1, 1]]),
 )
 ARRAY = np.random.default_rng(1).random((B, 1, T, S)) < 0.5
+PARENTS, PREFIX = np.array([[-1, 0, 0, 1, 3], [-1, -1, 1, 0, 2]]), np.array([0, 2])
+PATHS = [[{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 1, 3, 4}], [{0}, {1}, {1, 2}, {0, 3}, {1, 2, 4}]]
 
 MASKS = {
     "causal": (masks.causal(), lambda b, h, t, s: s <= t),
     "causal, ends aligned": (masks.causal(S - T), lambda b, h, t, s: s <= t + S - T),
     "window": (masks.sliding_window(2, 1), lambda b, h, t, s: t - 2 <= s <= t + 1),
+    "chunks": (masks.chunked_local(3), lambda b, h, t, s: int(s / 3) == int(t / 3)),
     "no self": (masks.no_self(), lambda b, h, t, s: s != t),
     "padding": (masks.padding(LENGTHS), lambda b, h, t, s: s < LENGTHS[b]),
     "padding per query": (masks.padding(PER_QUERY), lambda b, h, t, s: s < PER_QUERY[b, t]),
     "prefix": (masks.prefix_lm(LENGTHS), lambda b, h, t, s: s <= t or s < LENGTHS[b]),
     "segments": (masks.segments(Q_IDS, K_IDS), lambda b, h, t, s: Q_IDS[b, t] == K_IDS[b, s]),
+    "tree": (
+        masks.tree(PARENTS, PREFIX),
+        lambda b, h, t, s: s < PREFIX[b] or s - PREFIX[b] in PATHS[b][t],
+    ),
     "dense": (masks.from_array(ARRAY), lambda b, h, t, s: ARRAY[b, 0, t, s]),
     "array": (ARRAY, lambda b, h, t, s: ARRAY[b, 0, t, s]),
     "callable": (
@@ -128,6 +135,31 @@ MASKS = {
         lambda b, h, t, s: (s <= t + 1 and s == t) or (s < LENGTHS[b] and h > s),
     ),
     "nothing": (masks.from_array(np.zeros((1, 1), bool)), lambda b, h, t, s: False),
+}
+
+SLOTS = 10
+DOCUMENTS = np.array([[0, 0, 0, 2, 2, 2, 2, 3, 3, -1], [1] * SLOTS])
+# The block of a slot in one half; 9: the slot is in the other half
+NOISED, CLEAN = [0, 0, 1, 1, 2, 9, 9, 9, 9, 9], [9, 9, 9, 9, 9, 0, 0, 1, 1, 2]
+
+# Of self-attention, T = S
+SELF_MASKS = {
+    "documents": (
+        masks.documents(np.array([[3, 0, 4, 2], [0, SLOTS, 0, 0]])),
+        lambda b, h, t, s: 0 <= DOCUMENTS[b, t] == DOCUMENTS[b, s],
+    ),
+    "documents, shared": (
+        masks.documents(np.array([3, 0, 4, 2])),
+        lambda b, h, t, s: 0 <= DOCUMENTS[0, t] == DOCUMENTS[0, s],
+    ),
+    "diffusion": (
+        masks.block_diffusion(SLOTS // 2, 2),
+        lambda b, h, t, s: (
+            NOISED[s] == NOISED[t] or CLEAN[s] < NOISED[t]
+            if t < SLOTS // 2
+            else CLEAN[s] <= CLEAN[t]
+        ),
+    ),
 }
 
 SLOPES = np.array([0.5, 0.25, 0.2, 0.1, 0.05, 0.3])

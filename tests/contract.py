@@ -29,7 +29,9 @@ from tests.cases import (
     MODIFIERS,
     PER_QUERY,
     SCORES,
+    SELF_MASKS,
     SLOPES,
+    SLOTS,
     TABLE,
     VARIANTS,
     B,
@@ -70,6 +72,14 @@ def test_every_score_is_the_loop(kernel, name, N, K, rng, x64):
 def test_every_mask_is_the_loop(kernel, name, rng, x64):
     query, key, value = operands(rng)
     mask, allowed = MASKS[name]
+    truth = oracle.attend(query, key, value, score=oracle.scaled_dot_product, allowed=allowed)
+    assert_is_truth(run(kernel, query, key, value, mask=mask), truth)
+
+
+@pytest.mark.parametrize("name", SELF_MASKS)
+def test_every_mask_of_self_attention_is_the_loop(kernel, name, rng, x64):
+    query, key, value = operands(rng, T=SLOTS, S=SLOTS)
+    mask, allowed = SELF_MASKS[name]
     truth = oracle.attend(query, key, value, score=oracle.scaled_dot_product, allowed=allowed)
     assert_is_truth(run(kernel, query, key, value, mask=mask), truth)
 

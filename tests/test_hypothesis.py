@@ -32,6 +32,8 @@ def make(mask, lengths, ids, array):
             return masks.causal(parts[0])
         case "window":
             return masks.sliding_window(*parts)
+        case "chunks":
+            return masks.chunked_local(parts[0])
         case "no self":
             return masks.no_self()
         case "padding":
@@ -60,6 +62,8 @@ def allowed(mask, lengths, ids, array, b, h, t, s):
             return s <= t + parts[0]
         case "window":
             return t - parts[0] <= s <= t + parts[1]
+        case "chunks":
+            return t - t % parts[0] <= s < t - t % parts[0] + parts[0]
         case "no self":
             return s != t
         case "padding":
@@ -76,6 +80,7 @@ def allowed(mask, lengths, ids, array, b, h, t, s):
 leaves = st.one_of(
     st.tuples(st.just("causal"), st.integers(-2, 3)),
     st.tuples(st.just("window"), st.integers(0, 3), st.integers(0, 2)),
+    st.tuples(st.just("chunks"), st.integers(1, 4)),
     *(
         st.tuples(st.just(kind))
         for kind in ("no self", "padding", "prefix", "segments", "dense", "callable")

@@ -5,9 +5,9 @@ Combine masks with `&`, `|` and `~`.
 A mask can be evaluated on any block of the score matrix, so that no `[T, S]` array has to exist. It
 is a pytree: Python integers in it are static; arrays (lengths, ids) are leaves and may be traced.
 
-`causal`, `sliding_window`, `no_self` and callables see positions; `padding`, `segments` and
-`from_array` see slots, the indices of the arrays. The two are the same unless the caller of
-`attend` passes positions.
+`causal`, `sliding_window`, `chunked_local`, `no_self` and callables see positions; the others see
+slots, the indices of the arrays. The two are the same unless the caller of `attend` passes
+positions.
 
 Example:
   >>> print(causal() & no_self())
@@ -29,10 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.functional import checks, dtypes
-from jattn.functional.block import EMPTY, FULL, PARTIAL, Block
+from jattn.functional import checks, dtypes, mask_parts
+from jattn.functional.block import PARTIAL, Block
 from jattn.functional.mask_algebra import ImpliedShape
 from jattn.functional.mask_algebra import Mask as Mask
+from jattn.functional.named_masks import block_diffusion as block_diffusion
+from jattn.functional.named_masks import chunked_local as chunked_local
+from jattn.functional.named_masks import documents as documents
+from jattn.functional.named_masks import tree as tree
 from jattn.functional.pytree import pytree
 
 Array = jax.Array
@@ -57,7 +61,7 @@ def causal(offset: int | Array = 0) -> Mask:
       █ █ · ·
       █ █ █ ·
     """
-    return _Causal(_integer("offset", offset))
+    return _Causal(mask_parts.integer("offset", offset))
 
 
 def sliding_window(left: int | Array, right: int | Array = 0) -> Mask:
@@ -82,7 +86,7 @@ def sliding_window(left: int | Array, right: int | Array = 0) -> Mask:
       · █ █ ·
       · · █ █
     """
-    left, right = _integer("left", left), _integer("right", right)
+    left, right = mask_parts.integer("left", left), mask_parts.integer("right", right)
     if isinstance(left, int) and isinstance(right, int) and left + right < 0:
         raise ValueError(
             f"sliding_window must hold a key, left + right ≥ 0, got left = {left}, right = {right}"
@@ -109,7 +113,7 @@ def padding(lengths: Array) -> Mask:
       █ █ · ·
       █ █ · ·
     """
-    return _Padding(_integers("lengths", lengths))
+    return _Padding(mask_parts.integers("lengths", lengths))
 
 
 def prefix_lm(lengths: Array) -> Mask:
@@ -156,8 +160,8 @@ def segments(q_ids: Array, k_ids: Array | None = None) -> Mask:
       · · █ █
       · · █ █
     """
-    q_ids = _integers("q_ids", q_ids)
-    return _Segments(q_ids, q_ids if k_ids is None else _integers("k_ids", k_ids))
+    q_ids = mask_parts.integers("q_ids", q_ids)
+    return _Segments(q_ids, q_ids if k_ids is None else mask_parts.integers("k_ids", k_ids))
 
 
 def no_self() -> Mask:
@@ -246,21 +250,27 @@ class _Causal(Mask):
     offset: Any
 
     def rule(self, block: Block) -> Array:
-        return _at_most(block.k_idx, _shift(block.q_idx, _per_example(block, self.offset)))
+        return _at_most(
+            block.k_idx, _shift(block.q_idx, mask_parts.per_example(block, self.offset))
+        )
 
     def classify(self, block: Block) -> Array:
-        offset, (k_low, k_high) = _per_example(block, self.offset), block.k_range
+        offset, (k_low, k_high) = mask_parts.per_example(block, self.offset), block.k_range
         first_end, last_end = (_shift(q, offset) for q in block.q_range)
-        return _class_of(empty=~_at_most(k_low, last_end), full=_at_most(k_high, first_end))
+        return mask_parts.class_of(
+            empty=~_at_most(k_low, last_end), full=_at_most(k_high, first_end)
+        )
 
     def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
-        _check_per_example("offset", self.offset, batch)
+        mask_parts.check_per_example("offset", self.offset, batch)
 
     def implied_shape(self) -> ImpliedShape:
         return np.shape(self.offset), None, None, None
 
     def __repr__(self) -> str:
-        shown = _show(self.offset) if _is_array(self.offset) or self.offset else ""
+        shown = (
+            mask_parts.show(self.offset) if mask_parts.is_array(self.offset) or self.offset else ""
+        )
         return f"causal({shown})"
 
 
@@ -275,24 +285,26 @@ class _SlidingWindow(Mask):
 
     def _ends(self, block: Block, q_idx: Array) -> tuple[Array, Array]:
         """First and last key position that queries see."""
-        left, right = (_per_example(block, number) for number in (self.left, self.right))
+        left, right = (mask_parts.per_example(block, number) for number in (self.left, self.right))
         return _shift(q_idx, -left), _shift(q_idx, right)
 
     def classify(self, block: Block) -> Array:
         k_low, k_high = block.k_range
         low, high = (self._ends(block, q_idx) for q_idx in block.q_range)
         empty = ~(_at_most(low[0], k_high) & _at_most(k_low, high[1]))
-        return _class_of(empty=empty, full=_at_most(high[0], k_low) & _at_most(k_high, low[1]))
+        return mask_parts.class_of(
+            empty=empty, full=_at_most(high[0], k_low) & _at_most(k_high, low[1])
+        )
 
     def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
-        _check_per_example("left", self.left, batch)
-        _check_per_example("right", self.right, batch)
+        mask_parts.check_per_example("left", self.left, batch)
+        mask_parts.check_per_example("right", self.right, batch)
 
     def implied_shape(self) -> ImpliedShape:
         return np.broadcast_shapes(np.shape(self.left), np.shape(self.right)), None, None, None
 
     def __repr__(self) -> str:
-        return f"sliding_window({_show(self.left)}, {_show(self.right)})"
+        return f"sliding_window({mask_parts.show(self.left)}, {mask_parts.show(self.right)})"
 
 
 @pytree
@@ -311,7 +323,7 @@ class _Padding(Mask):
     def classify(self, block: Block) -> Array:
         lengths, (start, size) = self._of_block(block), block.columns
         shortest, longest = lengths.min(-2, keepdims=True), lengths.max(-2, keepdims=True)
-        return _class_of(empty=start >= longest, full=start + size <= shortest)
+        return mask_parts.class_of(empty=start >= longest, full=start + size <= shortest)
 
     def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
         shape = np.shape(self.lengths)
@@ -328,7 +340,7 @@ class _Padding(Mask):
         return np.shape(self.lengths)[:1], None, (np.shape(self.lengths)[1:] or (None,))[0], longest
 
     def __repr__(self) -> str:
-        return f"padding({_show(self.lengths)})"
+        return f"padding({mask_parts.show(self.lengths)})"
 
 
 @pytree
@@ -350,7 +362,7 @@ class _Segments(Mask):
         q_low, q_high = q_ids.min(-2, keepdims=True), q_ids.max(-2, keepdims=True)
         k_low, k_high = k_ids.min(-1, keepdims=True), k_ids.max(-1, keepdims=True)
         all_equal = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-        return _class_of(empty=(q_high < k_low) | (k_high < q_low), full=all_equal)
+        return mask_parts.class_of(empty=(q_high < k_low) | (k_high < q_low), full=all_equal)
 
     def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
         for name, ids, shape in (
@@ -375,7 +387,7 @@ class _NoSelf(Mask):
     def classify(self, block: Block) -> Array:
         (q_low, q_high), (k_low, k_high) = block.q_range, block.k_range
         all_equal = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-        return _class_of(empty=all_equal, full=(q_high < k_low) | (k_high < q_low))
+        return mask_parts.class_of(empty=all_equal, full=(q_high < k_low) | (k_high < q_low))
 
     def __repr__(self) -> str:
         return "no_self()"
@@ -391,7 +403,7 @@ class _Dense(Mask):
     def classify(self, block: Block) -> Array:
         allowed = self.rule(block)
         empty = ~allowed.any((-2, -1), keepdims=True)
-        return _class_of(empty=empty, full=allowed.all((-2, -1), keepdims=True))
+        return mask_parts.class_of(empty=empty, full=allowed.all((-2, -1), keepdims=True))
 
     def check(self, batch: tuple[int, ...], num_heads: int, T: int, S: int) -> None:
         checks.assert_broadcastable("mask", self.array, (*batch, num_heads, T, S), "[..., N, T, S]")
@@ -426,36 +438,6 @@ class _Mod(Mask):
         return f"mask_mod({getattr(self.function, '__name__', type(self.function).__name__)})"
 
 
-def _class_of(*, empty: Array, full: Array) -> Array:
-    return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL))
-
-
-def _integer(name: str, value: Any) -> Any:
-    if isinstance(value, (bool, np.bool_)) or not (
-        isinstance(value, (int, np.integer)) or hasattr(value, "dtype")
-    ):
-        raise TypeError(f"{name} must be an integer or an array of integers, got {value!r}")
-    checks.assert_index(**{name: value})
-    return int(value) if isinstance(value, (int, np.integer)) else value
-
-
-def _integers(name: str, value: Any) -> Any:
-    value = value if hasattr(value, "dtype") else np.asarray(value)
-    checks.assert_index(**{name: value})
-    return value
-
-
-def _is_array(value: Any) -> bool:
-    return not isinstance(value, int)
-
-
-def _per_example(block: Block, value: Any) -> Any:
-    if not _is_array(value):
-        return value
-    value = dtypes.indices(value)
-    return block.of_example(value) if value.ndim > 0 else value
-
-
 def _at_most(first: Any, second: Any) -> Array:
     first, second = dtypes.together(first, second)
     return first <= second
@@ -473,21 +455,3 @@ def _shift(position: Array, offset: Any) -> Array:
     up = jnp.where(total < position, highest, total)
     down = jnp.where(total > position, lowest, total)
     return jnp.where(offset >= 0, up, down)
-
-
-def _check_per_example(name: str, value: Any, batch: tuple[int, ...]) -> None:
-    if np.shape(value) not in {(), batch}:
-        raise ValueError(
-            f"{name} must be one integer or one per example {batch}, got shape {np.shape(value)}"
-        )
-
-
-def _show(value: Any) -> str:
-    if not _is_array(value):
-        return str(value)
-    concrete = checks.concrete(value)
-    return (
-        f"array of shape {np.shape(value)}"
-        if concrete is None or concrete.size > 8
-        else str(concrete.tolist())
-    )
