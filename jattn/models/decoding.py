@@ -227,6 +227,21 @@ def _written(array: Array, place: Any, values: Array) -> Array:
     return jnp.where(here, values[..., None].astype(array.dtype), array)
 
 
+def zeros_like_batch(make: Callable[[], Any], batch: Array) -> Any:
+    """Zeros of the shapes `[B, …]` that `make` gives, sharded over B as an array `[B]` is.
+
+    Example:
+      >>> zeros_like_batch(lambda: jnp.ones((2, 3)), jnp.arange(2)).shape
+      (2, 3)
+    """
+
+    def spread(leaf: Any) -> Array:
+        first = jnp.zeros_like(batch, leaf.dtype)
+        return jnp.broadcast_to(first.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf.shape)
+
+    return jax.tree.map(spread, jax.eval_shape(make))
+
+
 def _nothing(like: Array, max_length: int, pad: int, dtype: Any) -> Decoded:
     """Sequences of no tokens, one for each entry of an array of integers."""
     zeros = jnp.zeros_like(like)

@@ -15,6 +15,7 @@ from flax import nnx
 from jattn.attention import attend
 from jattn.functional import checks, masks
 from jattn.functional.pytree import named_tuple
+from jattn.models.decoding import zeros_like_batch
 from jattn.models.encoder_decoder import (
     EncoderDecoder,
     check_config,
@@ -326,13 +327,8 @@ class TransformerTranslator(EncoderDecoder):
 
     def _begin(self, state: None, source: Array, max_length: int) -> Caches:
         """Empty caches, sharded as the source is."""
-
-        def spread(leaf: Any) -> Array:
-            first = jnp.zeros_like(source[:, 0], leaf.dtype)
-            return jnp.broadcast_to(first.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf.shape)
-
-        stack, B = self.decoder.stack, source.shape[0]
-        return jax.tree.map(spread, jax.eval_shape(lambda: stack.empty_cache(B, max_length)))
+        make = functools.partial(self.decoder.stack.empty_cache, source.shape[0], max_length)
+        return zeros_like_batch(make, source[:, 0])
 
 
 def _positions(config: Config, rngs: nnx.Rngs) -> SinusoidalPositions:

@@ -2,8 +2,10 @@
 
 from jattn.nn.adapters import attention_fn as attention_fn
 from jattn.nn.cache import KeyValueCache as KeyValueCache
+from jattn.nn.cache import WindowCache as WindowCache
 from jattn.nn.embedding import Embedding as Embedding
 from jattn.nn.multi_head import MultiHeadAttention as MultiHeadAttention
+from jattn.nn.norms import RMSNorm as RMSNorm
 from jattn.nn.pooling import AdditiveAttention as AdditiveAttention
 from jattn.nn.pooling import BilinearAttention as BilinearAttention
 from jattn.nn.pooling import CosineAttention as CosineAttention
@@ -30,5 +32,6 @@ from jattn.nn.transformer import Transformer as Transformer
 from jattn.nn.transformer import TransformerDecoder as TransformerDecoder
 from jattn.nn.transformer import TransformerEncoder as TransformerEncoder
 from jattn.nn.transformer_layers import FeedForward as FeedForward
+from jattn.nn.transformer_layers import GatedFeedForward as GatedFeedForward
 from jattn.nn.transformer_layers import TransformerDecoderLayer as TransformerDecoderLayer
 from jattn.nn.transformer_layers import TransformerEncoderLayer as TransformerEncoderLayer

@@ -105,6 +105,44 @@ class Attend:
         return f"Attend({getattr(self.function, '__name__', self.function)}{given})"
 
 
+class Function:
+    """A function as a module holds it: two are equal if they hold equal things, as of `Attend`.
+
+    Args:
+      name: of the argument, for errors.
+      function: a function, or a partial of one.
+
+    Raises:
+      TypeError: it is not callable.
+
+    Example:
+      >>> first, second = (Function("f", functools.partial(pow, exp=2)) for _ in range(2))
+      >>> first == second, first(3)
+      (True, 9)
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}")
+        self.function, self._content = function, _comparable(function)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """What the function gives."""
+        return self.function(*args, **options)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Function) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __deepcopy__(self, memo: Any) -> "Function":
+        return self
+
+    def __repr__(self) -> str:
+        return f"Function({self.function!r})"
+
+
 def attending(attend: Callable[..., Any]) -> Callable[..., Any]:
     """What a module holds of its `attend=`: an `Attend`, or a module that attends, as it is.
 

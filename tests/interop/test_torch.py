@@ -16,6 +16,7 @@ from jattn.interop import ConversionError, Rule, load_torch, to_torch, torch_rul
 from jattn.interop.torch.convert import TABLES
 from jattn.models import (
     bahdanau,
+    causal_lm,
     char_rnn,
     classifier,
     encoder_decoder,
@@ -34,6 +35,10 @@ def classifier_of(**options):
     return models.Classifier(classifier.Config(11, 3, 5, 7, **options), rngs=RNGS)
 
 
+def causal_lm_of(**options):
+    return causal_lm.Config(11, 6, 2, 2, 1, 4, 5, **options)
+
+
 def transformer_of(**options):
     return transformer.Config(11, 13, 6, 2, 1, 2, 5, **options)
 
@@ -42,6 +47,12 @@ MODULES = {
     nnx.Linear: [lambda: nnx.Linear(3, 5, rngs=RNGS)],
     nnx.Embed: [lambda: nnx.Embed(3, 5, rngs=RNGS)],
     nnx.LayerNorm: [lambda: nnx.LayerNorm(3, rngs=RNGS)],
+    nn.RMSNorm: [lambda: nn.RMSNorm(3, rngs=RNGS)],
+    nn.AttentionSink: [lambda: nn.AttentionSink(3, rngs=RNGS)],
+    nn.GatedFeedForward: [
+        lambda: nn.GatedFeedForward(3, 5, rngs=RNGS),
+        lambda: nn.GatedFeedForward(3, 5, use_bias=True, rngs=RNGS),
+    ],
     nnx.RMSNorm: [lambda: nnx.RMSNorm(3, rngs=RNGS)],
     nn.Embedding: [lambda: nn.Embedding(3, 5, rngs=RNGS)],
     nn.LearnedPositions: [lambda: nn.LearnedPositions(3, 5, rngs=RNGS)],
@@ -112,6 +123,14 @@ MODULES = {
     transformer.Decoder: [
         lambda: transformer.Decoder(transformer_of(), rngs=RNGS),
         lambda: transformer.Decoder(transformer_of(tied=True), rngs=RNGS),
+    ],
+    causal_lm.Block: [lambda: causal_lm.Block(causal_lm_of(), rngs=RNGS)],
+    models.CausalLM: [
+        lambda: models.CausalLM(causal_lm_of(), rngs=RNGS),
+        lambda: models.CausalLM(causal_lm_of(tied=True), rngs=RNGS),
+        lambda: models.CausalLM(
+            causal_lm_of(normalize_qk=True, qkv_bias=True, out_bias=True, mlp_bias=True), rngs=RNGS
+        ),
     ],
     models.TransformerTranslator: [
         lambda: models.TransformerTranslator(transformer_of(), rngs=RNGS),

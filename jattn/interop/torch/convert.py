@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jattn.interop.errors import ConversionError
+from jattn.interop.huggingface import causal_lm
 from jattn.interop.rules import Rule, from_flax, to_flax
 from jattn.interop.tensors import read
 from jattn.interop.torch import (
@@ -34,6 +35,7 @@ _FAMILIES: tuple[Any, ...] = (
     char_rnn,
     classification,
     translation,
+    causal_lm,
 )
 TABLES: Mapping[type[nnx.Module], tuple[Table, ...]] = MappingProxyType(
     {cls: tables for family in _FAMILIES for cls, tables in family.TABLES.items()}

@@ -1,0 +1,1 @@
+"""Models of `transformers`: their configs, and the names of their weights."""
