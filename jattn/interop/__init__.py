@@ -1,6 +1,8 @@
 """Weights to and from other libraries."""
 
 from jattn.interop.errors import ConversionError as ConversionError
+from jattn.interop.huggingface.files import load_pretrained as load_pretrained
+from jattn.interop.huggingface.files import save_pretrained as save_pretrained
 from jattn.interop.rules import IDENTITY as IDENTITY
 from jattn.interop.rules import TRANSPOSE as TRANSPOSE
 from jattn.interop.rules import Layout as Layout

@@ -93,6 +93,14 @@ class Config:
         checks.assert_positive(**{name: getattr(self, name) for name in sizes})
         flags = "qkv_bias", "out_bias", "mlp_bias", "normalize_qk", "tied"
         checks.assert_bool(**{name: getattr(self, name) for name in flags})
+        if self.head_features is None:
+            checks.assert_divisible(features=(self.features, "num_heads", self.num_heads))
+        checks.assert_divisible(
+            num_heads=(self.num_heads, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        )
+        width = self.head_features or self.features // self.num_heads
+        if width % 2:
+            raise ValueError(f"the width of a head must be even, for pairs are turned, got {width}")
         if not isinstance(self.rope, Rope):
             raise TypeError(f"rope must be a value of jattn.ropes, got {self.rope!r}")
         for window in self.windows:

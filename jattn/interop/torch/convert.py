@@ -82,8 +82,9 @@ def load_torch(
             return nnx.update(module, to_flax(tensors, module, table.rules))
         except ConversionError as error:
             errors.append(error)
-    hint = _hint(module, tensors, fitting[0]) or _without_biases(errors[0], tensors)
-    raise ConversionError(**vars(errors[0]) | {"hint": hint})
+    error, table = min(zip(errors, fitting, strict=True), key=_names_and_problems)
+    hint = _hint(module, tensors, table) or _without_biases(error, tensors)
+    raise ConversionError(**vars(error) | {"hint": hint})
 
 
 def to_torch(
@@ -195,8 +196,15 @@ def _hint(module: nnx.Module, tensors: Iterable[str], tried: Table) -> str:
     return f"these names fit {', or '.join(fitting[:3])}" if fitting else ""
 
 
+def _names_and_problems(tried: tuple[ConversionError, Table]) -> tuple[int, int]:
+    """How many names do not fit, and how many problems there are in all."""
+    error, _ = tried
+    names = len(error.missing) + len(error.unused)
+    return names, names + len(error.ambiguous) + len(error.unfit)
+
+
 def _without_biases(error: ConversionError, tensors: Iterable[str]) -> str:
-    only_biases = all("bias" in name for name in error.missing)
+    only_biases = error.missing and all("bias" in name for name in error.missing)
     if not only_biases or error.unused or error.unfit or any("bias" in name for name in tensors):
         return ""
     return "the weights have no biases: use_bias=False makes a module that has none either"
