@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.attention import attend
-from jattn.functional import masks
+from jattn.functional import masks, ropes
 from jattn.interop import Rule, torch_rules
 
 Array = jax.Array
@@ -83,6 +83,17 @@ class System:
     def rules_for(self, module: nnx.Module) -> tuple[Rule, ...]:
         """The rules between its module and its reference."""
         return torch_rules(module) if self.rules is None else self.rules
+
+
+def rope_of(description: Mapping[str, Any]) -> ropes.Rope:
+    """The rope that a fixture describes by its class, `kind`, and the arguments of that.
+
+    Example:
+      >>> rope_of({"kind": "Linear", "factor": 4.0})
+      Linear(base=10000.0, factor=4.0)
+    """
+    numbers = {name: number for name, number in description.items() if name != "kind"}
+    return getattr(ropes, description["kind"])(**numbers)
 
 
 def padding(inputs: Arrays) -> masks.Mask | None:

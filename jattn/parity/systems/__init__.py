@@ -7,10 +7,12 @@ from typing import Any
 from jattn.parity.fixtures import Fixture
 from jattn.parity.system import System
 from jattn.parity.systems import (
+    attention,
     char_rnn,
     classification,
     embedding,
     masks,
+    modifiers,
     multi_head,
     pooling,
     positions,
@@ -27,6 +29,8 @@ FAMILIES: tuple[Any, ...] = (
     multi_head,
     self_attention,
     positions,
+    modifiers,
+    attention,
     recurrent,
     embedding,
     char_rnn,

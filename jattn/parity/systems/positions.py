@@ -1,4 +1,4 @@
-"""Positions: sinusoidal with their relative property, and learned."""
+"""Positions: sinusoidal with their relative property, learned, and rotary."""
 
 from typing import Any
 
@@ -7,7 +7,14 @@ import jax.numpy as jnp
 
 from jattn import nn
 from jattn.functional import positions
-from jattn.parity.system import Arguments, Arrays, System, constructor, without_parameters
+from jattn.parity.system import (
+    Arguments,
+    Arrays,
+    System,
+    constructor,
+    rope_of,
+    without_parameters,
+)
 
 Array = jax.Array
 
@@ -27,6 +34,16 @@ def rotate(_module: None, inputs: Arrays, arguments: Arguments) -> dict[str, Arr
 def add_positions(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Array]:
     """The sequence with its positions added."""
     return {"output": module(inputs["x"])}
+
+
+def rotary(_module: None, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
+    """Heads turned by their positions, or by rows and columns."""
+    places: Any = inputs.get("positions")
+    if "rows" in inputs:
+        places = inputs["rows"], inputs["columns"]
+    options = {name: value for name, value in arguments.items() if name != "rope"}
+    rope = rope_of(arguments["rope"])
+    return {"output": positions.rotary(inputs["x"], places, rope=rope, **options)}
 
 
 SYSTEMS = (
@@ -63,5 +80,24 @@ SYSTEMS = (
         reference="positions.LearnedPositions",
         build=constructor(nn.LearnedPositions),
         call=add_positions,
+    ),
+    System(
+        "positions/rotary",
+        23,
+        "rotary positions",
+        functions=(
+            "jattn.positions.rotary",
+            "jattn.ropes.Rope",
+            "jattn.ropes.Linear",
+            "jattn.ropes.Dynamic",
+            "jattn.ropes.Llama3",
+            "jattn.ropes.Yarn",
+            "jattn.ropes.LongRope",
+        ),
+        paper="Su et al. 2021",
+        link="https://arxiv.org/abs/2104.09864",
+        reference="positions.Rotary",
+        call=rotary,
+        note="frequencies and angles are float32 numbers, as in published models",
     ),
 )
