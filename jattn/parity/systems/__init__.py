@@ -8,6 +8,7 @@ from jattn.parity.fixtures import Fixture
 from jattn.parity.system import System
 from jattn.parity.systems import (
     attention,
+    causal_lm,
     char_rnn,
     classification,
     embedding,
@@ -38,6 +39,7 @@ FAMILIES: tuple[Any, ...] = (
     sequence_pooling,
     transformer,
     translation,
+    causal_lm,
 )
 
 SYSTEMS: Mapping[str, System] = MappingProxyType(
