@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference import bahdanau, char_rnn, pooling, transformer
+from experiments.torch_reference import bahdanau, causal_lm, char_rnn, pooling, transformer
 from experiments.torch_reference.cases import Case
 from experiments.torch_reference.record import versions
 from jattn.parity.fixtures import Fixture
@@ -25,8 +25,8 @@ class Training:
       case: the reference, its arguments and its inputs.
       labels: what the loss needs besides the outputs.
       loss: a name in `LOSSES`.
-      optimizer: `name`, one in `OPTIMIZERS`, and `learning_rate`; `max_norm` where gradients are
-        clipped.
+      optimizer: `name`, one in `OPTIMIZERS`, and `learning_rate`; `weight_decay`, where it has one;
+        `max_norm` where gradients are clipped.
     """
 
     case: Case
@@ -70,6 +70,7 @@ LOSSES: dict[str, Callable[[Tensors, Tensors], torch.Tensor]] = {
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
 
 
@@ -138,9 +139,30 @@ def sequence_classification() -> Training:
     return Training(case, {"target": np.array([0, 1, 2, 2, 1, 0])}, "class_entropy", adam)
 
 
+def language_modelling() -> Training:
+    """A few sequences of tokens are learnt by heart, each token from those before it."""
+    generator = np.random.default_rng(7)
+    tokens = generator.integers(13, size=(3, 10))
+    case = Case(
+        "causal_lm/model",
+        "by_heart",
+        causal_lm.CausalLM,
+        causal_lm.FORMS["llama"],
+        {"tokens": tokens[:, :-1]},
+    )
+    adamw = {"name": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "max_norm": 0.5}
+    return Training(case, {"target": tokens[:, 1:]}, "cross_entropy", adamw)
+
+
 def all_trainings() -> list[Training]:
     """Every training that has a fixture."""
-    return [kernel_regression(), spelling(), translation(), sequence_classification()]
+    return [
+        kernel_regression(),
+        spelling(),
+        translation(),
+        sequence_classification(),
+        language_modelling(),
+    ]
 
 
 def train(training: Training) -> Fixture:
@@ -178,8 +200,10 @@ def train(training: Training) -> Fixture:
 
 
 def _optimise(module: nn.Module, training: Training) -> tuple[list[float], list[float]]:
-    name, rate = training.optimizer["name"], training.optimizer["learning_rate"]
-    optimizer = OPTIMIZERS[name](module.parameters(), lr=rate)
+    settings = dict(training.optimizer)
+    name, rate = settings.pop("name"), settings.pop("learning_rate")
+    max_norm = settings.pop("max_norm", float("inf"))
+    optimizer = OPTIMIZERS[name](module.parameters(), lr=rate, **settings)
     inputs = {name: torch.from_numpy(array) for name, array in training.case.inputs.items()}
     labels = {name: torch.from_numpy(array) for name, array in training.labels.items()}
     losses, norms = [], []
@@ -187,7 +211,6 @@ def _optimise(module: nn.Module, training: Training) -> tuple[list[float], list[
         optimizer.zero_grad()
         loss = LOSSES[training.loss](module(**inputs), labels)
         loss.backward()
-        max_norm = training.optimizer.get("max_norm", float("inf"))
         norms.append(nn.utils.clip_grad_norm_(module.parameters(), max_norm).item())
         losses.append(loss.item())
         optimizer.step()

@@ -49,9 +49,14 @@ def torch_clip(max_norm):
 
 
 def optimizer_of(settings, clip):
-    """Optax's defaults are PyTorch's: Adam's β 0.9 and 0.999, and its 1e-8 outside the root."""
-    method = {"sgd": optax.sgd, "adam": optax.adam}[settings["name"]](settings["learning_rate"])
-    return optax.chain(clip(settings["max_norm"]), method) if "max_norm" in settings else method
+    """Optax's defaults are PyTorch's: Adam's β 0.9 and 0.999, and its 1e-8 outside the root.
+
+    That of AdamW's decay is not, so it is always given.
+    """
+    settings = dict(settings)
+    name, max_norm = settings.pop("name"), settings.pop("max_norm", None)
+    method = {"sgd": optax.sgd, "adam": optax.adam, "adamw": optax.adamw}[name](**settings)
+    return method if max_norm is None else optax.chain(clip(max_norm), method)
 
 
 def train(fixture, clip=torch_clip):
