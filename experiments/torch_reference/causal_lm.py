@@ -181,10 +181,16 @@ SMALL: Config = {
     "mlp_features": 11,
 }
 WIDE: Config = SMALL | {"features": 5, "head_features": 6}
-NARROW: Config = WIDE | {"num_layers": 1, "head_features": 14, "num_heads": 2, "num_kv_heads": 1}
+TURNED: Config = SMALL | {  # heads as wide as LongRope's factors; D is a multiple of N, as Llama's
+    "features": 6,
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_features": 14,
+}
 FORMS: dict[str, Config] = {
     "llama": SMALL | {"epsilon": 1e-5},
-    "llama3": NARROW | {"rope": ROPES["llama3"], "tied": True},
+    "llama3": TURNED | {"rope": ROPES["llama3"], "tied": True},
     "mistral": SMALL | {"window": 3},
     "qwen2": WIDE | {"qkv_bias": True, "window": [None, 3]},
     "qwen3": WIDE | {"normalize_qk": True, "tied": True},
@@ -203,11 +209,11 @@ def cases() -> list[Case]:
             "causal_lm/model",
             CausalLM,
             **{name: (form, TOKENS) for name, form in FORMS.items()},
-            positions=(NARROW, TOKENS | later),
-            linear=(NARROW | {"rope": ROPES["linear"]}, TOKENS),
-            dynamic=(NARROW | short, TOKENS),
-            yarn=(NARROW | {"rope": ROPES["yarn"]}, TOKENS),
-            longrope=(NARROW | stretched, TOKENS),
+            positions=(TURNED, TOKENS | later),
+            linear=(TURNED | {"rope": ROPES["linear"]}, TOKENS),
+            dynamic=(TURNED | short, TOKENS),
+            yarn=(TURNED | {"rope": ROPES["yarn"]}, TOKENS),
+            longrope=(TURNED | stretched, TOKENS),
         ),
         *cases_of(
             "causal_lm/decode",
@@ -216,7 +222,7 @@ def cases() -> list[Case]:
             decode_window=(FORMS["mistral"] | {"chunks": [1, 4, 1, 1]}, TOKENS),
             decode_windows=(FORMS["qwen2"] | {"chunks": [5, 1, 1]}, TOKENS),
             decode_lengths=(FORMS["mistral"] | {"chunks": [4, 2, 1]}, padded),
-            decode_dynamic=(NARROW | short | {"chunks": [3, 2, 2]}, TOKENS),
-            decode_longrope=(NARROW | stretched | {"chunks": [3, 2, 2]}, TOKENS),
+            decode_dynamic=(TURNED | short | {"chunks": [3, 2, 2]}, TOKENS),
+            decode_longrope=(TURNED | stretched | {"chunks": [3, 2, 2]}, TOKENS),
         ),
     ]
