@@ -13,7 +13,7 @@ from flax import nnx
 from jattn.functional import checks, compat, dtypes
 from jattn.functional.pytree import named_tuple
 from jattn.models import sampling
-from jattn.models.decoding import Decoded, zeros_like_batch
+from jattn.models.decoding import Decoded, no_tokens, written_at, zeros_like_batch
 
 Array = jax.Array
 
@@ -143,30 +143,42 @@ def _checked(
     T = checks.assert_shapes(tokens=(tokens, "B T"))["T"]
     if T == 0:
         raise ValueError("tokens must hold at least one token for each prompt, got none")
-    checks.validated_tokens("tokens", tokens, model.config.vocabulary)
+    checks.assert_integers(tokens=tokens)
     if lengths is not None:
         checks.assert_shapes(tokens=(tokens, "B T"), lengths=(lengths, "B"))
         checks.assert_integers(lengths=lengths)
         checks.assert_in_range("lengths", lengths, 1, T, "T, the number of tokens")
+        lengths = dtypes.lengths(lengths)
+        tokens = _without_padding(tokens, lengths, left_padded)
     elif left_padded:
         raise ValueError("left_padded needs lengths: how many tokens of each prompt are real")
+    tokens = checks.validated_tokens("tokens", tokens, model.config.vocabulary)
     ends, pad = _ends(model.config, stop, pad)
     static = {
         "left_padded": left_padded, "max_new_tokens": max_new_tokens, "ends": ends, "pad": pad,
     }  # fmt: skip
     options = sampling.checked(key=key, **choosing)
-    return (jnp.asarray(tokens), lengths, key), options, static
+    return (tokens, lengths, key), options, static
+
+
+def _without_padding(tokens: Any, lengths: Array, left_padded: bool) -> Array:
+    """The tokens with 0, which is an id, in place of those that are not real."""
+    tokens = jnp.asarray(tokens)
+    T = tokens.shape[1]
+    places = jnp.arange(T, dtype=jnp.int32)[None]
+    places = T - 1 - places if left_padded else places
+    return jnp.where(places < lengths[:, None], tokens, 0)
 
 
 def _ends(config: Any, stop: Any, pad: int | None) -> tuple[tuple[int, ...], int]:
     """The ids that end a text, and the one that fills what follows."""
     stop = config.stop if stop is None else stop
-    ends = tuple(map(int, np.atleast_1d(np.asarray(stop, int))))
+    ends = tuple(np.atleast_1d(stop)) if np.size(stop) else ()
     pad = config.pad if pad is None else pad
     pad = (ends[0] if ends else 0) if pad is None else pad
     for name, token in [("pad", pad), *(("stop", token) for token in ends)]:
         checks.validated_tokens(name, token, config.vocabulary)
-    return ends, int(pad)
+    return tuple(map(int, ends)), int(pad)
 
 
 _compiled = functools.partial(
@@ -209,16 +221,18 @@ def _prepared(
 ) -> _Loop:  # fmt: skip
     """Read all of the prompts but their last tokens, which the first step reads."""
     B, T = tokens.shape
-    tokens = tokens.astype(jnp.int32)
-    sizes = jnp.full_like(tokens[:, 0], T) if lengths is None else dtypes.lengths(lengths)
+    sizes = jnp.full_like(tokens[:, 0], T) if lengths is None else lengths
     places = jnp.arange(T, dtype=jnp.int32)[None]
     if left_padded:
         tokens = jnp.take_along_axis(tokens, (places - sizes[:, None]) % T, axis=1)
     last = jnp.take_along_axis(tokens, sizes[:, None] - 1, axis=1)[:, 0]
+    # What was traced was not checked: an id outside the vocabulary makes all logits NaN
+    is_allowed = (1 <= sizes) & (sizes <= T) & sampling.are_allowed(options)
+    last = jnp.where(is_allowed, last, model.config.vocabulary)
     rope_length = sizes + max_new_tokens if model.config.rope.depends_on_length else None
     capacity = T - 1 + max_new_tokens
     caches = zeros_like_batch(functools.partial(model.empty_cache, B, capacity), tokens[:, 0])
-    if T > 1:
+    if T != 1:  # T may be a symbol of `jax.export`
         _, caches = model(
             tokens[:, :-1], lengths=None if lengths is None else sizes - 1, cache=caches,
             rope_length=rope_length,
@@ -229,13 +243,10 @@ def _prepared(
         real = jnp.where(places < sizes[:, None], tokens, C)  # C is dropped
         seen = jax.vmap(lambda ids: jnp.zeros(C, bool).at[ids].set(True, mode="drop"))(real)
     if key is not None:
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B))
+        rows = compat.automatically(lambda _: jnp.arange(B), jax.typeof(last).sharding.spec)(last)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
     dtype = dtypes.accumulator(model.embedding.embedding.dtype)
-    nothing = Decoded(
-        jnp.full_like(tokens[:, :1], pad, shape=(B, max_new_tokens)),
-        jnp.zeros_like(last, dtype),
-        jnp.full_like(last, max_new_tokens),
-    )
+    nothing = no_tokens(last, max_new_tokens, pad, dtype)
     ended = jnp.zeros_like(last, bool)
     return _Loop(jnp.int32(0), caches, last, rope_length, seen, keys, nothing, ended)
 
@@ -254,9 +265,9 @@ def _advanced(
     gain = jnp.take_along_axis(gains, chosen[:, None], axis=1)[:, 0]
     now_ended = functools.reduce(jnp.logical_or, [chosen == end for end in ends], loop.ended)
     decoded = Decoded(
-        jax.lax.dynamic_update_slice_in_dim(tokens, chosen[:, None], loop.time, axis=1),
+        written_at(tokens, loop.time, chosen),
         scores + jnp.where(loop.ended, 0, gain),
-        jnp.where(now_ended & ~loop.ended, loop.time + 1, lengths),
+        jnp.where(loop.ended, lengths, loop.time + 1),
     )
     seen = loop.seen
     if seen is not None:
