@@ -15,7 +15,15 @@ from flax import nnx
 import jattn
 from jattn import masks, models, modifiers, nn
 from jattn.functional import heads, masked_softmax, positions
-from jattn.models import bahdanau, char_rnn, classifier, feature_encoder, luong, transformer
+from jattn.models import (
+    bahdanau,
+    causal_lm,
+    char_rnn,
+    classifier,
+    feature_encoder,
+    luong,
+    transformer,
+)
 
 SIZES = {"b": 4, "t": 3, "s": 5}  # examples, queries, keys
 VOCABULARY = 7
@@ -127,6 +135,21 @@ def _residual(rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32)
     return nn.ResidualAttention(inner, 4, 3, use_layer_norm=True, **options)
 
 
+def _in_chunks(module: Any, x: Any) -> Any:
+    """A chunk, then the rest token by token, with a cache that wraps."""
+    cache, outputs = module.empty_cache(x.shape[0], 9, window=2), []
+    for chunk in (x[:, :2], x[:, 2:3]):
+        output, cache = module(chunk, mask=masks.sliding_window(1), cache=cache)
+        outputs.append(output)
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _sunk(rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.Module:
+    options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+    sink = nn.AttentionSink(2, sink_init=nnx.initializers.normal(1.0), **options)
+    return nn.MultiHeadAttention(2, 4, rotary=positions.rotary, attend=sink, dtype=dtype, **options)
+
+
 MODULES = [
     _of(nn.NadarayaWatson, forms=("b t 1", "b s 1", "b s 2")),
     _of(nn.DotProductAttention, dropout_rate=0.5, forms=ATTENDED, call=_weighted),
@@ -144,6 +167,9 @@ MODULES = [
         nn.TorchMultiheadAttention, 4, 2, 0.5, True, True, True, batch_first=True,
         forms=("b t 4", "b s 4", "b s 4"), call=_as_torch,
     ),
+    Case("AttentionSink", _sunk, SEQUENCE, _causal),
+    _of(nn.RMSNorm, 4, forms=SEQUENCE),
+    _of(nn.GatedFeedForward, 4, 6, forms=SEQUENCE),
     _of(nn.FeedForward, 4, 6, activation="gelu", dropout_rate=0.5, forms=SEQUENCE),
     _of(nn.TransformerEncoderLayer, 4, 2, 6, dropout_rate=0.5, forms=SEQUENCE, call=_later_hidden),
     _of(
@@ -199,7 +225,21 @@ CLASSIFIER = classifier.Config(
 FEATURES = feature_encoder.Config(3, 4, 2, 1, 6, 0.5)
 TRANSFORMER = transformer.Config(VOCABULARY, VOCABULARY, 4, 2, 1, 1, 6, 0.5)
 
+
+def _logits(model: Any, tokens: Any, lengths: Any) -> Any:
+    return model(tokens, lengths=lengths)
+
+
+def _generated(model: Any, tokens: Any, lengths: Any) -> Any:
+    return model.generate(tokens, lengths=lengths, max_new_tokens=3, repetition_penalty=1.5)
+
+
+CAUSAL_LM = causal_lm.Config(
+    VOCABULARY, 4, 2, 2, 1, 4, 6, window=(None, 2), qkv_bias=True, normalize_qk=True, stop=(2,)
+)
+
 MODELS = [
+    _model(models.CausalLM, CAUSAL_LM, ("b s ids", "b of s"), _logits),
     _model(models.CharCell, CHARACTERS, ("b t ids",)),
     _model(models.CharRNN, CHARACTERS, ("b t ids",)),
     _model(models.EmbeddedCharRNN, CHARACTERS, ("b t ids",)),
@@ -216,14 +256,23 @@ MODELS = [
     ),
 ]
 DECODING = [
-    _model(model, config, ("b s ids", "b of s"), call, f"{model.__name__}{call.__name__}")
-    for model, config in [
-        (models.BahdanauTranslator, BAHDANAU),
-        (models.LuongTranslator, LUONG),
-        (models.TransformerTranslator, TRANSFORMER),
-    ]
-    for call in (_greedy, _beam)
-]  # fmt: skip
+    *(
+        _model(model, config, ("b s ids", "b of s"), call, f"{model.__name__}{call.__name__}")
+        for model, config in [
+            (models.BahdanauTranslator, BAHDANAU),
+            (models.LuongTranslator, LUONG),
+            (models.TransformerTranslator, TRANSFORMER),
+        ]
+        for call in (_greedy, _beam)
+    ),
+    Case(
+        "CausalLM_generated",
+        functools.partial(models.CausalLM, CAUSAL_LM),
+        ("b s ids", "b of s"),
+        _generated,
+        constraints=("s >= 2",),
+    ),
+]
 
 
 def _function(function: Any, *forms: str, name: str = "") -> Case:
@@ -260,6 +309,14 @@ def rotated(x: Any) -> Any:
     return positions.rotary(x, jnp.arange(x.shape[1]))
 
 
+def sunk(query: Any, key: Any, value: Any) -> Any:
+    return jattn.attend_with_sink(query, key, value, jnp.array([0.5, -1.0]), mask=masks.causal())
+
+
+def pooled(x: Any) -> Any:
+    return heads.pool_heads(x, 2)
+
+
 HEADS = ("b t 2 4", "b s 2 4", "b s 2 3")
 FUNCTIONS = [
     _function(masked_softmax, "b t s"),
@@ -271,6 +328,8 @@ FUNCTIONS = [
     _function(merged, *HEADS),
     _function(encoded, "b t 4"),
     _function(rotated, "b t 2 4"),
+    _function(sunk, *HEADS),
+    _function(pooled, "b t 4 3"),
     _function(jax.vmap(models.tokens.cross_entropy), "b t 7", "b t ids", name="cross_entropy"),
 ]
 

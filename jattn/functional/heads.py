@@ -85,6 +85,36 @@ def group_heads(x: Array, num_kv_heads: int, axis: int = -2) -> Array:
     return jnp.reshape(x, (*before, num_kv_heads, N // num_kv_heads, *after))
 
 
+def pool_heads(x: Array, num_kv_heads: int) -> Array:
+    """The mean of each group of consecutive heads: `[..., N, H] -> [..., K, H]`.
+
+    It makes multi-head weights grouped-query weights: applied to kernels `[D, N, H]` and biases
+    `[N, H]` of key and value. Where the heads of a group are equal, they come out bit for bit.
+
+    Args:
+      x: floating point.
+      num_kv_heads: K, a divisor of N.
+
+    Returns:
+      The means, in the dtype of x.
+
+    Raises:
+      ValueError: N is not divisible by `num_kv_heads`, or that is not positive.
+      TypeError: x is not floating point.
+
+    Paper: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245, section 2.1
+
+    Example:
+      >>> pool_heads(jnp.array([[1.0], [3.0], [5.0], [5.0]]), 2)
+      Array([[2.],
+             [5.]], dtype=float32)
+    """
+    checks.assert_floating(x=x)
+    groups = group_heads(x, num_kv_heads)
+    first = groups[..., :1, :]
+    return (first + jnp.mean(groups - first, axis=-2, keepdims=True))[..., 0, :]
+
+
 def ungroup_heads(x: Array, axis: int = -3) -> Array:
     """Undo `group_heads`: `[..., T, K, G, H] -> [..., T, N, H]`.
 

@@ -76,7 +76,7 @@ def greedy(
         carry, logits = step(carry, last)
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         gain = jnp.max(_log_probabilities(logits), axis=-1)
-        tokens = _written(tokens, time, jnp.where(ended, pad, best))
+        tokens = written_at(tokens, time, jnp.where(ended, pad, best))
         decoded = Decoded(
             tokens, scores + jnp.where(ended, 0, gain), jnp.where(ended, lengths, time + 1)
         )
@@ -86,7 +86,7 @@ def greedy(
         time, *_, ended = loop
         return (time < max_length) & ~jnp.all(ended)
 
-    decoded = _nothing(start, max_length, pad, logits.dtype)
+    decoded = no_tokens(start, max_length, pad, logits.dtype)
     loop = (jnp.int32(0), carry, start, decoded, jnp.zeros_like(start, bool))
     return jax.lax.while_loop(unfinished, advance, compat.vary_alike(loop))[3]
 
@@ -158,14 +158,14 @@ def beam_search(
         return _advance(step, beam, end, normalised)
 
     last = jnp.repeat(start[:, None], W, axis=1)
-    nothing = _nothing(last, L, end if pad is None else pad, logits.dtype)
+    nothing = no_tokens(last, L, end if pad is None else pad, logits.dtype)
     nothing = nothing._replace(scores=jnp.full_like(nothing.scores, -jnp.inf))
     beam = _Beam(
         time=jnp.int32(0),
         carry=jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], W, axis=1), carry),
         last=last,
         # One empty beginning, and no other
-        living=nothing._replace(scores=_written(nothing.scores, 0, jnp.zeros_like(last[:, 0]))),
+        living=nothing._replace(scores=written_at(nothing.scores, 0, jnp.zeros_like(last[:, 0]))),
         complete=nothing,
     )
     return jax.lax.while_loop(unfinished, advance, compat.vary_alike(beam)).complete
@@ -193,7 +193,7 @@ def _advance(
     # At most W of these end
     scores, choice = jax.lax.top_k(rearrange(extended, "b w c -> b (w c)"), 2 * W)
     parent, token = choice // C, choice % C
-    tokens = _written(_take(beam.living.tokens, parent), beam.time, token)
+    tokens = written_at(_take(beam.living.tokens, parent), beam.time, token)
     candidates = Decoded(tokens, scores, jnp.full_like(token, length))
 
     stops = (token == end) | (length == L)
@@ -220,8 +220,13 @@ def _take(tree: Any, choice: Array) -> Any:
     )
 
 
-def _written(array: Array, place: Any, values: Array) -> Array:
-    """`array [..., L]` with `values [...]` at one place of the last axis."""
+def written_at(array: Array, place: Any, values: Array) -> Array:
+    """`array [..., L]` with `values [...]` at one place of the last axis.
+
+    Example:
+      >>> written_at(jnp.zeros(3, jnp.int32), 1, jnp.int32(7))
+      Array([0, 7, 0], dtype=int32)
+    """
     here = jnp.arange(array.shape[-1], dtype=jnp.int32) == place
     here = here.reshape(*(1,) * values.ndim, array.shape[-1])
     return jnp.where(here, values[..., None].astype(array.dtype), array)
@@ -242,8 +247,13 @@ def zeros_like_batch(make: Callable[[], Any], batch: Array) -> Any:
     return jax.tree.map(spread, jax.eval_shape(make))
 
 
-def _nothing(like: Array, max_length: int, pad: int, dtype: Any) -> Decoded:
-    """Sequences of no tokens, one for each entry of an array of integers."""
+def no_tokens(like: Array, max_length: int, pad: int, dtype: Any) -> Decoded:
+    """Sequences of no tokens, one for each entry of an array of integers.
+
+    Example:
+      >>> no_tokens(jnp.arange(2), 3, 9, jnp.float32).tokens.tolist()
+      [[9, 9, 9], [9, 9, 9]]
+    """
     zeros = jnp.zeros_like(like)
     tokens = jnp.repeat(jnp.full_like(like, pad)[..., None], max_length, axis=-1)
     return Decoded(tokens, zeros.astype(dtypes.accumulator(dtype)), zeros)

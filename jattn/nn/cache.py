@@ -7,6 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jattn.functional import checks, compat, dtypes, masks
@@ -81,9 +82,10 @@ class KeyValueCache(NamedTuple):
         """
         V = head_features if value_features is None else value_features
         checks.assert_positive(
-            capacity=capacity, num_kv_heads=num_kv_heads, head_features=head_features,
-            value_features=V,
-        )  # fmt: skip
+            num_kv_heads=num_kv_heads, head_features=head_features, value_features=V
+        )
+        if not jax.export.is_symbolic_dim(capacity):
+            checks.assert_positive(capacity=capacity)
         batch = batch if isinstance(batch, tuple) else (batch,)
         return cls(
             jnp.zeros((*batch, num_kv_heads, head_features, capacity), dtype),
@@ -130,21 +132,21 @@ class KeyValueCache(NamedTuple):
             lengths cannot be seen, the tokens become NaN.)
         """
         T = _check_fits(self, key, value, lengths)
-        if isinstance(T, int) and T > self.capacity:  # T may be a symbol of `jax.export`
+        if all(isinstance(size, int) for size in (T, self.capacity)) and T > self.capacity:
             raise ValueError(f"a cache for {self.capacity} tokens cannot take {T}")
         free = self.capacity - T
         why = f"of {self.capacity} slots, {T} must be free"
         checks.assert_in_range("the length of the cache", self.length, 0, free, why)
-        fits = (self.length <= free)[..., None, None, None]
+        fits = (_are_counts(lengths, T) & (self.length <= free))[..., None, None, None]
         key, value = (
             jnp.where(fits, x, jnp.nan).astype(kept.dtype)
             for x, kept in ((key, self.keys), (value, self.values))
         )
         keys = _write(self.keys, jnp.moveaxis(key, -3, -1), self.length, -1)
         values = _write(self.values, jnp.moveaxis(value, -3, -2), self.length, -2)
-        # A cache that has overflown stays so
         grown = self.length + (T if lengths is None else dtypes.lengths(lengths))
-        return KeyValueCache(keys, values, jnp.where(fits[..., 0, 0, 0], grown, self.length + T))
+        # A cache that has overflown stays so
+        return KeyValueCache(keys, values, jnp.where(fits[..., 0, 0, 0], grown, _OVERFLOWN))
 
     def extended(
         self, key: Array, value: Array, *, lengths: Array | None = None
@@ -240,6 +242,8 @@ class WindowCache(NamedTuple):
         """
         T = _check_fits(self, key, value, lengths)
         grown = self.length + (T if lengths is None else dtypes.lengths(lengths))
+        if lengths is not None:
+            grown = jnp.where(_are_counts(lengths, T), grown, _OVERFLOWN)
         cache = WindowCache(self.keys, self.values, grown)
         key, value = key.astype(self.keys.dtype), value.astype(self.values.dtype)
         key, value = jnp.moveaxis(key, -3, -1), jnp.moveaxis(value, -3, -2)
@@ -270,12 +274,12 @@ class WindowCache(NamedTuple):
 
     @property
     def overflown(self) -> Array:
-        """Never: boolean `[...]`."""
-        return jnp.zeros_like(self.length, bool)
+        """Which examples got a wrong number of tokens under jit, boolean `[...]`."""
+        return self.length >= _OVERFLOWN
 
 
 Cache = KeyValueCache | WindowCache
-_NOWHERE = -(2**30)
+_NOWHERE, _OVERFLOWN = -(2**30), 2**30
 
 
 def _check_fits(cache: Cache, key: Array, value: Array, lengths: Array | None) -> Any:
@@ -289,6 +293,14 @@ def _check_fits(cache: Cache, key: Array, value: Array, lengths: Array | None) -
         checks.assert_integers(lengths=lengths)
         checks.assert_in_range("lengths", lengths, 0, T, "T, the number of new tokens")
     return T
+
+
+def _are_counts(lengths: Array | None, T: Any) -> Array:
+    """Whether lengths lie in 0 … T, which cannot be seen under jit."""
+    if lengths is None:
+        return jnp.asarray(True)
+    lengths = jnp.asarray(lengths)
+    return (lengths >= 0) & (lengths <= T)
 
 
 def _replaced(array: Array, new: Array, places: Array, axis: int) -> Array:

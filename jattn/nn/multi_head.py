@@ -1,18 +1,20 @@
 """Multi-head, grouped-query and multi-query attention as one module."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks
-from jattn.functional.heads import merge_heads, split_heads
+from jattn.functional.heads import merge_heads, pool_heads, split_heads
 from jattn.nn._shared import (
     Function,
     Options,
@@ -30,6 +32,7 @@ from jattn.request import MaskLike, ModifierLike, Precision
 Array = jax.Array
 Initializer = Callable[..., Any]
 Metadata = Mapping[str, Any]
+Module = TypeVar("Module", bound=nnx.Module)
 _NONE: Metadata = MappingProxyType({})
 
 
@@ -270,9 +273,7 @@ class MultiHeadAttention(nnx.Module):
             key, value, mask = seen.key, seen.value, joined_masks(mask, seen.mask)
             positions = newest, seen.positions
         elif lengths is not None:
-            raise ValueError(
-                "lengths go with a cache; without one, masks.padding(lengths) is a mask"
-            )
+            raise ValueError("lengths go with a cache: without one, pass masks.padding(lengths)")
         result = self.attend_projected(
             query, key, value, mask=mask, modifier=modifier, positions=positions, rotary=rotary,
             return_weights=return_weights, deterministic=deterministic,
@@ -372,8 +373,8 @@ class MultiHeadAttention(nnx.Module):
         dtype = dtype or self.dtype or self.key.kernel.dtype
         kind: type[Any] = KeyValueCache
         if window is not None:
-            checks.assert_positive(window=window, capacity=capacity)
-            if window < capacity:
+            checks.assert_positive(window=window)
+            if not isinstance(capacity, int) or window < capacity:  # a symbol of `jax.export`
                 kind, capacity = WindowCache, window
         return kind.empty(batch, capacity, self.num_kv_heads, self.head_features, dtype=dtype)
 
@@ -406,3 +407,53 @@ def _norm(normalize_qk: bool | Callable[..., Any]) -> Callable[..., Any] | None:
             f"normalize_qk must be True, False or the class of a norm, got {normalize_qk!r}"
         )
     return normalize_qk
+
+
+def to_grouped_query(module: Module, num_kv_heads: int) -> Module:
+    """A copy of a module whose multi-head attentions are grouped-query attentions with K heads.
+
+    Each key/value head is the mean of the heads that it replaces, which is where the paper's
+    further training begins. Where the heads of a group are equal, the outputs are too.
+
+    Args:
+      module: a `MultiHeadAttention`, or a module that holds some, such as a `models.CausalLM`; its
+        parameters may be traced. A config of it that says `num_kv_heads` will say K.
+      num_kv_heads: K, which divides the number of key/value heads of each.
+
+    Returns:
+      A new module of the same class.
+
+    Raises:
+      ValueError: the module holds no `MultiHeadAttention`, or K does not divide its heads.
+
+    Paper: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+
+    Example:
+      >>> attention = to_grouped_query(MultiHeadAttention(6, 12, rngs=nnx.Rngs(0)), 2)
+      >>> attention.num_kv_heads, attention.key.kernel.shape, attention(jnp.ones((5, 12))).shape
+      (2, (12, 4), (5, 12))
+    """
+    checks.assert_positive(num_kv_heads=num_kv_heads)
+    module = nnx.clone(module)
+    inner = [each for _, each in nnx.iter_modules(module)]
+    attentions = [each for each in inner if isinstance(each, MultiHeadAttention)]
+    if not attentions:
+        raise ValueError(f"a {type(module).__name__} holds no MultiHeadAttention")
+    for each in attentions:
+        N = each.num_kv_heads
+        checks.assert_divisible(**{"key/value heads": (N, "num_kv_heads", num_kv_heads)})
+    for each in attentions:
+        for linear in (each.key, each.value):
+            for parameter in (linear.kernel, linear.bias):
+                if parameter is not None:
+                    heads = rearrange(parameter[...], "... (N H) -> ... N H", N=each.num_kv_heads)
+                    pooled = pool_heads(heads, num_kv_heads)
+                    parameter.set_value(rearrange(pooled, "... K H -> ... (K H)"))
+            linear.out_features = num_kv_heads * each.head_features
+        each.num_kv_heads = num_kv_heads
+    for holder in inner:
+        config: Any = getattr(holder, "config", None)
+        if dataclasses.is_dataclass(config) and hasattr(config, "num_kv_heads"):
+            changed: Any = config
+            vars(holder)["config"] = dataclasses.replace(changed, num_kv_heads=num_kv_heads)
+    return module

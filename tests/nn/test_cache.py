@@ -189,3 +189,92 @@ def test_a_cache_that_does_not_fit_is_named(x, error, match, broken):
 def test_sizes_are_positive():
     with pytest.raises(ValueError, match="capacity must be"):
         make().empty_cache(B, 0)
+
+
+@pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 3, 1], [T]], ids=["tokens", "chunks", "all"])
+@pytest.mark.parametrize("window", [1, 2, 4, T, T + 5])
+def test_a_cache_that_wraps_is_a_sliding_window(x, sizes, window):
+    """A chunk longer than the window sees what stood in it before, and then its own tokens."""
+    attention, mask = make(rotary=positions.rotary), masks.sliding_window(window - 1)
+    expected = attention(x, mask=mask)
+    cache, outputs, start = attention.empty_cache(B, T + 1, window=window), [], 0
+    assert cache.capacity == min(window, T + 1)
+    for size in sizes:
+        output, cache = attention(x[:, start : start + size], cache=cache, mask=mask)
+        outputs.append(output)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_that_wraps_hides_what_it_has_forgotten(x):
+    """Under a mask that would show more, it is still a window."""
+    attention = make()
+    cache = attention.empty_cache(B, 100, window=3)
+    for t in range(T):
+        output, cache = attention(x[:, t : t + 1], cache=cache, mask=masks.causal())
+    expected = attention(x, mask=masks.sliding_window(2))[:, -1:]
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+    assert cache.length.tolist() == [T] * B and cache.positions.tolist() == [[6, 7, 8]] * B
+    chunk, _ = attention(x[:, :4], cache=attention.empty_cache(B, 100, window=3))
+    both_ways = attention(x[:, :4], mask=masks.sliding_window(2, T))
+    np.testing.assert_allclose(chunk, both_ways, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fill", [0.0, 1e6])
+@pytest.mark.parametrize("window", [None, 3])
+def test_of_a_ragged_chunk_only_the_tokens_are_kept(x, window, fill, compiled):
+    """Whatever stands in the padding, each row goes on as if it were alone."""
+    attention = make(rotary=positions.rotary)
+    mask = masks.causal() if window is None else masks.sliding_window(window - 1)
+
+    def call(chunk, cache, lengths):
+        return attention(chunk, cache=cache, mask=mask, lengths=lengths)
+
+    call = jax.jit(call) if compiled else call
+    cache, done = attention.empty_cache(B, 2 * T, window=window), [0, 0]
+    for lengths in ([2, 5], [3, 0], [1, 1]):
+        chunk = np.full((B, max(lengths), D), fill, np.float32)
+        for row, length in enumerate(lengths):
+            chunk[row, :length] = x[row, done[row] : done[row] + length]
+            done[row] += length
+        output, cache = call(jnp.asarray(chunk), cache, jnp.array(lengths))
+        assert cache.length.tolist() == done
+        for row, length in enumerate(lengths):
+            alone = attention(x[row : row + 1, : done[row]], mask=mask)[0, done[row] - length :]
+            np.testing.assert_allclose(output[row, :length], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_wrong_numbers_of_tokens_are_refused_and_under_jit_nan(x, window):
+    attention, chunk = make(), x[:, :4]
+    cache = attention.empty_cache(B, T, window=window)
+    for wrong in (-1, 5):
+        lengths = np.array([wrong, 4])
+        with pytest.raises(ValueError, match="lengths must lie in 0 … 4"):
+            attention(chunk, cache=cache, lengths=lengths, mask=masks.causal())
+
+        @jax.jit
+        def twice(lengths):
+            _, after = attention(chunk, cache=cache, lengths=lengths, mask=masks.causal())
+            return attention(x[:, 4:5], cache=after, mask=masks.causal())[0]
+
+        output = twice(lengths)
+        assert np.isnan(output[0]).all() and np.isfinite(output[1]).all()
+    with pytest.raises(ValueError, match=r"lengths must be .*\(2,\)"):
+        attention(chunk, cache=cache, lengths=np.array([1, 2, 3]))
+    with pytest.raises(TypeError, match="lengths must be integers"):
+        attention(chunk, cache=cache, lengths=np.array([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"without one, pass masks\.padding\(lengths\)"):
+        attention(chunk, lengths=np.array([1, 2]))
+    with pytest.raises(ValueError, match="window must be"):
+        attention.empty_cache(B, T, window=0)
+
+
+def test_a_rotation_of_one_call_takes_the_place_of_the_modules_own(x):
+    turned = make(rotary=positions.rotary)
+    own = functools.partial(positions.rotary, rope=jnp.array([0.5, 0.1]))
+    expected = make(rotary=own)(x, mask=masks.causal())
+    np.testing.assert_array_equal(turned(x, mask=masks.causal(), rotary=own), expected)
+    with pytest.raises(TypeError, match="rotary must be a function, got 3"):
+        make(rotary=3)

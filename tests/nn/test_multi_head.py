@@ -3,6 +3,7 @@
 import collections
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
-from jattn import masks, modifiers
+from jattn import masks, models, modifiers, nn
 from jattn.nn import MultiHeadAttention
 from tests import oracle
 
@@ -360,3 +361,51 @@ def test_bad_sizes_are_named(match, arguments, options):
 def test_bad_input_is_named(error, match, arrays, options):
     with pytest.raises(error, match=match):
         make(2, param_dtype=jnp.float32)(*arrays, **options)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_equal_heads_pool_to_the_same_attention(use_bias, x64, rng):
+    """With three equal heads a group, also in numbers that three does not divide."""
+    grouped = nn.MultiHeadAttention(
+        6,
+        12,
+        num_kv_heads=2,
+        use_bias=use_bias,
+        normalize_qk=True,
+        bias_init=nnx.nn.initializers.normal(1.0),
+        param_dtype=float,
+        rngs=nnx.Rngs(0),
+    )
+    whole = nn.MultiHeadAttention(
+        6, 12, use_bias=use_bias, normalize_qk=True, param_dtype=float, rngs=nnx.Rngs(0)
+    )
+    nnx.update(whole, {name: nnx.state(getattr(grouped, name)) for name in ("query", "out")})
+    for name in ("key", "value"):
+        for part in ("kernel", "bias") if use_bias else ("kernel",):
+            parameter = getattr(getattr(grouped, name), part)[...]
+            heads = parameter.reshape(*parameter.shape[:-1], 2, 1, 2)
+            repeated = np.repeat(heads, 3, axis=-2).reshape(*parameter.shape[:-1], 12)
+            getattr(getattr(whole, name), part)[...] = repeated
+    pooled, x = nn.to_grouped_query(whole, 2), rng.normal(size=(3, 5, 12))
+    for name in ("key", "value"):
+        chex.assert_trees_all_equal(*(nnx.state(getattr(m, name)) for m in (pooled, grouped)))
+    np.testing.assert_allclose(pooled(x), whole(x), rtol=1e-12, atol=1e-12)
+    assert whole.num_kv_heads == 6 and whole.key.kernel.shape == (12, 12)
+
+
+def test_a_model_is_converted_whole_and_in_steps(rng):
+    config = models.causal_lm.Config(11, 12, 2, 6, mlp_features=16, qkv_bias=True)
+    model = models.CausalLM(config, rngs=nnx.Rngs(0))
+    pooled = nn.to_grouped_query(model, 1)
+    assert pooled.config.num_kv_heads == 1 and model.config.num_kv_heads is None
+    built = models.CausalLM(pooled.config, rngs=nnx.Rngs(0))
+    assert jax.tree.map(np.shape, nnx.state(pooled)) == jax.tree.map(np.shape, nnx.state(built))
+    again = nn.to_grouped_query(nn.to_grouped_query(model, 3), 1)
+    chex.assert_trees_all_close(nnx.state(again), nnx.state(pooled), rtol=1e-6, atol=1e-7)
+    kernel = np.asarray(model.layers[0].attention.value.kernel[...]).reshape(12, 6, 2)
+    found = pooled.layers[0].attention.value.kernel[...]
+    np.testing.assert_allclose(found, kernel.mean(1), rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match=r"key/value heads \(6\) must be a multiple of .*\(4\)"):
+        nn.to_grouped_query(model, 4)
+    with pytest.raises(ValueError, match="a Linear holds no MultiHeadAttention"):
+        nn.to_grouped_query(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 1)

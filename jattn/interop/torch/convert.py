@@ -80,8 +80,8 @@ def load_torch(
     for table in fitting:
         try:
             return nnx.update(module, to_flax(tensors, module, table.rules))
-        except ConversionError as error:
-            errors.append(error)
+        except ConversionError as caught:
+            errors.append(caught)
     error, table = min(zip(errors, fitting, strict=True), key=_names_and_problems)
     hint = _hint(module, tensors, table) or _without_biases(error, tensors)
     raise ConversionError(**vars(error) | {"hint": hint})
@@ -120,8 +120,8 @@ def to_torch(
     for table in _named(module, names):
         try:
             return from_flax(module, table.rules)
-        except ConversionError as error:
-            failed.append(error)
+        except ConversionError as caught:
+            failed.append(caught)
     wrapped = _wrapped(module)
     hint = f"{wrapped}: its weights have no name in PyTorch" if wrapped else ""
     raise ConversionError(**vars(failed[0]) | {"hint": hint})
