@@ -238,8 +238,16 @@ CAUSAL_LM = causal_lm.Config(
     VOCABULARY, 4, 2, 2, 1, 4, 6, window=(None, 2), qkv_bias=True, normalize_qk=True, stop=(2,)
 )
 
+
+def _causal_lm(rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.Module:
+    model = models.CausalLM(CAUSAL_LM, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    # Of size 1: norms of what is small curve so much that a finite difference fails
+    model.embedding.embedding[...] *= 50
+    return model
+
+
 MODELS = [
-    _model(models.CausalLM, CAUSAL_LM, ("b s ids", "b of s"), _logits),
+    Case("CausalLM", _causal_lm, ("b s ids", "b of s"), _logits),
     _model(models.CharCell, CHARACTERS, ("b t ids",)),
     _model(models.CharRNN, CHARACTERS, ("b t ids",)),
     _model(models.EmbeddedCharRNN, CHARACTERS, ("b t ids",)),
@@ -267,7 +275,7 @@ DECODING = [
     ),
     Case(
         "CausalLM_generated",
-        functools.partial(models.CausalLM, CAUSAL_LM),
+        _causal_lm,
         ("b s ids", "b of s"),
         _generated,
         constraints=("s >= 2",),
