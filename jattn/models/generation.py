@@ -176,7 +176,7 @@ def _ends(config: Any, stop: Any, pad: int | None) -> tuple[tuple[int, ...], int
     ends = tuple(np.atleast_1d(stop)) if np.size(stop) else ()
     pad = config.pad if pad is None else pad
     pad = (ends[0] if ends else 0) if pad is None else pad
-    for name, token in [("pad", pad), *(("stop", token) for token in ends)]:
+    for name, token in [*(("stop", token) for token in ends), ("pad", pad)]:
         checks.validated_tokens(name, token, config.vocabulary)
     return tuple(map(int, ends)), int(pad)
 
