@@ -26,6 +26,7 @@ def some(names, quick):
 
 VARIANTS = {
     "dense": {},
+    "decode": {},
     "blockwise": {"ROWS": 3, "COLUMNS": (4, 4), "one_cpu_device": lambda: False},
     "blockwise one by one": {
         "ROWS": 4,

@@ -251,9 +251,12 @@ def _pair(
 
 def _products(query: Array, key: Array, dtype: Any = None) -> Array:
     """Inner products of all rows; heads that share a key make one matrix product."""
-    if not query.ndim == key.ndim > 2 or key.shape[-3] > 1 or query.shape[-3] == 1:
-        return product(query, key, dtype=dtype)
-    return grouped_product(query, key[..., 0, :, :], (-1, -1), dtype)
+    is_shared = query.ndim == key.ndim > 2 and key.shape[-3] == 1 != query.shape[-3]
+    key = key[..., 0, :, :] if is_shared else key
+    contract = -1, -1
+    if query.shape[-2] == 1:  # a cache keeps its keys [..., H, S]: read as they lie
+        key, contract = key.mT, (-1, -2)
+    return (grouped_product if is_shared else product)(query, key, contract, dtype)
 
 
 def _is_power_of_two(factor: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
-from jattn.kernels import blockwise, cudnn, dense
+from jattn.kernels import blockwise, cudnn, decode, dense
 from jattn.request import Request, Result
 
 
@@ -19,7 +19,7 @@ class Kernel(Protocol):
 
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
-    {"dense": dense, "blockwise": blockwise, "cudnn": cudnn}
+    {"dense": dense, "blockwise": blockwise, "decode": decode, "cudnn": cudnn}
 )
 # blockwise comes first from this number of scores on. On two CPU cores, blockwise takes up to 1.3
 # times as long as dense at 2**20 scores; from 2**21 on, dense takes 1.0 to 3.8 times as long
@@ -51,6 +51,7 @@ def table(request: Request, implementation: Implementation = None) -> list[Line]
     if implementation is None:
         many = request.num_scores >= MANY_SCORES and not request.is_symbolic
         names = ["blockwise", "dense"] if many else ["dense", "blockwise"]
+        names = ["decode"] * decode.is_fast(request) + names
         return [Line(name, _refusal(name, request, by_name=False)) for name in names]
     names = [implementation] if isinstance(implementation, str) else list(implementation)
     if not names or any(name not in KERNELS for name in names):
@@ -61,7 +62,7 @@ def table(request: Request, implementation: Implementation = None) -> list[Line]
 
 def _refusal(name: str, request: Request, by_name: bool) -> str | None:
     by_default = not by_name and not request.return_weights
-    if name == "dense" and by_default and request.num_scores > TOO_MANY_SCORES:
+    if name in {"dense", "decode"} and by_default and request.num_scores > TOO_MANY_SCORES:
         return (
             f"{request.num_scores:,} scores would be held at once, over 2**27 on a device; if that "
             'is meant, say implementation="dense"'

@@ -22,16 +22,22 @@ def refuses(request: Request) -> str | None:
 
 def run(request: Request) -> Result:
     """Attention by this kernel."""
+    run = _output_and_weights if request.return_weights else output
+    return execute(run, *prepared(request), request)
+
+
+def prepared(request: Request) -> tuple[Scoring, Operands]:
+    """A request as one block."""
     *batch, T, N, _ = request.query.shape
     S = request.key.shape[-3]
     captures = Captures(request.names, request.mesh)
     grid = Grid(tuple(batch), N, T, S, rows=T, columns=S, examples=None)
     score = hoist_score(request, grid, captures)
-    run = _output_and_weights if request.return_weights else _output
-    return execute(run, *prepare(request, grid, score, captures), request)
+    return prepare(request, grid, score, captures)
 
 
-def _output(scoring: Scoring, operands: Operands) -> Result:
+def output(scoring: Scoring, operands: Operands) -> Result:
+    """Output and log-sum-exp."""
     return _output_and_weights(scoring, operands)._replace(weights=None)
 
 

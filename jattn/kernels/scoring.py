@@ -105,6 +105,17 @@ class Scoring:
         query = hide(query, queries_seen(allowed))
         key = hide(key, keys_seen(allowed, key.shape[-3]))
         scores = hide(self.score(captured, query, key), allowed)
+        return self.modified(captured, scores, biases, allowed, *at)
+
+    def modified(
+        self,
+        captured: list[Array],
+        scores: Array,
+        biases: list[Array],
+        allowed: Array | None,
+        *at: Any,
+    ) -> Array:
+        """The scores of a block after its modifiers, 0 where forbidden, as they are before."""
         if allowed is None:
             return self.modify(captured, scores, biases, *at)
         captured = _without_gradient(captured, self.modify_masked.places, ~allowed.any())
