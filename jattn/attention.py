@@ -103,10 +103,11 @@ def attend(
       dropout_key: a JAX random key, needed if `dropout_rate` > 0.
       precision: of float32 products, as `jax.default_matmul_precision` takes it; None: what it is.
       implementation: "dense", the specification, which holds all scores; "blockwise", whose memory
-        is linear in T and S; "cudnn", NVIDIA's; or a tuple of names, of which the first that can
-        runs. None: "dense" up to 2²¹ scores (B · N · T · S on a device; symbols of `jax.export`
+        is linear in T and S; "decode", for a few queries; "cudnn", NVIDIA's; or a tuple of names,
+        of which the first that can runs. None: "decode" where few queries and a mask meet many
+        keys, else "dense" up to 2²¹ scores (B · N · T · S on a device; symbols of `jax.export`
         count as few), from there on "blockwise"; never "dense" beyond 2²⁷ scores, unless
-        weights are asked for. `jattn.explain` says which, and why. dense and blockwise differ in
+        weights are asked for. `jattn.explain` says which, and why. Those of jattn differ in
         rounding, never in meaning, and have derivatives of every kind and order. (Through a score
         with a `jax.custom_vjp` of its own, "blockwise" has reverse mode alone.)
       return_lse: also return the log-sum-exp of the scores, `[..., T, N]`, before dropout.
