@@ -110,7 +110,7 @@ def torch_model(model: CausalLM) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = write_config(model.config, "LlamaForCausalLM", dtype="float32")
-    theirs = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa"))
+    theirs = LlamaForCausalLM._from_config(LlamaConfig(**config), attn_implementation="sdpa")
     weights = {name: torch.from_numpy(array) for name, array in to_torch(model).items()}
     theirs.load_state_dict(weights)
     return theirs
@@ -184,7 +184,7 @@ def decoding(settings: Settings, batch: int) -> dict[str, Run]:
 def reading(settings: Settings) -> dict[str, tuple[Run, int]]:
     """Name → a function that reads a cache for one query of eight examples, and its bytes."""
     B, S, N = 8, settings.slots, 8
-    found = {}
+    found: dict[str, tuple[Run, int]] = {}
     for K in (8, 2):
         keys, values = (
             jnp.asarray(np.random.default_rng(K).normal(size=shape), jnp.float32)

@@ -100,6 +100,30 @@ class MultiHeadAttention(nn.Module):
         return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+class ToGroupedQuery(MultiHeadAttention):
+    """Weights of N key/value heads, of which each K-th part of consecutive ones is its mean."""
+
+    def __init__(self, num_heads: int, in_features: int, pooled: int, use_bias: bool) -> None:
+        super().__init__(num_heads, in_features, use_bias=use_bias)
+        self.pooled = pooled
+
+    def forward(self, query: torch.Tensor) -> Outputs:  # type: ignore[override]
+        """Output [B, T, D] and weights [B, N, T, T] of the grouped attention."""
+        pooled = {
+            name: parameter.unflatten(0, (self.pooled, self.num_heads // self.pooled, -1))
+            .mean(dim=1)
+            .flatten(0, 1)
+            for name, parameter in self.named_parameters()
+            if name.startswith(("W_k", "W_v"))
+        }
+        grouped = MultiHeadAttention(
+            self.num_heads, query.shape[-1], num_kv_heads=self.pooled,
+            use_bias=self.W_q.bias is not None,
+        )  # fmt: skip
+        parameters = dict(self.named_parameters()) | pooled
+        return torch.func.functional_call(grouped, parameters, (query,))
+
+
 class WideHeads(nn.Module):
     """Every head is as wide as the output, whatever the width of the input; scale √H."""
 
@@ -240,6 +264,7 @@ def shared_head_cases() -> list[Case]:
     """Key/value heads that several query heads, or all, share."""
     grouped = {"num_heads": 6, "num_kv_heads": 2}
     grouped_widths = WIDTHS | grouped | {"qkv_features": 30, "out_features": 30}
+    pooled = {"num_heads": 6, "in_features": 30, "pooled": 2}
     shared = {"num_heads": 5, "num_kv_heads": 1}
     shared_widths = WIDTHS | shared | {"qkv_features": 35, "out_features": 35}
     return [
@@ -248,6 +273,12 @@ def shared_head_cases() -> list[Case]:
             MultiHeadAttention,
             grouped_query=(grouped | {"in_features": 30} | NO_BIAS, {"query": (B, T, 30)}),
             grouped_query_bias=(grouped_widths | BIAS, SEPARATE | LENGTHS_ALONE),
+        ),
+        *cases_of(
+            "multi_head/to_grouped_query",
+            ToGroupedQuery,
+            to_grouped_query=(pooled | NO_BIAS, {"query": (B, T, 30)}),
+            to_multi_query_bias=(pooled | {"pooled": 1} | BIAS, {"query": (B, T, 30)}),
         ),
         *cases_of(
             "multi_head/multi_query",

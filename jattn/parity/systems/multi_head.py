@@ -35,6 +35,18 @@ def multi_head(module: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, 
     return {"output": output, "weights": weights}
 
 
+def unpooled(arguments: Arguments, dtype: Any) -> nnx.Module:
+    """The attention before its heads are pooled."""
+    sizes = {name: each for name, each in arguments.items() if name != "pooled"}
+    return nn.MultiHeadAttention(**sizes, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def pooled(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
+    """Of the attention after."""
+    grouped = nn.to_grouped_query(module, arguments["pooled"])
+    return multi_head(grouped, inputs, arguments)
+
+
 def torch_module(arguments: Arguments, dtype: Any) -> nnx.Module:
     """From PyTorch's arguments; whether weights are averaged is one of the call."""
     sizes = {name: each for name, each in arguments.items() if name != "average"}
@@ -140,5 +152,18 @@ SYSTEMS = (
         build=constructor(nn.MultiHeadAttention),
         call=multi_head,
         note="`num_kv_heads=1`",
+    ),
+    System(
+        "multi_head/to_grouped_query",
+        17,
+        "multi-head to grouped-query conversion",
+        functions=("jattn.heads.pool_heads", "jattn.nn.to_grouped_query"),
+        modules=("jattn.nn.MultiHeadAttention",),
+        paper="Ainslie et al. 2023",
+        link="https://arxiv.org/abs/2305.13245",
+        reference="multi_head.ToGroupedQuery",
+        build=unpooled,
+        call=pooled,
+        note="the mean of each group of consecutive heads",
     ),
 )
