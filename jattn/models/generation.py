@@ -42,9 +42,11 @@ def generate(
     Args:
       model: a `CausalLM`.
       tokens: prompts, ids `[B, T]`.
-      lengths: integers `[B]` from 1 to T, how many tokens of each prompt are real; None: all.
+      lengths: integers `[B]` from 1 to T, how many tokens of each prompt are real; the others may
+        be anything. None: all.
       left_padded: whether the real ones are the last ones, not the first.
-      max_new_tokens: L, the greatest number of tokens to add.
+      max_new_tokens: L, the greatest number of tokens to add. A rope that depends on the length
+        takes that of the prompt and L.
       stop: an id, or several, each of which ends a text; None: those of the model's config; ():
         none.
       pad: id that fills the places after the end; None: that of the config, or else the first of
@@ -62,7 +64,7 @@ def generate(
 
     Raises:
       ValueError: a shape does not fit; an id, a length or a number lies outside its range (of what
-        is traced: NaN logits, so tokens mean nothing); a filter comes without a temperature.
+        is traced: scores are NaN, and tokens mean nothing); a filter comes without a temperature.
       TypeError: tokens or lengths are not integers.
 
     Example:
@@ -148,8 +150,8 @@ def _checked(
         checks.assert_shapes(tokens=(tokens, "B T"), lengths=(lengths, "B"))
         checks.assert_integers(lengths=lengths)
         checks.assert_in_range("lengths", lengths, 1, T, "T, the number of tokens")
-        lengths = dtypes.lengths(lengths)
         tokens = _without_padding(tokens, lengths, left_padded)
+        lengths = dtypes.lengths(lengths)
     elif left_padded:
         raise ValueError("left_padded needs lengths: how many tokens of each prompt are real")
     tokens = checks.validated_tokens("tokens", tokens, model.config.vocabulary)
@@ -161,13 +163,15 @@ def _checked(
     return (tokens, lengths, key), options, static
 
 
-def _without_padding(tokens: Any, lengths: Array, left_padded: bool) -> Array:
+def _without_padding(tokens: Any, lengths: Any, left_padded: bool) -> Any:
     """The tokens with 0, which is an id, in place of those that are not real."""
-    tokens = jnp.asarray(tokens)
-    T = tokens.shape[1]
-    places = jnp.arange(T, dtype=jnp.int32)[None]
-    places = T - 1 - places if left_padded else places
-    return jnp.where(places < lengths[:, None], tokens, 0)
+    known = checks.concrete(lengths)
+    # What is NumPy's stays so, on whatever device JAX computes: its ids are checked
+    xp: Any = jnp if isinstance(tokens, jax.Array) or known is None else np
+    tokens, sizes = xp.asarray(tokens), xp.asarray(lengths if known is None else known)
+    places = xp.arange(tokens.shape[1], dtype=np.int32)
+    places = places[::-1] if left_padded else places
+    return xp.where(places[None] < sizes[:, None].astype(np.int32), tokens, 0)
 
 
 def _ends(config: Any, stop: Any, pad: int | None) -> tuple[tuple[int, ...], int]:

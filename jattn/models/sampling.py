@@ -66,7 +66,7 @@ def top_p(logits: Array, p: float | Array) -> Array:
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # A sum that is p but for rounding has reached p; but one that is 1 may be so by rounding
     enough = p.astype(before.dtype) * (1 - 8 * jnp.finfo(before.dtype).eps)
-    needless = (before >= enough).at[..., 0].set(False) & (p < 1)
+    needless = (before >= enough) & (p < 1)
     needless = jnp.take_along_axis(needless, jnp.argsort(order, axis=-1), axis=-1)
     return _where_allowed("top_p", p, jnp.where(needless, -jnp.inf, logits))
 

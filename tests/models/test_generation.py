@@ -140,7 +140,7 @@ def test_prompts_of_one_token_and_no_lengths(model):
     assert found.lengths.tolist() == [L, L]
 
 
-@pytest.mark.parametrize("penalty", [1.4, 0.8])
+@pytest.mark.parametrize("penalty", [1.4, 0.05])
 def test_a_repetition_penalty_counts_the_prompt_and_the_text_and_no_padding(model, penalty):
     texts, scores = oracle(model).everything(penalty=penalty)
     assert texts != oracle(model).everything()[0]
@@ -393,6 +393,15 @@ def test_what_is_traced_and_wrong_makes_scores_nan(traced):
     assert np.isnan(traced(tokens).scores).tolist() == [False, False, True, False]
     for name, number in {"temperature": -1.0, "top_k": 0, "top_p": 1.5, "min_p": -0.1}.items():
         assert np.isnan(traced(padded(), **{name: number}).scores).all()
+
+
+def test_a_traced_length_of_0_makes_scores_nan_even_where_no_cache_sees_it(model):
+    @jax.jit
+    def scores(lengths):
+        tokens = np.array([[6], [2]])
+        return model.generate(tokens, lengths=lengths, max_new_tokens=1).scores
+
+    assert np.isnan(scores(np.array([0, 1]))).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -191,6 +191,13 @@ def test_extreme_logits_stay_what_they_are(logits, possible, dtype):
         assert set(chosen.ravel()) <= possible
 
 
+def test_beside_an_infinite_logit_all_others_are_improbable():
+    logits = jnp.array([5.0, INF, -INF, INF, 88.0])
+    assert kept(min_p(logits, 0.1)) == kept(top_k(logits, 2)) == {1, 3}
+    assert kept(top_p(logits, 0.4)) == {1} and kept(top_p(logits, 0.6)) == {1, 3}
+    assert set(drawn(logits[None], {"temperature": 1.0}, 50).tolist()) == {1, 3}
+
+
 def test_nan_logits_are_not_made_into_a_choice():
     logits = jnp.array([0.0, jnp.nan, 1.0])
     for keep, number in PAIRS:
