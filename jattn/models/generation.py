@@ -181,6 +181,9 @@ def _ends(config: Any, stop: Any, pad: int | None) -> tuple[tuple[int, ...], int
     pad = config.pad if pad is None else pad
     pad = (ends[0] if ends else 0) if pad is None else pad
     for name, token in [*(("stop", token) for token in ends), ("pad", pad)]:
+        if np.ndim(token):
+            must = f"{name} must be one id" + ", or a list of ids" * (name == "stop")
+            raise ValueError(f"{must}, got {token!r}")
         checks.validated_tokens(name, token, config.vocabulary)
     return tuple(map(int, ends)), int(pad)
 

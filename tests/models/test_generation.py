@@ -471,6 +471,8 @@ WRONG = {
     "a stop too high": (ValueError, r"stop must lie in 0 … 22 .* got 23", {"stop": 23}),
     "a stop below 0": (ValueError, r"stop must lie in 0 … 22 .* got -1", {"stop": (3, -1)}),
     "half a stop": (TypeError, r"stop must be integers, got float", {"stop": 2.5}),
+    "a table of stops": (ValueError, r"stop must be one id, or a list of ids", {"stop": [[3, 1]]}),
+    "several pads": (ValueError, r"pad must be one id, got \[3, 1\]", {"pad": [3, 1]}),
     "a pad too high": (ValueError, r"pad must lie in 0 … 22 .* got 99", {"pad": 99}),
     "a filter alone": (ValueError, r"top_p needs a temperature above 0", {"top_p": 0.9}),
     "no key": (ValueError, r"temperature = 0.7 draws tokens: pass key", {"temperature": 0.7}),
