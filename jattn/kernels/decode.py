@@ -2,9 +2,10 @@
 
 `dense` replaces hidden keys and values by zeros, for what they hold must not matter: 0 · NaN is
 NaN. Where queries are few, as in decoding from a cache, these copies take most of the time. Here
-keys and values are read as they are. A hidden NaN or inf shows: then a score, or the output, is not
-finite, and the specification runs instead. A conditional is cheap on CPU; other platforms fuse the
-zeros into the products, and run the specification at once.
+keys and values are read as they are. The scores of hidden keys are replaced, whatever they are. A
+hidden value of NaN or inf shows: the sum of values is not finite then, and is taken again, with
+zeros. A conditional is cheap on CPU; other platforms fuse the zeros into the products, and run the
+specification at once.
 
 Derivatives are those of the specification.
 """
@@ -16,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jattn.functional import compat
-from jattn.functional.softmax import softmax_and_logsumexp
 from jattn.kernels import dense
-from jattn.kernels.arrays import heads_first, heads_last, hide, pool, queries_seen
+from jattn.kernels.arrays import heads_first, heads_last, hide, keys_seen, pool
 from jattn.kernels.execute import execute
 from jattn.kernels.scoring import Operands, Scoring
 from jattn.request import Request, Result
@@ -78,27 +78,38 @@ def _specified(scoring: Scoring, operands: Operands) -> Pair:
 
 
 def _on_cpu(scoring: Scoring, operands: Operands) -> Pair:
-    *found, is_finite = compat.vary_alike(_as_they_are(scoring, operands))
-    return jax.lax.cond(
-        is_finite,
-        lambda operands: tuple(found),
-        lambda operands: compat.vary_alike(_specified(scoring, operands), found),
-        operands,
-    )
-
-
-def _as_they_are(scoring: Scoring, operands: Operands) -> tuple[Array, Array, Array]:
-    """Output and log-sum-exp from keys and values that are not hidden, and whether they are so."""
     at = (operands.first,) * 4
     query, key, value = map(heads_first, operands[:3])
     allowed = scoring.allowed(operands.captured, *at)
     with scoring.at_precision():
-        raw = scoring.score(operands.captured, hide(query, queries_seen(allowed)), key)
-        scores = scoring.modified(
-            operands.captured, hide(raw, allowed), operands.biases, allowed, *at
-        )
-        weights, lse = softmax_and_logsumexp(scores, allowed)
-        output = pool(scoring.dropped(operands.dropout, weights, *at), value)
-    is_finite = jnp.isfinite(raw).all() & jnp.isfinite(output).all()
-    output, lse = heads_last(output).astype(value.dtype), heads_last(lse[..., None])[..., 0]
-    return output, lse, is_finite
+        raw = hide(scoring.score(operands.captured, query, key), allowed)
+        scores = scoring.modified(operands.captured, raw, operands.biases, allowed, *at)
+        scores = jnp.where(allowed, scores, -jnp.inf)
+        maximum = scores.max(axis=-1, keepdims=True, initial=-jnp.inf)
+        shares = jnp.exp(scores - jnp.where(jnp.isneginf(maximum), 0, maximum))
+        total = shares.sum(axis=-1, keepdims=True)
+        divisor = jnp.where(total == 0, 1, total)
+        output = _pooled(scoring.dropped(operands.dropout, shares, *at), value, allowed) / divisor
+    lse = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))
+    return heads_last(output).astype(value.dtype), heads_last(lse)[..., 0]
+
+
+def _pooled(shares: Array, value: Array, allowed: Array) -> Array:
+    """Sums of values, of which those that are hidden hold anything and have shares of 0."""
+
+    def with_zeros(shares: Array, value: Array) -> Array:
+        seen = keys_seen(allowed, value.shape[-3])
+
+        def column(v: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(value, v, 1, axis=-1)
+            return pool(shares, hide(part, seen))[..., 0]
+
+        # One by one: the memory of a branch is taken whether it runs or not
+        columns = jax.lax.map(column, jnp.arange(value.shape[-1], dtype=jnp.int32))
+        return jnp.moveaxis(columns, 0, -1)
+
+    found = pool(shares, value)
+    # 0 · NaN is NaN; a sum that overflows does no harm
+    operands = compat.vary_alike((jnp.isfinite(found.sum()), found, shares, value))
+    is_finite, found, shares, value = operands
+    return jax.lax.cond(is_finite, lambda *_: found, with_zeros, shares, value)

@@ -350,7 +350,8 @@ class CausalLM(nnx.Module):
         if alone or len(cache) != len(self.layers):
             must = f"cache must have an entry for each layer, {len(self.layers)}"
             raise ValueError(f"{must}, got {'the cache of one layer' if alone else len(cache)}")
-        return cache
+        # Of equal lengths XLA makes masks and rotations once, not for each layer
+        return [each._replace(length=cache[0].length) for each in cache]
 
 
 _LLAMA_3 = Config(

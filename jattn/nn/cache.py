@@ -3,7 +3,6 @@
 `MultiHeadAttention` takes either cache. It calls `next_positions` and `extended`.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -325,9 +324,14 @@ def _write(array: Array, new: Array, start: Array, axis: int) -> Array:
 
     def write(array: Array, new: Array, start: Array) -> Array:
         def one(array: Array, new: Array, start: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(array, new, start, array.ndim + axis)
+            return jax.lax.dynamic_update_slice_in_dim(array, new, start, 0)
 
-        return functools.reduce(lambda f, _: jax.vmap(f), range(start.ndim), one)(array, new, start)
+        # A write for each row: XLA fuses a single one into every reader, which then copies all
+        leading = array.shape[:axis]
+        start = start.reshape(start.shape + (1,) * (len(leading) - start.ndim))
+        for _ in leading:
+            one = jax.vmap(one)
+        return one(array, new, jnp.broadcast_to(start, leading))
 
     array, new, start = compat.vary_alike((array, new, start))
     return compat.automatically(write, jax.typeof(array).sharding.spec)(array, new, start)
