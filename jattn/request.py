@@ -247,8 +247,8 @@ def _as_modifiers(modifier: ModifierLike) -> tuple[modifiers.Modifier, ...]:
 
 def _check_called(argument: str, function: Any, module: Any) -> None:
     """Parentheses are easily forgotten: `mask=masks.causal`."""
-    if getattr(function, "__module__", None) == module.__name__:
-        name = function.__name__
+    name = getattr(function, "__name__", None)
+    if name is not None and getattr(module, name, None) is function:
         raise TypeError(f"{argument} is the function {name} itself: call it, {name}(…)")
 
 

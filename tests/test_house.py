@@ -21,7 +21,10 @@ CORE = {"jax", "flax", "yaml", "optax", "chex", "einops", "safetensors", "numpy"
     sys.stdlib_module_names
 )
 MENUS = ["jattn", "jattn.functional", "jattn.nn", "jattn.models", "jattn.interop"]
-PIECES = ["scores", "masks", "modifiers", "heads", "positions", "softmax", "checks"]
+PIECES = [
+    "scores", "masks", "named_masks", "modifiers", "heads", "positions", "ropes", "softmax",
+    "checks",
+]  # fmt: skip
 
 
 def name_of(path):

@@ -264,7 +264,10 @@ def _expresses(architecture: str, config: Config) -> bool:
     if isinstance(config.rope, ropes.Dynamic) and config.rope.max_length != config.max_length:
         return False
     return {
-        "LlamaForCausalLM": not kinds and same and not config.normalize_qk,
+        "LlamaForCausalLM": not kinds
+        and same
+        and not config.normalize_qk
+        and config.features % config.num_heads == 0,  # asked for whatever the width of a head
         "MistralForCausalLM": len(windows) == 1
         and not (biases or config.mlp_bias or config.normalize_qk),
         "Qwen2ForCausalLM": config.qkv_bias
