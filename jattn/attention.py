@@ -328,7 +328,8 @@ def attend_with_sink(
     output, lse, *weights = attend(query, key, value, return_lse=True, **options)
     sink = jnp.broadcast_to(jnp.asarray(sink, lse.dtype), lse.shape[-1:])
     sink = sink.reshape((1,) * (lse.ndim - 1) + sink.shape)
-    share = jax.nn.sigmoid(lse - sink)
+    empty = jnp.isneginf(lse)  # a row that sees nothing, to which a sink of −inf adds nothing
+    share = jnp.where(empty, 0, jax.nn.sigmoid(jnp.where(empty, 0, lse) - sink))
     results = [output * share[..., None].astype(output.dtype)]
     if wanted["return_lse"]:
         results.append(jnp.logaddexp(lse, sink))

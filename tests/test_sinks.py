@@ -75,6 +75,9 @@ def test_off_by_one_and_no_sink(attend, operands):
     plain, plain_lse = jattn.attend(query, key, value, return_lse=True)
     np.testing.assert_allclose(lse, np.log1p(np.exp(plain_lse)), rtol=1e-12)
     np.testing.assert_allclose(output, plain * np.exp(plain_lse - lse)[..., None], rtol=1e-12)
+    empty = {"mask": masks.padding(np.array([0, 4]))}
+    none = attend(query, key, value, -np.inf, return_lse=True, **empty)
+    assert not none[0][0].any() and np.isneginf(none[1][0]).all() and np.isfinite(none[0]).all()
     none = attend(query, key, value, -np.inf)
     np.testing.assert_array_equal(
         none, jattn.attend(query, key, value, implementation=attend.keywords["implementation"])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from jattn.functional import checks
+from jattn.functional import checks, dtypes
 
 Array = jax.Array
 
@@ -110,9 +110,12 @@ def pool_heads(x: Array, num_kv_heads: int) -> Array:
              [5.]], dtype=float32)
     """
     checks.assert_floating(x=x)
-    groups = group_heads(x, num_kv_heads)
+    x = jnp.asarray(x)
+    groups = group_heads(x.astype(dtypes.accumulator(x.dtype)), num_kv_heads)
     first = groups[..., :1, :]
-    return (first + jnp.mean(groups - first, axis=-2, keepdims=True))[..., 0, :]
+    means = first + jnp.mean(groups - first, axis=-2, keepdims=True)
+    equal = (groups == first).all(-2, keepdims=True)  # inf, too
+    return jnp.where(equal, first, means)[..., 0, :].astype(x.dtype)
 
 
 def ungroup_heads(x: Array, axis: int = -3) -> Array:

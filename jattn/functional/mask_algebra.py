@@ -37,6 +37,10 @@ class Mask:
         """The leading shape, N, T and S that the mask's own arrays imply: `()` or None if none."""
         return (), None, None, None
 
+    def reads_slots(self) -> bool:
+        """Whether the rule reads places in the arrays of queries and keys, not positions."""
+        return False
+
     def __call__(self, b: Any, h: Any, q_idx: Any, k_idx: Any) -> Array:
         """Whether one entry is allowed. Arrays that the mask holds must have one batch axis."""
         return self.rule(Block.point(b, h, q_idx, k_idx)).reshape(())
@@ -133,6 +137,14 @@ class Mask:
         return _Not(self)
 
 
+class SlotMask(Mask):
+    """A mask whose rule reads slots."""
+
+    def reads_slots(self) -> bool:
+        """It does."""
+        return True
+
+
 def _as_mask(mask: Any) -> Mask:
     if not isinstance(mask, Mask):
         use = (
@@ -146,6 +158,9 @@ def _as_mask(mask: Any) -> Mask:
 class _And(Mask):
     left: Mask
     right: Mask
+
+    def reads_slots(self) -> bool:
+        return self.left.reads_slots() or self.right.reads_slots()
 
     def rule(self, block: Block) -> Array:
         return self.left.rule(block) & self.right.rule(block)
@@ -184,6 +199,9 @@ class _Or(_And):
 @pytree
 class _Not(Mask):
     mask: Mask
+
+    def reads_slots(self) -> bool:
+        return self.mask.reads_slots()
 
     def rule(self, block: Block) -> Array:
         return ~self.mask.rule(block)

@@ -31,7 +31,7 @@ import numpy as np
 
 from jattn.functional import checks, dtypes, mask_parts
 from jattn.functional.block import PARTIAL, Block
-from jattn.functional.mask_algebra import ImpliedShape
+from jattn.functional.mask_algebra import ImpliedShape, SlotMask
 from jattn.functional.mask_algebra import Mask as Mask
 from jattn.functional.named_masks import block_diffusion as block_diffusion
 from jattn.functional.named_masks import chunked_local as chunked_local
@@ -308,7 +308,7 @@ class _SlidingWindow(Mask):
 
 
 @pytree
-class _Padding(Mask):
+class _Padding(SlotMask):
     lengths: Any
 
     def _of_block(self, block: Block) -> Array:
@@ -344,7 +344,7 @@ class _Padding(Mask):
 
 
 @pytree
-class _Segments(Mask):
+class _Segments(SlotMask):
     q_ids: Any
     k_ids: Any
 
@@ -394,7 +394,7 @@ class _NoSelf(Mask):
 
 
 @pytree
-class _Dense(Mask):
+class _Dense(SlotMask):
     array: Any
 
     def rule(self, block: Block) -> Array:

@@ -29,6 +29,10 @@ class Modifier:
         """Change the scores `[..., N, rows, columns]` of a block."""
         raise NotImplementedError
 
+    def reads_slots(self) -> bool:
+        """Whether the rule reads places in the arrays of queries and keys, not positions."""
+        return False
+
     def check(
         self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
     ) -> None:
@@ -314,6 +318,10 @@ class Bias(Modifier):
     """An explicit array, which kernels may read one block at a time."""
 
     array: Any
+
+    def reads_slots(self) -> bool:
+        """It does."""
+        return True
 
     def rule(self, scores: Array, block: Block) -> Array:
         """Add the block's part of the array."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from jattn.functional import checks, dtypes, mask_parts
 from jattn.functional.block import Block
-from jattn.functional.mask_algebra import ImpliedShape, Mask
+from jattn.functional.mask_algebra import ImpliedShape, Mask, SlotMask
 from jattn.functional.pytree import pytree
 
 Array = jax.Array
@@ -154,7 +154,7 @@ def tree(parents: Array, prefix: int | Array = 0) -> Mask:
 
 
 @pytree
-class _Documents(Mask):
+class _Documents(SlotMask):
     lengths: Any
 
     def rule(self, block: Block) -> Array:
@@ -228,7 +228,7 @@ class _ChunkedLocal(Mask):
 
 
 @pytree
-class _BlockDiffusion(Mask):
+class _BlockDiffusion(SlotMask):
     length: int
     block_size: int
 
@@ -280,7 +280,7 @@ class _BlockDiffusion(Mask):
 
 
 @pytree
-class _Tree(Mask):
+class _Tree(SlotMask):
     parents: Any
     prefix: Any
 

@@ -141,10 +141,11 @@ def rotary(
         if each is not None and np.shape(each) not in {(T,), (*batch, T)}:
             must = f"positions must be [T] or [..., T] for x of shape {x.shape}"
             raise ValueError(f"{must}, got {np.shape(each)}")
+    _check_length(length, batch)
     ropes = rope if isinstance(rope, tuple) else (rope,) * len(axes)
     if not axes or len(ropes) != len(axes):
         raise ValueError(f"rope must have one entry for each axis, {len(axes)}, got {len(ropes)}")
-    R, of_axis = _turned(ropes, features, H)
+    R, of_axis = _turned(ropes, features, H, batch)
     angles = [
         _rope_angles(T if each is None else each, rope, of_axis, length)
         for each, rope in zip(axes, ropes, strict=True)
@@ -162,11 +163,26 @@ def rotary(
     return rotated if R == H else jnp.concatenate([rotated, x[..., R:]], axis=-1)
 
 
-def _turned(ropes: tuple[Any, ...], features: int | None, H: int) -> tuple[int, int]:
+def _check_length(length: Any, batch: tuple[int, ...]) -> None:
+    if length is None or jax.export.is_symbolic_dim(length):
+        return
+    checks.assert_integers(length=length)
+    if np.shape(length) not in {(), batch}:
+        must = f"length must be one integer or one for each example, {batch}"
+        raise ValueError(f"{must}, got shape {np.shape(length)}")
+    checks.assert_in_range("length", length, 0, 2**31 - 1, "the greatest of 32 bits")
+
+
+def _turned(
+    ropes: tuple[Any, ...], features: int | None, H: int, batch: tuple[int, ...]
+) -> tuple[int, int]:
     """R, how many features of a head are turned, and how many of these by each axis."""
     arrays = [rope for rope in ropes if not isinstance(rope, Rope)]
     for array in arrays:
         checks.assert_floating(rope=array)
+        if np.ndim(array) == 0 or np.shape(array)[:-1] not in {(), batch}:
+            must = f"rope must be frequencies [J] or [..., J] with leading axes {batch}"
+            raise ValueError(f"{must}, got shape {np.shape(array)}")
     own = [2 * np.shape(array)[-1] for array in arrays]
     R = features
     if len(own) == len(ropes):  # the arrays say how many

@@ -232,6 +232,7 @@ class Yarn(Rope):
             0, factor=self.factor, original_length=self.original_length, fast=self.fast,
             slow=self.slow,
         )  # fmt: skip
+        _check_above(self.slow, fast=self.fast)
         checks.assert_bool(truncate=self.truncate)
 
     @property

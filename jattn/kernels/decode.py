@@ -89,27 +89,30 @@ def _on_cpu(scoring: Scoring, operands: Operands) -> Pair:
         shares = jnp.exp(scores - jnp.where(jnp.isneginf(maximum), 0, maximum))
         total = shares.sum(axis=-1, keepdims=True)
         divisor = jnp.where(total == 0, 1, total)
-        output = _pooled(scoring.dropped(operands.dropout, shares, *at), value, allowed) / divisor
+        weights = scoring.dropped(operands.dropout, shares / divisor, *at)
+        output = _pooled(weights, value, allowed)
     lse = jnp.where(total == 0, -jnp.inf, maximum + jnp.log(divisor))
     return heads_last(output).astype(value.dtype), heads_last(lse)[..., 0]
 
 
-def _pooled(shares: Array, value: Array, allowed: Array) -> Array:
-    """Sums of values, of which those that are hidden hold anything and have shares of 0."""
+def _pooled(weights: Array, value: Array, allowed: Array) -> Array:
+    """Sums of values, of which those that are hidden hold anything and have weights of 0."""
 
-    def with_zeros(shares: Array, value: Array) -> Array:
+    def with_zeros(weights: Array, value: Array) -> Array:
         seen = keys_seen(allowed, value.shape[-3])
 
         def column(v: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(value, v, 1, axis=-1)
-            return pool(shares, hide(part, seen))[..., 0]
+            return pool(weights, hide(part, seen))[..., 0]
 
         # One by one: the memory of a branch is taken whether it runs or not
         columns = jax.lax.map(column, jnp.arange(value.shape[-1], dtype=jnp.int32))
         return jnp.moveaxis(columns, 0, -1)
 
-    found = pool(shares, value)
+    found = pool(weights, value)
+    if value.shape[-1] == 0:
+        return found
     # 0 · NaN is NaN; a sum that overflows does no harm
-    operands = compat.vary_alike((jnp.isfinite(found.sum()), found, shares, value))
-    is_finite, found, shares, value = operands
-    return jax.lax.cond(is_finite, lambda *_: found, with_zeros, shares, value)
+    operands = compat.vary_alike((jnp.isfinite(found.sum()), found, weights, value))
+    is_finite, found, weights, value = operands
+    return jax.lax.cond(is_finite, lambda *_: found, with_zeros, weights, value)

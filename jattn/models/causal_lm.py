@@ -25,7 +25,7 @@ from jattn.models import generation
 from jattn.models.decoding import Decoded
 from jattn.models.tokens import embed
 from jattn.nn._shared import joined_masks
-from jattn.nn.cache import Cache
+from jattn.nn.cache import Cache, KeyValueCache
 from jattn.nn.embedding import Embedding
 from jattn.nn.multi_head import MultiHeadAttention
 from jattn.nn.norms import RMSNorm
@@ -58,7 +58,7 @@ class Config:
       epsilon: of the norms.
       tied: whether the table of embeddings is also the kernel of the logits.
       max_length: of the sequences of training; longer ones are not refused.
-      stop: ids each of which ends a generated text.
+      stop: ids each of which ends a generated text; one may be given as it is.
       pad: id that fills the places after that; None: the first of `stop`, or 0.
 
     Raises:
@@ -101,6 +101,12 @@ class Config:
         width = self.head_features or self.features // self.num_heads
         if width % 2:
             raise ValueError(f"the width of a head must be even, for pairs are turned, got {width}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {self.epsilon!r}")
+        stop = (self.stop,) if isinstance(self.stop, int) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)  # a list could not be hashed
+        if isinstance(self.window, list):
+            object.__setattr__(self, "window", tuple(self.window))
         if not isinstance(self.rope, Rope):
             raise TypeError(f"rope must be a value of jattn.ropes, got {self.rope!r}")
         for window in self.windows:
@@ -277,7 +283,8 @@ class CausalLM(nnx.Module):
         Args:
           tokens: ids `[..., T]`.
           mask: joined to the causal mask, such as `masks.segments(ids)` for packed documents.
-          positions: `[T]` or `[..., T]`, integers; None: 0 … T − 1, or what follows the cache.
+          positions: `[T]` or `[..., T]`, integers; None: 0 … T − 1, or what follows the cache. With
+            a cache without windows they may be others, as the depths of a tree of drafts.
           lengths: integers `[...]`, how many tokens of each example, the first ones, are real; a
             cache forgets the others. None: all.
           cache: earlier tokens, from `empty_cache` or an earlier call; the numbers are those of one
@@ -297,17 +304,23 @@ class CausalLM(nnx.Module):
             that needs one.
           TypeError: tokens or lengths are not integers.
         """
-        checks.assert_shapes(tokens=(tokens, "... T"))
+        T = checks.assert_shapes(tokens=(tokens, "... T"))["T"]
+        if lengths is not None:
+            checks.assert_shapes(tokens=(tokens, "... T"), lengths=(lengths, "..."))
+            checks.assert_integers(lengths=lengths)
+            checks.assert_in_range("lengths", lengths, 0, T, "T, the number of tokens")
+        caches = self._caches(cache, tokens)
         x = embed("tokens", tokens, self.embedding)
         options: dict[str, Any] = {"mask": mask}
         if cache is not None:
             options["lengths"] = lengths
-        elif positions is not None:
+        if positions is not None:
             options["positions"] = positions, positions
         if self.config.rope.depends_on_length:
-            options["rotary"] = self._rotary(rope_length, lengths, cache)
+            ends = lengths if positions is None else None
+            options["rotary"] = self._rotary(rope_length, ends, cache)
         new: list[Any] = []
-        for layer, of_layer in zip(self.layers, self._caches(cache, positions), strict=True):
+        for layer, of_layer in zip(self.layers, caches, strict=True):
             x, of_layer = layer(x, cache=of_layer, **options)
             new.append(of_layer)
         x = self.norm(x)
@@ -341,15 +354,23 @@ class CausalLM(nnx.Module):
             rope_length = lengths
         return functools.partial(rotary, rope=self.config.rope, length=rope_length)
 
-    def _caches(self, cache: Any, positions: Any) -> Sequence[Cache | None]:
+    def _caches(self, cache: Any, tokens: Array) -> Sequence[Cache | None]:
         if cache is None:
             return [None] * len(self.layers)
-        if positions is not None:
-            raise ValueError("positions come from the cache: leave them out")
         alone = isinstance(cache, Cache)
         if alone or len(cache) != len(self.layers):
             must = f"cache must have an entry for each layer, {len(self.layers)}"
             raise ValueError(f"{must}, got {'the cache of one layer' if alone else len(cache)}")
+        *batch, T = np.shape(tokens)
+        for each in cache:
+            if each.length.shape != tuple(batch):
+                must = f"cache is of {each.length.shape} examples"
+                raise ValueError(f"{must}, got tokens of shape {np.shape(tokens)}")
+            if isinstance(each, KeyValueCache):
+                each.check_room(T)
+        lengths = [checks.concrete(each.length) for each in cache]
+        if any(each is not None and (each != lengths[0]).any() for each in lengths):
+            raise ValueError(f"the caches of all layers must have one length, got {lengths}")
         # Of equal lengths XLA makes masks and rotations once, not for each layer
         return [each._replace(length=cache[0].length) for each in cache]
 

@@ -124,6 +124,7 @@ class Function:
     def __init__(self, name: str, function: Callable[..., Any]):
         if not callable(function):
             raise TypeError(f"{name} must be a function, got {function!r}")
+        _refuse_state(function, name)
         self.function, self._content = function, _comparable(function)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -174,16 +175,16 @@ def _or_id(value: Any) -> Any:
     return repr(value) if isinstance(value, float) else value  # 0.0 == −0.0
 
 
-def _refuse_state(function: Any) -> None:
+def _refuse_state(function: Any, name: str = "attend") -> None:
     for part in _parts(function, set()):
         if isinstance(part, jax.core.Tracer):
             raise TypeError(
-                "attend holds a traced array: pass it in the call, or make it an attribute of a "
+                f"{name} holds a traced array: pass it in the call, or make it an attribute of a "
                 f"module, got {part.aval}"
             )
         if isinstance(part, _STATE):
             raise ValueError(
-                f"attend holds an nnx.{type(part).__name__}, which nnx.state would not find there: "
+                f"{name} holds an nnx.{type(part).__name__}, which nnx.state would not find there: "
                 "make it an attribute of a module that passes its value in the call"
             )
 

@@ -80,6 +80,8 @@ class KeyValueCache(NamedTuple):
           ValueError: a size is not positive.
         """
         V = head_features if value_features is None else value_features
+        if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+            raise TypeError(f"dtype must be floating point of 16 bits or more, got {dtype}")
         checks.assert_positive(
             num_kv_heads=num_kv_heads, head_features=head_features, value_features=V
         )
@@ -131,11 +133,7 @@ class KeyValueCache(NamedTuple):
             lengths cannot be seen, the tokens become NaN.)
         """
         T = _check_fits(self, key, value, lengths)
-        if all(isinstance(size, int) for size in (T, self.capacity)) and T > self.capacity:
-            raise ValueError(f"a cache for {self.capacity} tokens cannot take {T}")
-        free = self.capacity - T
-        why = f"of {self.capacity} slots, {T} must be free"
-        checks.assert_in_range("the length of the cache", self.length, 0, free, why)
+        free = self.check_room(T)
         fits = (_are_counts(lengths, T) & (self.length <= free))[..., None, None, None]
         key, value = (
             jnp.where(fits, x, jnp.nan).astype(kept.dtype)
@@ -147,13 +145,78 @@ class KeyValueCache(NamedTuple):
         # A cache that has overflown stays so
         return KeyValueCache(keys, values, jnp.where(fits[..., 0, 0, 0], grown, _OVERFLOWN))
 
+    def check_room(self, T: int) -> int:
+        """The greatest length at which T more tokens fit.
+
+        Raises:
+          ValueError: they do not fit, as far as lengths are known.
+        """
+        if all(isinstance(size, int) for size in (T, self.capacity)) and T > self.capacity:
+            raise ValueError(f"a cache for {self.capacity} tokens cannot take {T}")
+        free = self.capacity - T
+        why = f"of {self.capacity} slots, {T} must be free"
+        checks.assert_in_range("the length of the cache", self.length, 0, free, why)
+        return free
+
     def extended(
-        self, key: Array, value: Array, *, lengths: Array | None = None
+        self,
+        key: Array,
+        value: Array,
+        *,
+        lengths: Array | None = None,
+        positions: Array | None = None,
     ) -> tuple["KeyValueCache", Seen]:
-        """`append`, and what the new tokens see: all tokens so far, themselves included."""
+        """`append`, and what the new tokens see: all tokens so far, themselves included.
+
+        Positions of the new tokens, `[T]` or `[..., T]`, are given where they are not their slots,
+        as in a tree of drafts; in later calls they are, so `keep` then moves what stays.
+        """
         cache = self.append(key, value, lengths=lengths)
         places = jnp.arange(cache.capacity, dtype=jnp.int32)
+        if positions is not None:
+            T = key.shape[-3]
+            own = jnp.broadcast_to(positions, (*self.length.shape, T)).astype(jnp.int32)
+            places = jnp.broadcast_to(places, (*self.length.shape, cache.capacity))
+            places = _write(places, own, self.length, -1)
         return cache, Seen(cache.key, cache.value, places, cache.mask)
+
+    def keep(self, start: Array, slots: Array, *, lengths: Array | None = None) -> "KeyValueCache":
+        """Of the tokens from `start` on, keep those in some slots and forget the others.
+
+        So the branch of a tree of drafts stays that is accepted; without slots, `[..., 0]`, all
+        from `start` on is forgotten.
+
+        Args:
+          start: integers `[...]`, where the kept tokens go.
+          slots: integers `[..., M]`, where they stand, in the order of their positions.
+          lengths: integers `[...]`, how many of the M are kept, the first ones; None: all.
+
+        Raises:
+          ValueError: a shape does not fit, or a slot or a length lies outside its range.
+
+        Example:
+          >>> cache = KeyValueCache.empty(1, capacity=8, num_kv_heads=1, head_features=1)
+          >>> token = jnp.arange(5.0).reshape(1, 5, 1, 1)
+          >>> cache = cache.append(token, token).keep(jnp.array([2]), jnp.array([[2, 4]]))
+          >>> cache.key[0, :4, 0, 0].tolist(), cache.length.tolist()
+          ([0.0, 1.0, 2.0, 4.0], [4])
+        """
+        start, slots = dtypes.indices(start), dtypes.indices(slots)
+        M = checks.assert_shapes(
+            length=(self.length, "..."), start=(start, "..."), slots=(slots, "... M")
+        )["M"]
+        checks.assert_in_range("slots", slots, 0, self.capacity - 1, "the last slot")
+        checks.assert_in_range("start", start, 0, self.capacity - M, "the last place for M tokens")
+        if lengths is not None:
+            checks.assert_in_range("lengths", lengths, 0, M, "M, the number of slots")
+        where = slots[..., None, None, :]
+        keys = jnp.take_along_axis(self.keys, where, axis=-1)
+        values = jnp.take_along_axis(self.values, jnp.swapaxes(where, -1, -2), axis=-2)
+        length = start + (M if lengths is None else dtypes.lengths(lengths))
+        return KeyValueCache(
+            _write(self.keys, keys, start, -1), _write(self.values, values, start, -2),
+            length.astype(jnp.int32),
+        )  # fmt: skip
 
     @property
     def overflown(self) -> Array:
@@ -256,9 +319,16 @@ class WindowCache(NamedTuple):
         return WindowCache(keys, _replaced(self.values, value, places, -2), grown)
 
     def extended(
-        self, key: Array, value: Array, *, lengths: Array | None = None
+        self,
+        key: Array,
+        value: Array,
+        *,
+        lengths: Array | None = None,
+        positions: Array | None = None,
     ) -> tuple["WindowCache", Seen]:
         """`append`, and what the new tokens see: what the window held before, and themselves."""
+        if positions is not None:
+            raise ValueError("a WindowCache knows positions by its slots: leave positions out")
         cache, T = self.append(key, value, lengths=lengths), key.shape[-3]
         if lengths is None and T == 1:
             return cache, Seen(cache.key, cache.value, cache.positions, cache.mask)

@@ -8,12 +8,13 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from flax.nnx.nn import initializers
 
 from jattn.attention import attend
-from jattn.functional import checks
+from jattn.functional import checks, masks, modifiers
 from jattn.functional.heads import merge_heads, pool_heads, split_heads
 from jattn.nn._shared import (
     Function,
@@ -23,6 +24,7 @@ from jattn.nn._shared import (
     dropout,
     dropped_weights,
     joined_masks,
+    joined_modifiers,
     normalized,
     sequence,
 )
@@ -136,7 +138,9 @@ class MultiHeadAttention(nnx.Module):
         self.out_features = in_features if out_features is None else out_features
         self.head_features = self._width_of_a_head(qkv_features, head_features)
         self.attend, self.dtype, self.precision = attending(attend), dtype, precision
-        self.rotary = None if rotary is None else Function("rotary", rotary)
+        self.rotary = rotary
+        if rotary is not None and not isinstance(rotary, nnx.Module):
+            self.rotary = Function("rotary", rotary)
         linear = functools.partial(
             nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
@@ -234,7 +238,8 @@ class MultiHeadAttention(nnx.Module):
           query: `[..., T, in_features]`.
           key: `[..., S, in_kv_features]`; None: the query (self-attention).
           value: `[..., S, in_value_features]`; None: the key.
-          mask, modifier, positions: as `jattn.attend` takes them.
+          mask, modifier, positions: as `jattn.attend` takes them. With a cache, positions are those
+            of the new tokens, twice, and only where they are not the next ones.
           cache: the keys and values of earlier tokens, from `empty_cache` or an earlier call. Those
             of this call are appended, and the query attends to all of them; pass the same mask as
             without a cache (`masks.causal()`, not an array), for it sees true positions.
@@ -251,8 +256,8 @@ class MultiHeadAttention(nnx.Module):
           cache if one is given.
 
         Raises:
-          ValueError: a shape does not fit, a value comes without a key, positions come with a
-            cache, or the cache has no room. (Under jit, where its length cannot be seen: NaN.)
+          ValueError: a shape does not fit, a value comes without a key, the cache has no room (NaN
+            under jit, where its length is not known), or a mask reads slots of a `WindowCache`.
           TypeError: an argument is not floating point, or is given by `attend=` too.
         """
         if key is None and value is not None:
@@ -262,14 +267,17 @@ class MultiHeadAttention(nnx.Module):
         query = sequence(query, self.in_features, "query")
         key = query if key is None else key
         rotary = self.rotary if rotary is None else rotary
+        given = positions and positions[0]
         if cache is not None:
-            newest = _newest(cache, query, key, positions)
+            newest = _newest(cache, query, key, positions, rotary)
+            if isinstance(cache, WindowCache):
+                _check_reads_positions(mask, modifier, getattr(self.attend, "given", {}))
             positions = newest, newest
         key, value = self.project(
             key, value, positions=positions and positions[1], rotary=rotary, sharding=qkv_sharding
         )
         if cache is not None:
-            cache, seen = cache.extended(key, value, lengths=lengths)
+            cache, seen = cache.extended(key, value, lengths=lengths, positions=given)
             key, value, mask = seen.key, seen.value, joined_masks(mask, seen.mask)
             positions = newest, seen.positions
         elif lengths is not None:
@@ -370,7 +378,7 @@ class MultiHeadAttention(nnx.Module):
             tokens are kept. None: all are kept.
           dtype: of keys and values; None: that to compute in, or of the kernels.
         """
-        dtype = dtype or self.dtype or self.key.kernel.dtype
+        dtype = dtype or self.dtype or jax.tree.leaves(nnx.state(self.key, nnx.Param))[0].dtype
         kind: type[Any] = KeyValueCache
         if window is not None:
             checks.assert_positive(window=window)
@@ -387,15 +395,53 @@ class MultiHeadAttention(nnx.Module):
         return heads if rotary is None else rotary(heads, positions)
 
 
-def _newest(cache: Any, query: Array, key: Array, positions: Any) -> Array:
+def _newest(cache: Any, query: Array, key: Array, positions: Any, rotary: Any) -> Array:
     """The positions of the tokens of this call, after a check of what goes with a cache."""
     if not isinstance(cache, Cache):
         expected = "a KeyValueCache or a WindowCache"
         raise TypeError(f"cache must be {expected}, got {type(cache).__name__}")
-    if positions is not None:
-        raise ValueError("positions come from the cache: leave them out")
     checks.assert_shapes(query=(query, "... T D"), key=(key, "... T E"))
-    return cache.next_positions(query.shape[-2])
+    *batch, T, _ = query.shape
+    if cache.length.shape != tuple(batch):
+        must = f"the cache is of {cache.length.shape} examples"
+        raise ValueError(f"{must}, got a query of shape {query.shape}")
+    bound = getattr(getattr(rotary, "function", rotary), "keywords", {})
+    if getattr(bound.get("rope"), "depends_on_length", False) and bound.get("length") is None:
+        raise ValueError(
+            f"the frequencies of {bound['rope']} depend on the length, and a cache keeps keys as "
+            "they are turned: bind length= to the length that the text may reach"
+        )
+    if positions is None:
+        return cache.next_positions(T)
+    own, others = positions
+    if own is not others:
+        raise ValueError(
+            "with a cache, positions are those of the new tokens, twice: (positions, positions)"
+        )
+    checks.assert_index(positions=own)
+    if np.shape(own) not in {(T,), (*batch, T)}:
+        must = f"positions must be [T] or [..., T] for a query of shape {query.shape}"
+        raise ValueError(f"{must}, got {np.shape(own)}")
+    return jnp.asarray(own)
+
+
+def _check_reads_positions(
+    mask: MaskLike, modifier: ModifierLike, given: Mapping[str, Any]
+) -> None:
+    """A `WindowCache` moves tokens between slots, so that what reads slots means nothing there."""
+    parts = [each for each in (mask, given.get("mask")) if each is not None]
+    parts += joined_modifiers(given.get("modifier"), modifier)
+    known = masks.Mask, modifiers.Modifier
+    slots = [
+        each
+        for each in parts
+        if hasattr(each, "dtype") or (isinstance(each, known) and each.reads_slots())
+    ]
+    if slots:
+        raise ValueError(
+            f"{slots[0]!r} reads slots, and a WindowCache moves tokens between them: use a mask of "
+            "positions, or a cache without a window"
+        )
 
 
 def _norm(normalize_qk: bool | Callable[..., Any]) -> Callable[..., Any] | None:
@@ -442,6 +488,12 @@ def to_grouped_query(module: Module, num_kv_heads: int) -> Module:
     for each in attentions:
         N = each.num_kv_heads
         checks.assert_divisible(**{"key/value heads": (N, "num_kv_heads", num_kv_heads)})
+        for linear in (each.key, each.value):
+            if type(linear) is not nnx.Linear:
+                raise TypeError(f"key and value must be Linears, got {type(linear).__name__}")
+    linears = [linear for each in attentions for linear in (each.key, each.value)]
+    if len(set(map(id, linears))) < len(linears):
+        raise ValueError("attentions, or key and value, share a Linear: pool its heads by hand")
     for each in attentions:
         for linear in (each.key, each.value):
             for parameter in (linear.kernel, linear.bias):

@@ -127,6 +127,8 @@ def test_bad_options(option, value, least, capsys):
         ("recurrent", ["--rounds", "0"], "--rounds must be at least 1, got 0"),
         ("seq2seq", ["--batch", "0"], "--batch must be at least 1, got 0"),
         ("transformer", ["--features", "100"], "--features must be a multiple of 64, got 100"),
+        ("causal_lm", ["--features", "100"], "--features must be a multiple of 64, got 100"),
+        ("causal_lm", ["--length", "1"], "--length must be at least 8, got 1"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(module, arguments, message, capsys):
@@ -159,6 +161,28 @@ def test_both_transformers_find_the_same_and_what_is_timed_runs(monkeypatch):
     assert training.keys() == {"jattn", "Flax", "PyTorch"}
     for run in training.values():
         run()
+
+
+@pytest.mark.torch
+def test_both_language_models_say_the_same_and_what_is_timed_runs():
+    from experiments.benchmarks import causal_lm
+
+    settings = causal_lm.Settings(batch=2, length=8, layers=1, features=64, slots=256)
+    ours, theirs = (run() for run in causal_lm.decoding(settings, 2).values())
+    np.testing.assert_array_equal(ours.tokens, theirs.numpy()[:, 4:])
+    training = causal_lm.training(settings)
+    assert training.keys() == {"jattn", "Flax", "PyTorch"}
+    for run in [*training.values(), *(run for run, _ in causal_lm.reading(settings).values())]:
+        run()
+
+
+@pytest.mark.slow
+def test_memory_of_a_training_step_is_linear_in_the_length():
+    from experiments.benchmarks import causal_lm
+
+    memory = causal_lm.step_memory(causal_lm.Settings(layers=1, features=64))
+    short, _, long = memory["jattn"]
+    assert long < 5 * short and memory["Flax"][-1] > 10 * memory["Flax"][0]
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])

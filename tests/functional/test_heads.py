@@ -116,3 +116,10 @@ def test_bad_input_is_named(match, call):
 def test_lengths_must_be_integers():
     with pytest.raises(TypeError, match="lengths must be integers, got float"):
         heads.repeat_lengths(np.array([3.0]), 2)
+
+
+def test_pooling_neither_overflows_nor_loses_equal_heads():
+    halves = np.array([[6e4], [-6e4], [np.inf], [np.inf]], np.float16)
+    found = heads.pool_heads(halves, 2)
+    np.testing.assert_array_equal(found, np.array([[0], [np.inf]], np.float16))
+    assert found.dtype == np.float16

@@ -344,6 +344,18 @@ X = np.zeros((5, 1, 4), np.float32)
             "at least 4 features, got 2",
             lambda: positions.rotary(X, rope=ropes.Dynamic(), features=2),
         ),
+        (
+            ValueError,
+            r"frequencies \[J\] or .*leading axes \(\), got shape \(7, 2\)",
+            lambda: positions.rotary(X, rope=np.ones((7, 2), np.float32)),
+        ),
+        (
+            ValueError,
+            r"length must be one integer or .*got shape \(5,\)",
+            lambda: positions.rotary(X, rope=ropes.Dynamic(), length=np.full(5, 3)),
+        ),
+        (TypeError, "length must be integers", lambda: positions.rotary(X, length=2.5)),
+        (ValueError, "length must lie in 0 … ", lambda: positions.rotary(X, length=-5)),
         (TypeError, "rope must be floating point", lambda: positions.rotary(X, rope="default")),
     ],
 )

@@ -121,6 +121,7 @@ def test_what_stands_for_a_missing_entry():
         (
             {
                 "sliding_window": 4,
+                "use_sliding_window": True,
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             },
             (4, None, 4),
@@ -221,7 +222,15 @@ def test_a_tied_output_may_be_written_too_but_not_differ(folder):
         ({"architectures": None, "model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"model_type": "mistral"}, "contradicts itself: LlamaForCausalLM, but model_type 'mis"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
+        (
+            {
+                "architectures": None,
+                "model_type": "qwen2",
+                "use_sliding_window": False,
+                "layer_types": ["sliding_attention"] * 3,
+            },
+            "holds sliding_attention, but use_sliding_window is false",
+        ),
         (
             {"rope_scaling": {"type": "su", "factor": 2.0}},
             "rope_type must be one of default, .*'su",

@@ -86,3 +86,12 @@ def test_what_is_hidden_shows_nowhere(bad, rng):
         assert all(np.isfinite(each).all() for each in gradient)
         for array, old in zip(hidden, before, strict=True):
             array[:] = old
+
+
+def test_great_values_and_no_values():
+    """A weighted mean of numbers near the greatest is one, and values may have no width."""
+    query, key = jnp.zeros((1, 1, 1, 4)), jnp.ones((1, 200, 1, 4))
+    mask = masks.padding(np.array([150]))
+    great = jattn.attend(query, key, jnp.full((1, 200, 1, 2), 3e37), mask=mask)
+    np.testing.assert_allclose(great, 3e37, rtol=1e-5)
+    assert jattn.attend(query, key, key[..., :0], mask=mask).shape == (1, 1, 1, 0)

@@ -186,7 +186,11 @@ def cached(model, tokens, **options):
             "length of the cache must lie in 0 … 0",
             lambda m, t: m(t, cache=cached(m, t[:, :1])[1]),
         ),
-        (ValueError, "positions come from the cache", lambda m, t: cached(m, t, positions=t[0])),
+        (
+            ValueError,
+            r"cache is of \(3,\) examples, got tokens of shape \(2, 12\)",
+            lambda m, t: cached(m, t[:2]),
+        ),
         (
             ValueError,
             "an entry for each layer, 2, got 1",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jattn import masks, modifiers, nn, positions
+from jattn import masks, models, modifiers, nn, positions, ropes
 
 B, T, D = 2, 9, 12
 FORMS = {
@@ -170,8 +170,8 @@ def test_tokens_beyond_the_capacity_stay_nan_under_jit_whatever_a_mask_hides(x, 
 
 
 WRONG = {
-    "another batch": (ValueError, r"key must be .* with ... = \(3,\)", {"batch": 3}),
-    "positions": (ValueError, "positions come from the cache", {"positions": True}),
+    "another batch": (ValueError, r"cache is of \(3,\) examples, got a query", {"batch": 3}),
+    "positions": (ValueError, r"\(positions, positions\)", {"positions": True}),
     "another module's": (ValueError, r"key must be .*K = 1", {"heads": 1}),
 }
 
@@ -181,7 +181,7 @@ def test_a_cache_that_does_not_fit_is_named(x, error, match, broken):
     attention, other = make(), make(num_kv_heads=broken.get("heads"))
     cache = other.empty_cache(broken.get("batch", B), T)
     steps = jnp.arange(T)
-    options = {"positions": (steps, steps)} if "positions" in broken else {}
+    options = {"positions": (steps, steps + 1)} if "positions" in broken else {}
     with pytest.raises(error, match=match):
         attention(x, cache=cache, **options)
 
@@ -278,3 +278,57 @@ def test_a_rotation_of_one_call_takes_the_place_of_the_modules_own(x):
     np.testing.assert_array_equal(turned(x, mask=masks.causal(), rotary=own), expected)
     with pytest.raises(TypeError, match="rotary must be a function, got 3"):
         make(rotary=3)
+
+
+def test_what_reads_slots_means_nothing_in_a_window(x):
+    attention, lengths = make(), np.array([2, 3])
+    cache = attention.empty_cache(B, 2 * T, window=3)
+    for options in (
+        {"mask": masks.padding(lengths)},
+        {"mask": masks.causal() & ~masks.padding(lengths)},
+        {"mask": np.ones((1, 3), bool)},
+        {"modifier": modifiers.bias(jnp.ones((1, 3)))},
+    ):
+        with pytest.raises(ValueError, match="reads slots, and a WindowCache moves tokens"):
+            attention(x[:, :1], cache=cache, **options)
+    with pytest.raises(ValueError, match="a WindowCache knows positions by its slots"):
+        steps = jnp.arange(1)
+        attention(x[:, :1], cache=cache, positions=(steps, steps))
+
+
+def test_a_rope_that_depends_on_the_length_needs_it_with_a_cache(x):
+    rope = ropes.Dynamic(factor=4.0, max_length=4)
+    attention = make(rotary=functools.partial(positions.rotary, rope=rope))
+    with pytest.raises(ValueError, match="bind length= to the length that the text may reach"):
+        attention(x, cache=attention.empty_cache(B, T))
+    bound = functools.partial(positions.rotary, rope=rope, length=T)
+    expected = attention(x, mask=masks.causal())
+    cache, found = attention.empty_cache(B, T), []
+    for t in range(T):
+        output, cache = attention(x[:, t : t + 1], cache=cache, mask=masks.causal(), rotary=bound)
+        found.append(output)
+    np.testing.assert_allclose(jnp.concatenate(found, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_accepted_branch_of_a_tree_of_drafts_stays():
+    """Each draft is what its path alone is, and so is what follows the branch that is kept."""
+    config = models.causal_lm.Config(11, 8, 2, 2, 1, 4, 16)
+    model = models.CausalLM(config, rngs=nnx.Rngs(0))
+    prompt, drafts = np.array([[3, 1, 4]]), np.array([[5, 9, 2, 6, 7]])
+    parents, depths = np.array([-1, 0, 0, 2, 3]), np.array([0, 1, 1, 2, 3])
+    _, cache = model(prompt, cache=model.empty_cache(1, 12))
+    tree = masks.tree(parents, prefix=3)
+    for given in (drafts, jnp.asarray(drafts)):
+        logits, grown = model(given, cache=cache, mask=tree, positions=3 + depths)
+        for draft, path in ((1, [0, 1]), (4, [0, 2, 3, 4])):
+            alone = model(np.concatenate([prompt, drafts[:, path]], axis=1))
+            np.testing.assert_allclose(logits[0, draft], alone[0, -1], rtol=1e-5, atol=1e-7)
+    kept = tuple(each.keep(jnp.array([3]), jnp.array([[3, 5, 6]])) for each in grown)
+    assert kept[0].length.tolist() == [6]
+    text = np.concatenate([prompt, drafts[:, [0, 2, 3]], [[8]]], axis=1)
+    found, _ = model(text[:, -1:], cache=kept)
+    np.testing.assert_allclose(found[0, 0], model(text)[0, -1], rtol=1e-5, atol=1e-7)
+    none = kept[0].keep(jnp.array([4]), jnp.zeros((1, 0), int))
+    assert none.length.tolist() == [4]
+    with pytest.raises(ValueError, match="slots must lie in 0 … 11"):
+        grown[0].keep(jnp.array([3]), jnp.array([[12]]))

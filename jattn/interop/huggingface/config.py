@@ -38,7 +38,8 @@ ARCHITECTURES: Mapping[str, Json] = MappingProxyType(
 def read_config(config: Json, generation: Json | None = None) -> Config:
     """The config of the `CausalLM` that a config.json describes.
 
-    Old and new spellings are read: `rope_theta` with `rope_scaling`, or `rope_parameters`.
+    Old and new spellings are read: `rope_theta` with `rope_scaling`, or `rope_parameters`. What
+    acts in training alone, such as `attention_dropout`, is no part of the model.
 
     Args:
       config: the contents of config.json.
@@ -52,6 +53,8 @@ def read_config(config: Json, generation: Json | None = None) -> Config:
       >>> read_config({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}).features
       64
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json must hold an object, got {type(config).__name__}")
     architecture = architecture_of(config)
     given = {**ARCHITECTURES[architecture], **config}
     _check_supported(architecture, given)
@@ -104,11 +107,9 @@ def architecture_of(config: Json) -> str:
 
 
 def _check_supported(architecture: str, given: Json) -> None:
-    activation, dropout = given.get("hidden_act", "silu"), given.get("attention_dropout") or 0
+    activation = given.get("hidden_act", "silu")
     if activation not in {"silu", "swish"}:
         raise ValueError(f"hidden_act must be 'silu', got {activation!r}")
-    if dropout:
-        raise ValueError(f"attention_dropout must be 0, for CausalLM drops nothing, got {dropout}")
     if given.get("quantization_config"):
         raise ValueError("quantization_config: CausalLM takes weights that are not quantized")
 
@@ -133,6 +134,8 @@ def _windows(architecture: str, given: Json) -> int | tuple[int | None, ...] | N
         raise ValueError(f"{must}, got {kinds}")
     if "sliding_attention" not in kinds:
         return None
+    if not given.get("use_sliding_window", True):
+        raise ValueError("layer_types holds sliding_attention, but use_sliding_window is false")
     if window is None:
         raise ValueError("layer_types holds sliding_attention, but there is no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -152,9 +155,8 @@ def read_rope(given: Json) -> ropes.Rope:
       Linear(base=1000000.0, factor=2.0)
     """
     inside = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
-    other = dict(given.get("rope_parameters") or {})
     kind = str(inside.get("rope_type", inside.get("type", "default")))
-    theta = inside.get("rope_theta", other.get("rope_theta", given.get("rope_theta")))
+    theta = inside.get("rope_theta", given.get("rope_theta"))
     base = 10000.0 if theta is None else float(theta)
     part = inside.get("partial_rotary_factor", given.get("partial_rotary_factor"))
     if part not in {None, 1}:
@@ -226,6 +228,9 @@ def write_config(config: Config, architecture: str | None = None, *, dtype: str)
       >>> written["architectures"], written["rope_parameters"]
       (['Qwen3ForCausalLM'], {'rope_type': 'default', 'rope_theta': 1000000.0})
     """
+    if architecture is not None and architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architecture must be one of {known}, got {architecture!r}")
     wanted = [name for name in ARCHITECTURES if _expresses(name, config)]
     if architecture is not None and architecture not in wanted:
         can = ", ".join(wanted) or "none"
@@ -252,7 +257,6 @@ def write_config(config: Config, architecture: str | None = None, *, dtype: str)
         "attention_dropout": 0.0,
         "eos_token_id": stop[0] if len(stop) == 1 else stop or None,
         "pad_token_id": config.pad,
-        "bos_token_id": None,
     }
     return written | _write_rope(config) | _write_form(architecture, config)
 

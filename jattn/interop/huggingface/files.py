@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -12,6 +13,7 @@ import safetensors.numpy
 from flax import nnx
 
 from jattn.attention import attend
+from jattn.functional import checks
 from jattn.interop.errors import ConversionError
 from jattn.interop.huggingface.config import read_config, write_config
 from jattn.interop.torch.convert import load_torch, to_torch
@@ -74,6 +76,8 @@ def load_pretrained(
     )
     _check_tokenizer(folder / "tokenizer.json", config.vocabulary)
     tensors = {name: tensor for name, tensor in _tensors(folder) if not name.endswith(_IGNORED)}
+    for name, asked in (("dtype", dtype), ("param_dtype", param_dtype)):
+        _check_dtype(name, asked)
     stored = jnp.result_type(*(tensor.dtype for tensor in tensors.values()))
     if param_dtype is not None:
         tensors = {name: tensor.astype(param_dtype) for name, tensor in tensors.items()}
@@ -86,7 +90,7 @@ def load_pretrained(
     try:
         load_torch(model, tensors)
     except ConversionError as error:
-        hint = error.hint or f"config.json of {folder} and its tensors contradict each other"
+        hint = f"config.json of {folder} and its tensors contradict each other"
         raise ConversionError(**vars(error) | {"hint": hint}) from None
     return model
 
@@ -136,6 +140,8 @@ def save_pretrained(
     if there:
         raise FileExistsError(f"{folder} holds a model already: {', '.join(there)}")
     folder.mkdir(parents=True, exist_ok=True)
+    checks.assert_positive(max_shard_bytes=max_shard_bytes)
+    _check_plain(module)
     shards = list(_shards(tensors, max_shard_bytes))
     names = [_WEIGHTS]
     if len(shards) > 1:
@@ -154,6 +160,16 @@ def save_pretrained(
     _write_json(folder / "config.json", config)
 
 
+def _check_plain(module: CausalLM) -> None:
+    """Nothing but the choice of a kernel may distinguish its attention from the config's."""
+    for n, layer in enumerate(module.layers):
+        attention: Any = layer.attention
+        changed = set(getattr(attention.attend, "given", ["attend"])) - {"implementation"}
+        if changed or layer.window != module.config.windows[n]:
+            what = ", ".join(sorted(changed)) or "window"
+            raise ValueError(f"layer {n} has a {what} of its own, which no config.json can say")
+
+
 def _shards(tensors: Mapping[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
     """The tensors, in their order, in parts of at most so many bytes, or of one tensor."""
     shard: dict[str, np.ndarray] = {}
@@ -168,15 +184,20 @@ def _shards(tensors: Mapping[str, np.ndarray], most: int) -> Iterator[dict[str, 
 
 def _tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of a folder by its name, from the files that the index names."""
-    if not (folder / _INDEX).exists():
-        if not (folder / _WEIGHTS).exists():
-            others = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f"; it holds {', '.join(others)}: save them as safetensors" if others else ""
-            raise FileNotFoundError(f"{folder} holds no {_WEIGHTS} and no {_INDEX}{hint}")
+    if (folder / _WEIGHTS).exists():  # as transformers, even where there is an index, too
         yield from _read(folder / _WEIGHTS, None)
         return
+    if not (folder / _INDEX).exists():
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; it holds {', '.join(others)}: save them as safetensors" if others else ""
+        raise FileNotFoundError(f"{folder} holds no {_WEIGHTS} and no {_INDEX}{hint}")
     files: dict[str, list[str]] = {}
-    for name, file in _json(folder / _INDEX)["weight_map"].items():
+    index = _json(folder / _INDEX)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise ValueError(f"{folder / _INDEX} has no weight_map")
+    for name, file in index["weight_map"].items():
+        if pathlib.Path(file).name != file:
+            raise ValueError(f"{_INDEX} names {file}, which is not in the folder")
         files.setdefault(file, []).append(name)
     for file, names in files.items():
         if not (folder / file).exists():
@@ -186,7 +207,11 @@ def _tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def _read(path: pathlib.Path, names: list[str] | None) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a file, all or those of the names."""
-    with safetensors.safe_open(path, framework="numpy") as file:
+    try:
+        opened = safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
+    with opened as file:
         held = list(file.keys())
         absent = sorted(set(names or ()) - set(held))
         if absent:
@@ -202,6 +227,19 @@ def _read(path: pathlib.Path, names: list[str] | None) -> Iterator[tuple[str, np
             for name in names or held:
                 if name in halves:
                     yield name, np.asarray(file.get_tensor(name))
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if dtype is None:
+        return
+    try:
+        is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise TypeError(f"{name} must be a floating dtype of JAX or NumPy, got {dtype!r}")
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ValueError(f"{name} = {jnp.dtype(dtype)}, which JAX has with jax_enable_x64 alone")
 
 
 def _check_tokenizer(path: pathlib.Path, vocabulary: int) -> None:
