@@ -4,8 +4,8 @@ from jattn.nn.adapters import attention_fn as attention_fn
 from jattn.nn.cache import KeyValueCache as KeyValueCache
 from jattn.nn.cache import WindowCache as WindowCache
 from jattn.nn.embedding import Embedding as Embedding
+from jattn.nn.grouped_query import to_grouped_query as to_grouped_query
 from jattn.nn.multi_head import MultiHeadAttention as MultiHeadAttention
-from jattn.nn.multi_head import to_grouped_query as to_grouped_query
 from jattn.nn.norms import RMSNorm as RMSNorm
 from jattn.nn.pooling import AdditiveAttention as AdditiveAttention
 from jattn.nn.pooling import BilinearAttention as BilinearAttention
