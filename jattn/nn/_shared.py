@@ -144,6 +144,16 @@ class Function:
         return f"Function({self.function!r})"
 
 
+def held(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a module holds of a function: a `Function`, or a module that is called, as it is.
+
+    Example:
+      >>> held("activation", abs)
+      Function(<built-in function abs>)
+    """
+    return function if isinstance(function, nnx.Module) else Function(name, function)
+
+
 def attending(attend: Callable[..., Any]) -> Callable[..., Any]:
     """What a module holds of its `attend=`: an `Attend`, or a module that attends, as it is.
 

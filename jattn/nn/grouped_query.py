@@ -33,6 +33,7 @@ def to_grouped_query(module: Module, num_kv_heads: int) -> Module:
     Paper: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
 
     Example:
+      >>> import jax.numpy as jnp
       >>> attention = to_grouped_query(MultiHeadAttention(6, 12, rngs=nnx.Rngs(0)), 2)
       >>> attention.num_kv_heads, attention.key.kernel.shape, attention(jnp.ones((5, 12))).shape
       (2, (12, 4), (5, 12))

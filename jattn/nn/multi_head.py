@@ -15,12 +15,12 @@ from jattn.attention import attend
 from jattn.functional import checks, masks, modifiers
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn._shared import (
-    Function,
     Options,
     apply,
     attending,
     dropout,
     dropped_weights,
+    held,
     joined_masks,
     joined_modifiers,
     normalized,
@@ -135,9 +135,7 @@ class MultiHeadAttention(nnx.Module):
         self.out_features = in_features if out_features is None else out_features
         self.head_features = self._width_of_a_head(qkv_features, head_features)
         self.attend, self.dtype, self.precision = attending(attend), dtype, precision
-        self.rotary = rotary
-        if rotary is not None and not isinstance(rotary, nnx.Module):
-            self.rotary = Function("rotary", rotary)
+        self.rotary = None if rotary is None else held("rotary", rotary)
         linear = functools.partial(
             nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
