@@ -25,7 +25,7 @@ from jattn.models import generation
 from jattn.models.decoding import Decoded
 from jattn.models.tokens import embed
 from jattn.nn._shared import joined_masks
-from jattn.nn.cache import Cache, KeyValueCache
+from jattn.nn.cache import Cache, KeyValueCache, of_layers
 from jattn.nn.embedding import Embedding
 from jattn.nn.multi_head import MultiHeadAttention
 from jattn.nn.norms import RMSNorm
@@ -118,12 +118,12 @@ class Config:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer."""
-        if not isinstance(self.window, (tuple, list)):
+        if not isinstance(self.window, tuple):
             return (self.window,) * self.num_layers
         if len(self.window) != self.num_layers:
             must = f"window must have one entry for each layer, {self.num_layers}"
             raise ValueError(f"{must}, got {len(self.window)}")
-        return tuple(self.window)
+        return self.window
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "Config":
@@ -355,12 +355,9 @@ class CausalLM(nnx.Module):
         return functools.partial(rotary, rope=self.config.rope, length=rope_length)
 
     def _caches(self, cache: Any, tokens: Array) -> Sequence[Cache | None]:
+        caches = of_layers(cache, len(self.layers))
         if cache is None:
-            return [None] * len(self.layers)
-        alone = isinstance(cache, Cache)
-        if alone or len(cache) != len(self.layers):
-            must = f"cache must have an entry for each layer, {len(self.layers)}"
-            raise ValueError(f"{must}, got {'the cache of one layer' if alone else len(cache)}")
+            return caches
         *batch, T = np.shape(tokens)
         for each in cache:
             if each.length.shape != tuple(batch):

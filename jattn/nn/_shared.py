@@ -37,15 +37,54 @@ class Options(Given, total=False):
     deterministic: bool | None
 
 
-class Attend:
+class Function:
+    """A function as a module holds it: two are equal if they hold equal things.
+
+    It never changes, so copies of a module share it. A module that is copied, or built anew, has an
+    equal graphdef.
+
+    Args:
+      name: of the argument, for errors.
+      function: a function, or a partial of one.
+
+    Raises:
+      TypeError: it is not callable.
+
+    Example:
+      >>> first, second = (Function("f", functools.partial(pow, exp=2)) for _ in range(2))
+      >>> first == second, first(3)
+      (True, 9)
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}")
+        _refuse_state(function, name)
+        self.function, self._content = function, _comparable(function)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """What the function gives."""
+        return self.function(*args, **options)
+
+    def __eq__(self, other: Any) -> bool:
+        return type(other) is type(self) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __deepcopy__(self, memo: Any) -> "Function":
+        return self
+
+    def __repr__(self) -> str:
+        return f"Function({self.function!r})"
+
+
+class Attend(Function):
     """`jattn.attend`, or a `functools.partial` of it, as a module holds it.
 
     A module hands on only what its caller gave. What the partial gives too is joined: masks by `&`,
     modifiers one after another, those of the partial first. Anything else that is given twice is an
     error.
-
-    It never changes, so copies of a module share it. Two are equal if they hold equal things: a
-    copied module, or one that is built anew, has an equal graphdef.
 
     Args:
       function: `jattn.attend`, a partial of it, or a function with its signature.
@@ -91,57 +130,9 @@ class Attend:
             )
         return self.function(query, key, value, **options)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Attend) and self._content == other._content
-
-    def __hash__(self) -> int:
-        return hash(self._content)
-
-    def __deepcopy__(self, memo: Any) -> "Attend":
-        return self
-
     def __repr__(self) -> str:
         given = "".join(f", {name}={each!r}" for name, each in self.given.items())
         return f"Attend({getattr(self.function, '__name__', self.function)}{given})"
-
-
-class Function:
-    """A function as a module holds it: two are equal if they hold equal things, as of `Attend`.
-
-    Args:
-      name: of the argument, for errors.
-      function: a function, or a partial of one.
-
-    Raises:
-      TypeError: it is not callable.
-
-    Example:
-      >>> first, second = (Function("f", functools.partial(pow, exp=2)) for _ in range(2))
-      >>> first == second, first(3)
-      (True, 9)
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any]):
-        if not callable(function):
-            raise TypeError(f"{name} must be a function, got {function!r}")
-        _refuse_state(function, name)
-        self.function, self._content = function, _comparable(function)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """What the function gives."""
-        return self.function(*args, **options)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Function) and self._content == other._content
-
-    def __hash__(self) -> int:
-        return hash(self._content)
-
-    def __deepcopy__(self, memo: Any) -> "Function":
-        return self
-
-    def __repr__(self) -> str:
-        return f"Function({self.function!r})"
 
 
 def held(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 `MultiHeadAttention` takes either cache. It calls `next_positions` and `extended`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +79,7 @@ class KeyValueCache(NamedTuple):
 
         Raises:
           ValueError: a size is not positive.
+          TypeError: the dtype is not floating point of 16 bits or more.
         """
         V = head_features if value_features is None else value_features
         if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
@@ -192,7 +194,9 @@ class KeyValueCache(NamedTuple):
           lengths: integers `[...]`, how many of the M are kept, the first ones; None: all.
 
         Raises:
-          ValueError: a shape does not fit, or a slot or a length lies outside its range.
+          ValueError: a shape does not fit, or a start, a slot or a length lies outside its range.
+            (Under jit, where they cannot be seen, what the cache gives is NaN.)
+          TypeError: start, slots or lengths are not integers.
 
         Example:
           >>> cache = KeyValueCache.empty(1, capacity=8, num_kv_heads=1, head_features=1)
@@ -201,21 +205,30 @@ class KeyValueCache(NamedTuple):
           >>> cache.key[0, :4, 0, 0].tolist(), cache.length.tolist()
           ([0.0, 1.0, 2.0, 4.0], [4])
         """
-        start, slots = dtypes.indices(start), dtypes.indices(slots)
+        checks.assert_index(start=start, slots=slots)
+        given: dict[str, Any] = {} if lengths is None else {"lengths": (lengths, "...")}
         M = checks.assert_shapes(
-            length=(self.length, "..."), start=(start, "..."), slots=(slots, "... M")
+            length=(self.length, "..."), start=(start, "..."), slots=(slots, "... M"), **given
         )["M"]
+        start, slots = dtypes.indices(start), dtypes.indices(slots)
         checks.assert_in_range("slots", slots, 0, self.capacity - 1, "the last slot")
         checks.assert_in_range("start", start, 0, self.capacity - M, "the last place for M tokens")
         if lengths is not None:
+            checks.assert_integers(lengths=lengths)
             checks.assert_in_range("lengths", lengths, 0, M, "M, the number of slots")
+        are_tokens = (slots >= 0) & (slots < self.length[..., None])
+        fits = are_tokens.all(-1) & _are_counts(lengths, M)
+        fits &= (start >= 0) & (start <= jnp.minimum(self.length, self.capacity - M))
+        known = checks.concrete(fits)
+        if known is not None and not known.all():
+            raise ValueError("start and slots must lie among the tokens that the cache holds")
         where = slots[..., None, None, :]
         keys = jnp.take_along_axis(self.keys, where, axis=-1)
         values = jnp.take_along_axis(self.values, jnp.swapaxes(where, -1, -2), axis=-2)
         length = start + (M if lengths is None else dtypes.lengths(lengths))
         return KeyValueCache(
             _write(self.keys, keys, start, -1), _write(self.values, values, start, -2),
-            length.astype(jnp.int32),
+            jnp.where(fits, length, _OVERFLOWN).astype(jnp.int32),
         )  # fmt: skip
 
     @property
@@ -349,6 +362,25 @@ class WindowCache(NamedTuple):
 
 Cache = KeyValueCache | WindowCache
 _NOWHERE, _OVERFLOWN = -(2**30), 2**30
+
+
+def of_layers(cache: Sequence[Cache] | None, number: int) -> Sequence[Cache | None]:
+    """The cache of each of a number of layers, or None for each.
+
+    Raises:
+      ValueError: there is not one for each layer.
+
+    Example:
+      >>> of_layers(None, 2)
+      [None, None]
+    """
+    if cache is None:
+        return [None] * number
+    alone = isinstance(cache, Cache)
+    if alone or len(cache) != number:
+        must = f"cache must have an entry for each layer, {number}"
+        raise ValueError(f"{must}, got {'the cache of one layer' if alone else len(cache)}")
+    return cache
 
 
 def _check_fits(cache: Cache, key: Array, value: Array, lengths: Array | None) -> Any:

@@ -14,7 +14,7 @@ from flax.nnx.nn import initializers
 from jattn.attention import attend
 from jattn.functional import checks
 from jattn.nn._shared import normalized
-from jattn.nn.cache import Cache
+from jattn.nn.cache import Cache, of_layers
 from jattn.nn.transformer_layers import (
     Activation,
     Heads,
@@ -77,7 +77,7 @@ class TransformerEncoder(nnx.Module):
             "mask": mask, "modifier": modifier, "deterministic": deterministic,
         }  # fmt: skip
         new = []
-        for layer, of_layer in zip(self.layers, _caches(cache, self.layers), strict=True):
+        for layer, of_layer in zip(self.layers, of_layers(cache, len(self.layers)), strict=True):
             if of_layer is None:
                 x = layer(x, **options)
             else:
@@ -148,7 +148,7 @@ class TransformerDecoder(nnx.Module):
             must = f"memory must have an entry for each layer, {len(self.layers)}"
             raise ValueError(f"{must}, got {len(memory)}: `remember` makes them")
         weights, new = [], []
-        for n, of_layer in enumerate(_caches(cache, self.layers)):
+        for n, of_layer in enumerate(of_layers(cache, len(self.layers))):
             result = self.layers[n](
                 x, memory[n] if several else memory, cache=of_layer,
                 return_weights=return_weights, **options,
@@ -168,16 +168,6 @@ def _stack(layers: Sequence[Callable[..., Any]]) -> Any:
     if not layers:
         raise ValueError("layers must hold at least one layer, got none")
     return nnx.List(layers)
-
-
-def _caches(cache: Caches | None, layers: Any) -> Sequence[Cache | None]:
-    if cache is None:
-        return [None] * len(layers)
-    alone = isinstance(cache, Cache)
-    if alone or len(cache) != len(layers):
-        must = f"cache must have an entry for each layer, {len(layers)}"
-        raise ValueError(f"{must}, got {'the cache of one layer' if alone else len(cache)}")
-    return cache
 
 
 class Transformer(nnx.Module):

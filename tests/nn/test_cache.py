@@ -332,3 +332,22 @@ def test_the_accepted_branch_of_a_tree_of_drafts_stays():
     assert none.length.tolist() == [4]
     with pytest.raises(ValueError, match="slots must lie in 0 … 11"):
         grown[0].keep(jnp.array([3]), jnp.array([[12]]))
+
+
+def test_what_is_kept_must_be_there_and_under_jit_shows_as_nan(x):
+    attention = make()
+    _, cache = attention(x[:, :5], cache=attention.empty_cache(B, T), mask=masks.causal())
+    for start, slots in (([6, 2], [[1], [3]]), ([2, 2], [[5], [3]]), ([-1, 2], [[1], [3]])):
+        start, slots = np.array(start), np.array(slots)
+        with pytest.raises(ValueError, match="start"):
+            cache.keep(start, slots)
+
+        @jax.jit
+        def then(start, slots):
+            kept = cache.keep(start, slots)
+            return attention(x[:, 5:6], cache=kept, mask=masks.causal())[0]
+
+        output = then(start, slots)
+        assert np.isnan(output[0]).all() and np.isfinite(output[1]).all()
+    with pytest.raises(ValueError, match="lengths must lie in 0 … 1"):
+        cache.keep(np.array([2, 2]), np.array([[1], [3]]), lengths=np.array([1, 2]))

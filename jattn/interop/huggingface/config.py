@@ -57,7 +57,7 @@ def read_config(config: Json, generation: Json | None = None) -> Config:
         raise ValueError(f"config.json must hold an object, got {type(config).__name__}")
     architecture = architecture_of(config)
     given = {**ARCHITECTURES[architecture], **config}
-    _check_supported(architecture, given)
+    _check_supported(given)
     qwen2 = architecture == "Qwen2ForCausalLM"
     bias = architecture != "MistralForCausalLM" and not qwen2 and bool(given.get("attention_bias"))
     ends = given if generation is None else generation
@@ -106,7 +106,7 @@ def architecture_of(config: Json) -> str:
     return str((named or fitting)[0])
 
 
-def _check_supported(architecture: str, given: Json) -> None:
+def _check_supported(given: Json) -> None:
     activation = given.get("hidden_act", "silu")
     if activation not in {"silu", "swish"}:
         raise ValueError(f"hidden_act must be 'silu', got {activation!r}")
