@@ -1,5 +1,6 @@
 """Folders of transformers: what they say is read, what they hold is loaded, and both come back."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from jattn import models, ropes
+from jattn import attend, models, modifiers, ropes
 from jattn.interop import ConversionError, load_pretrained, save_pretrained, to_torch
 from jattn.interop.huggingface.config import read_config, read_rope, write_config
 from jattn.models.causal_lm import PRESETS, Config
@@ -293,7 +294,44 @@ def test_what_is_saved_is_never_overwritten_and_always_expressible(folder, tmp_p
         save_pretrained(small(normalize_qk=True), tmp_path / "new", architecture="LlamaForCausalLM")
     with pytest.raises(ValueError, match="no architecture of"):
         save_pretrained(small(window=(2, 3, None)), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"architecture must be one of .*got 'llama'"):
+        save_pretrained(small(), tmp_path / "new", architecture="llama")
+    with pytest.raises(ValueError, match="max_shard_bytes must be"):
+        save_pretrained(small(), tmp_path / "new", max_shard_bytes=0)
+    changed = small()
+    changed.layers[1].window = 2
+    with pytest.raises(ValueError, match="layer 1 has a window of its own"):
+        save_pretrained(changed, tmp_path / "new")
+    capped = functools.partial(attend, modifier=modifiers.soft_cap(1.0))
+    with pytest.raises(ValueError, match="layer 0 has a modifier of its own"):
+        model = models.CausalLM(Config(23, 12, 3, 4, 2, 8, 20), attend=capped, rngs=nnx.Rngs(0))
+        save_pretrained(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_a_dtype_is_floating_point_and_there(folder, name):
+    for wrong in ("bf16", jnp.int32):
+        with pytest.raises(TypeError, match=f"{name} must be a floating dtype"):
+            load_pretrained(folder, **{name: wrong})
+    with pytest.raises(ValueError, match=f"{name} = float64 needs jax_enable_x64"):
+        load_pretrained(folder, **{name: "float64"})
+
+
+def test_files_that_cannot_be_read_are_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:7])
+    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
+        load_pretrained(folder)
+    path.unlink()
+    for index, match in (({}, "has no weight_map"), ({"a": "../b"}, r"names \.\./b, which is not")):
+        contents = {"weight_map": index} if index else {}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(contents))
+        with pytest.raises(ValueError, match=match):
+            load_pretrained(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold an object, got list"):
+        load_pretrained(folder)
 
 
 @pytest.mark.torch

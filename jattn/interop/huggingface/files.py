@@ -51,8 +51,10 @@ def load_pretrained(
 
     Raises:
       FileNotFoundError: the folder, or a file that it needs, is not there.
-      ValueError: the architecture or the type of the rope is not known; or the tokenizer has more
-        tokens than the model has rows.
+      TypeError: a dtype is not floating point.
+      ValueError: the architecture or the type of the rope is not known; the tokenizer has more
+        tokens than the model has rows; a file cannot be read; or float64 is asked for where JAX
+        does not have it.
       ConversionError: (a ValueError) tensors are missing, unused or of another shape than the
         config says, or a tied output differs from the embeddings.
 
@@ -67,6 +69,7 @@ def load_pretrained(
       >>> bool((loaded(jnp.array([[3, 1]])) == model(jnp.array([[3, 1]]))).all())
       True
     """
+    _check_dtypes(dtype=dtype, param_dtype=param_dtype)
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; models are loaded from local folders")
@@ -76,8 +79,6 @@ def load_pretrained(
     )
     _check_tokenizer(folder / "tokenizer.json", config.vocabulary)
     tensors = {name: tensor for name, tensor in _tensors(folder) if not name.endswith(_IGNORED)}
-    for name, asked in (("dtype", dtype), ("param_dtype", param_dtype)):
-        _check_dtype(name, asked)
     stored = jnp.result_type(*(tensor.dtype for tensor in tensors.values()))
     if param_dtype is not None:
         tensors = {name: tensor.astype(param_dtype) for name, tensor in tensors.items()}
@@ -116,8 +117,9 @@ def save_pretrained(
 
     Raises:
       TypeError: the module is no `CausalLM`.
-      ValueError: the architecture, or none, has models of this config; or the parameters have
-        several dtypes.
+      ValueError: the architecture is not known; it has no models of this config, or none has; the
+        parameters have several dtypes; or a layer has a window, a mask, a score or a modifier that
+        its config does not say.
       FileExistsError: the folder holds a model.
 
     Example:
@@ -131,6 +133,8 @@ def save_pretrained(
     """
     if not isinstance(module, CausalLM):
         raise TypeError(f"module must be a CausalLM, got {type(module).__name__}")
+    checks.assert_positive(max_shard_bytes=max_shard_bytes)
+    _check_plain(module)
     folder, tensors = pathlib.Path(folder), to_torch(module)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     if len(dtypes) > 1:
@@ -140,8 +144,6 @@ def save_pretrained(
     if there:
         raise FileExistsError(f"{folder} holds a model already: {', '.join(there)}")
     folder.mkdir(parents=True, exist_ok=True)
-    checks.assert_positive(max_shard_bytes=max_shard_bytes)
-    _check_plain(module)
     shards = list(_shards(tensors, max_shard_bytes))
     names = [_WEIGHTS]
     if len(shards) > 1:
@@ -229,17 +231,18 @@ def _read(path: pathlib.Path, names: list[str] | None) -> Iterator[tuple[str, np
                     yield name, np.asarray(file.get_tensor(name))
 
 
-def _check_dtype(name: str, dtype: Any) -> None:
-    if dtype is None:
-        return
-    try:
-        is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        is_floating = False
-    if not is_floating:
-        raise TypeError(f"{name} must be a floating dtype of JAX or NumPy, got {dtype!r}")
-    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
-        raise ValueError(f"{name} = {jnp.dtype(dtype)}, which JAX has with jax_enable_x64 alone")
+def _check_dtypes(**given: Any) -> None:
+    for name, dtype in given.items():
+        if dtype is None:
+            continue
+        try:
+            is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        except TypeError:
+            is_floating = False
+        if not is_floating:
+            raise TypeError(f"{name} must be a floating dtype of JAX or NumPy, got {dtype!r}")
+        if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+            raise ValueError(f"{name} = {jnp.dtype(dtype)} needs jax_enable_x64")
 
 
 def _check_tokenizer(path: pathlib.Path, vocabulary: int) -> None:
