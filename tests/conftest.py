@@ -9,6 +9,15 @@ from jattn.kernels.blockwise import sizes
 from tests.cases import VARIANTS
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Beyond the contract's first file `decode` is slow: its derivatives are those of `dense`."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("kernel") == "decode" and item.path.name != "contract.py":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(
     params=[
         pytest.param(name, marks=[pytest.mark.slow] * (len(name.split()) > 1)) for name in VARIANTS

@@ -17,6 +17,7 @@ from jattn import masks, models, modifiers, nn
 from jattn.functional import heads, masked_softmax, positions
 from jattn.models import (
     bahdanau,
+    bert,
     causal_lm,
     char_rnn,
     classifier,
@@ -150,6 +151,14 @@ def _sunk(rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32) -> 
     return nn.MultiHeadAttention(2, 4, rotary=positions.rotary, attend=sink, dtype=dtype, **options)
 
 
+def _relative(rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.Module:
+    options: dict[str, Any] = dict(param_dtype=param_dtype, rngs=rngs)
+    relative = nn.RelativePositions(
+        9, 2, with_key=True, embedding_init=nnx.initializers.normal(1.0), **options
+    )
+    return nn.MultiHeadAttention(2, 4, attend=relative, dtype=dtype, **options)
+
+
 MODULES = [
     _of(nn.NadarayaWatson, forms=("b t 1", "b s 1", "b s 2")),
     _of(nn.DotProductAttention, dropout_rate=0.5, forms=ATTENDED, call=_weighted),
@@ -168,6 +177,7 @@ MODULES = [
         forms=("b t 4", "b s 4", "b s 4"), call=_as_torch,
     ),
     Case("AttentionSink", _sunk, SEQUENCE, _causal),
+    Case("RelativePositions", _relative, SEQUENCE, _causal, constraints=("t <= 9",)),
     _of(nn.RMSNorm, 4, forms=SEQUENCE),
     _of(nn.GatedFeedForward, 4, 6, forms=SEQUENCE),
     _of(nn.FeedForward, 4, 6, activation="gelu", dropout_rate=0.5, forms=SEQUENCE),
@@ -246,7 +256,19 @@ def _causal_lm(rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32
     return model
 
 
+BERT = bert.Config(VOCABULARY, 4, 1, 2, 6, positions="relative_key")
+
+
+def _bert(rngs: nnx.Rngs, dtype: Any = None, param_dtype: Any = jnp.float32) -> nnx.Module:
+    model = models.BertForPreTraining(BERT, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    # Of size 1: norms of what is small curve so much that a finite difference fails
+    for table in (model.bert.embedding.embedding, model.bert.types.embedding):
+        table[...] *= 50
+    return model
+
+
 MODELS = [
+    Case("BertForPreTraining", _bert, ("b s ids", "b of s"), _logits, constraints=("s <= 512",)),
     Case("CausalLM", _causal_lm, ("b s ids", "b of s"), _logits),
     _model(models.CharCell, CHARACTERS, ("b t ids",)),
     _model(models.CharRNN, CHARACTERS, ("b t ids",)),
@@ -321,6 +343,20 @@ def sunk(query: Any, key: Any, value: Any) -> Any:
     return jattn.attend_with_sink(query, key, value, jnp.array([0.5, -1.0]), mask=masks.causal())
 
 
+def relative(query: Any, key: Any, value: Any) -> Any:
+    table = jnp.sin(jnp.arange(68, dtype=jnp.float32)).reshape(17, 4).astype(query.dtype)
+    modifier = modifiers.relative_key(query, table, key=key)
+    return jattn.attend(query, key, value, modifier=modifier)
+
+
+def hidden_words(tokens: Any) -> Any:
+    special = models.pretraining.Special(0, 1, 2, 3)
+    key = jax.random.key(0)
+    return jax.vmap(
+        lambda row: models.pretraining.mask_words(key, row, special, vocabulary=VOCABULARY)
+    )(tokens)
+
+
 def pooled(x: Any) -> Any:
     return heads.pool_heads(x, 2)
 
@@ -338,6 +374,8 @@ FUNCTIONS = [
     _function(rotated, "b t 2 4"),
     _function(sunk, *HEADS),
     _function(pooled, "b t 4 3"),
+    _function(relative, *HEADS),
+    _function(hidden_words, "b t ids"),
     _function(jax.vmap(models.tokens.cross_entropy), "b t 7", "b t ids", name="cross_entropy"),
 ]
 

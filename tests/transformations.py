@@ -35,7 +35,8 @@ from tests.modules import (
 )
 
 STATEFUL = [*MODULES, *MODELS]
-WHOLE = (*MODELS, *DECODING)  # slow where what they are made of says it as well
+# Slow but for one program of each: what they are made of says it as well
+WHOLE = (*MODELS, *DECODING, *(case for case in MODULES if str(case) == "Transformer"))
 # Flax's and JAX's own loops over what a module does: slow but for one of each kind
 KINDS = "MultiHeadAttention", "AdditiveAttention", "Embedding", "LSTM", "attend"
 OTHERS = tuple(case for case in ALL if str(case) not in KINDS)
@@ -93,7 +94,7 @@ def test_derivatives_forward_and_reverse_are_the_finite_difference(case):
     np.testing.assert_allclose(reverse, forward, rtol=1e-10, atol=1e-12)
 
 
-@over(*ALL)
+@over(*ALL, slow=WHOLE)
 def test_vmap(case):
     function, state = functional(case)
     batches = [np.stack([array, np.flip(array, 0)]) for array in case.arrays()]
@@ -163,13 +164,13 @@ class Called(nnx.Module):
         return self.call(self.module, *arrays)
 
 
-@over(*STATEFUL)
+@over(*STATEFUL, slow=WHOLE)
 def test_tabulate(case):
     table = nnx.tabulate(Called(case, nnx.Rngs(0)), *case.arrays(), console_kwargs={"width": 1000})
     assert type(case.module()).__name__ in table
 
 
-@over(*STATEFUL)
+@over(*STATEFUL, slow=WHOLE)
 def test_copies_and_checkpoints_are_equal(case, tmp_path):
     module = case.module()
     _graphdef, params, _ = nnx.split(module, nnx.Param, ...)
@@ -206,7 +207,7 @@ UNKNOWN_LENGTH = {
 }
 
 
-@over(*ALL, known=UNKNOWN_LENGTH)
+@over(*ALL, known=UNKNOWN_LENGTH, slow=WHOLE)
 def test_export_with_a_symbolic_batch_and_length(case):
     graphdef, params, rest = nnx.split(case.module(), nnx.Param, ...)
     params, structure = jax.tree.flatten(params)
@@ -232,7 +233,7 @@ def two_devices(kind):
 @pytest.mark.parametrize(
     "check_vma", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["vma", "no_vma"]
 )
-@over(*ALL)
+@over(*ALL, slow=WHOLE)
 def test_shard_map_over_the_batch(request, case, check_vma):
     """Outputs, and the gradients of weights that all devices share."""
     if check_vma and not ERF_VARIES and str(case) == "FeedForward":
@@ -258,7 +259,7 @@ def test_shard_map_over_the_batch(request, case, check_vma):
     same(found, gradient(case))
 
 
-@over(*ALL)
+@over(*ALL, slow=WHOLE)
 def test_a_mesh_with_explicit_axes(case):
     """Outputs that are sharded over the batch, and gradients."""
     function, state = functional(case)
@@ -299,7 +300,7 @@ def test_linen(case):
     same(jax.jit(linen.apply)(variables, *case.arrays()), expected(case))
 
 
-@over(*[case for case in STATEFUL if "dtype" in case.options])
+@over(*[case for case in STATEFUL if "dtype" in case.options], slow=WHOLE)
 def test_half_precision(case):
     """`dtype` computes in bfloat16 whatever comes, and so do bfloat16 parameters and inputs."""
 

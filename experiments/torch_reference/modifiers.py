@@ -1,4 +1,4 @@
-"""Biases of position that are added to the scores: ALiBi and T5's."""
+"""What positions add to the scores: ALiBi, T5's biases, and BERT's relative keys."""
 
 import math
 
@@ -90,6 +90,37 @@ class T5Bias(BiasedAttention):
         return self.attend(query, key, value, table[buckets].permute(2, 0, 1))
 
 
+def relative_scores(
+    query: torch.Tensor, key: torch.Tensor, table: torch.Tensor, with_key: bool
+) -> torch.Tensor:
+    """(q·k + q·e) / √H, or (q·k + (q + k)·e) / √H, with e = E[i − j + L − 1]: [B, N, T, S]."""
+    i, j = torch.arange(query.shape[1])[:, None], torch.arange(key.shape[1])
+    rows = table[i - j + (len(table) - 1) // 2]
+    scores = torch.einsum("btnh, bsnh -> bnts", query, key)
+    scores = scores + torch.einsum("btnh, tsh -> bnts", query, rows)
+    if with_key:
+        scores = scores + torch.einsum("bsnh, tsh -> bnts", key, rows)
+    return scores / query.shape[-1] ** 0.5
+
+
+class RelativePositions(nn.Module):
+    """Attention with a learned row for each distance, over heads [B, T, N, H], causal or not."""
+
+    def __init__(
+        self, max_length: int, head_features: int, with_key: bool = False, causal: bool = False
+    ) -> None:
+        super().__init__()
+        self.distance_embedding = nn.Embedding(2 * max_length - 1, head_features)
+        self.with_key, self.causal = with_key, causal
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Outputs:
+        """Output [B, T, N, V] and weights [B, N, T, S]."""
+        scores = relative_scores(query, key, self.distance_embedding.weight, self.with_key)
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if self.causal else None
+        weights = masked_softmax(scores, seen)
+        return {"output": torch.einsum("bnts, bsnh -> btnh", weights, value), "weights": weights}
+
+
 def cases() -> list[Case]:
     """Every case of the modifiers."""
 
@@ -100,6 +131,7 @@ def cases() -> list[Case]:
     far: Inputs = heads(3, 19, 23)
     causal, both = {"causal": True}, {"causal": False}
     t5 = {"bidirectional": True, "max_distance": 17}
+    relative = {"max_length": 11, "head_features": 2}
     return [
         *cases_of(
             "modifiers/alibi",
@@ -114,5 +146,12 @@ def cases() -> list[Case]:
             T5Bias,
             t5_bias=(both | t5, far | {"table": (10, 3)}),
             t5_bias_causal=(causal | t5 | {"bidirectional": False}, far | {"table": (7, 3)}),
+        ),
+        *cases_of(
+            "modifiers/relative_key",
+            RelativePositions,
+            relative_key=(relative, heads(3, 5, 7)),
+            relative_key_causal=(relative | causal, heads(3, 11, 11)),
+            relative_key_query=(relative | {"with_key": True}, heads(3, 5, 7)),
         ),
     ]

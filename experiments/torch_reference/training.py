@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.torch_reference import bahdanau, causal_lm, char_rnn, pooling, transformer
+from experiments.torch_reference import bahdanau, bert, causal_lm, char_rnn, pooling, transformer
 from experiments.torch_reference.cases import Case
 from experiments.torch_reference.record import versions
 from jattn.parity.fixtures import Fixture
@@ -62,10 +62,20 @@ def class_entropy(outputs: Tensors, labels: Tensors) -> torch.Tensor:
     return nn.functional.cross_entropy(outputs["logits"], labels["target"])
 
 
+def pre_training_loss(outputs: Tensors, labels: Tensors) -> torch.Tensor:
+    """That of `transformers`: hidden words, and whether the second text follows the first."""
+    words = nn.functional.cross_entropy(
+        outputs["prediction_logits"].flatten(0, 1), labels["words"].flatten(), ignore_index=-100
+    )
+    follows = outputs["seq_relationship_logits"]
+    return words + nn.functional.cross_entropy(follows, labels["follows"])
+
+
 LOSSES: dict[str, Callable[[Tensors, Tensors], torch.Tensor]] = {
     "squared_error": squared_error,
     "cross_entropy": cross_entropy,
     "class_entropy": class_entropy,
+    "pre_training": pre_training_loss,
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -154,6 +164,25 @@ def language_modelling() -> Training:
     return Training(case, {"target": tokens[:, 1:]}, "cross_entropy", adamw)
 
 
+def pre_training() -> Training:
+    """Hidden words and the order of two texts are learnt by heart."""
+    generator = np.random.default_rng(11)
+    tokens = generator.integers(4, 13, size=(4, 9))
+    words = np.where(generator.random(tokens.shape) < 0.3, tokens, -100)
+    inputs = {
+        "tokens": np.where(words == -100, tokens, 3),
+        "types": (np.arange(9) > np.array([[3], [4], [5], [2]])).astype(np.int64),
+        "lengths": np.array([9, 7, 8, 9]),
+    }
+    words = np.where(np.arange(9) < inputs["lengths"][:, None], words, -100)
+    still = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    arguments = {"architecture": "BertForPreTraining", **bert.SMALL, **still}
+    case = Case("bert/pre_training", "by_heart", bert.Bert, arguments, inputs)
+    adamw = {"name": "adamw", "learning_rate": 0.005, "weight_decay": 0.1, "max_norm": 0.5}
+    labels = {"words": words, "follows": np.array([0, 1, 1, 0])}
+    return Training(case, labels, "pre_training", adamw)
+
+
 def all_trainings() -> list[Training]:
     """Every training that has a fixture."""
     return [
@@ -162,6 +191,7 @@ def all_trainings() -> list[Training]:
         translation(),
         sequence_classification(),
         language_modelling(),
+        pre_training(),
     ]
 
 

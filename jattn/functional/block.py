@@ -142,10 +142,22 @@ class Block:
 
     def of_pair(self, array: Any) -> Array:
         """Pick `array`, broadcastable to `[..., N, T, S]`; axes of size 1 are kept."""
+        return self._part(array, (-2, self.rows), (-1, self.columns))
+
+    def of_rows(self, array: Any) -> Array:
+        """Pick `array [..., N, T, n]`, n numbers for each query, as `[..., N, rows, n]`."""
+        return self._part(array, (-2, self.rows))
+
+    def of_columns(self, array: Any) -> Array:
+        """Pick `array [..., N, S, n]`, n numbers for each key, as `[..., N, columns, n]`."""
+        return self._part(array, (-2, self.columns))
+
+    def _part(self, array: Any, *slots: tuple[int, Range]) -> Array:
+        """Pick examples, heads and slots; axes of size 1 are kept."""
         array = jnp.asarray(array)
         array = array.reshape((1,) * (len(self.batch) + 3 - array.ndim) + array.shape)
         heads = (0, self.num_heads) if self.head is None else (self.head, 1)
-        for axis, indices in ((-3, heads), (-2, self.rows), (-1, self.columns)):
+        for axis, indices in ((-3, heads), *slots):
             array = array if array.shape[axis] == 1 else _slice(array, axis, indices)
         if self.examples is None or all(size == 1 for size in array.shape[:-3]):
             return array

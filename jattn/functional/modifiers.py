@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
-from jattn.functional import checks
+from jattn.functional import checks, dtypes
 from jattn.functional.block import Block
+from jattn.functional.products import product
 from jattn.functional.pytree import pytree
 
 Array = jax.Array
@@ -181,6 +183,58 @@ def relative_bias(table: Array) -> Modifier:
     return _RelativeBias(table)
 
 
+def relative_key(
+    query: Array, table: Array, *, key: Array | None = None, scale: float | None = None
+) -> Modifier:
+    """The product of query, or of query and key, with a learned row for their distance.
+
+        score ← score + scale · q · E[i − j + L − 1]          (BERT's relative_key)
+        score ← score + scale · (q + k) · E[i − j + L − 1]    (with `key`: relative_key_query)
+
+    It keeps the products of every query, or key, with all rows, `[..., N, T, 2 L − 1]`.
+
+    Args:
+      query: `[..., T, N, H]`, that of the call of `attend`; floating point, as all arrays here.
+      table: E, `[2 L − 1, H]`; L is the longest length. Longer inputs are an error; with positions
+        of one's own, a distance of L or more adds NaN.
+      key: `[..., S, K, H]`, that of the call; None: the query alone.
+      scale: that of the call; None: 1/√H.
+
+    Raises:
+      ValueError: a shape does not fit.
+      TypeError: an array is not floating point.
+
+    Papers: Shaw et al. 2018, https://arxiv.org/abs/1803.02155; with the key Huang et al. 2020,
+    https://arxiv.org/abs/2009.13658
+
+    Example:
+      >>> query, table = jnp.ones((2, 1, 4)), jnp.arange(12.0).reshape(3, 4)
+      >>> float(relative_key(query, table)(0.0, 0, 0, 1, 0))  # ½ (8 + 9 + 10 + 11)
+      19.0
+    """
+    checks.assert_floating(query=query, table=table)
+    sizes = checks.assert_shapes(query=(query, "... T N H"), table=(table, "rows H"))
+    if sizes["rows"] % 2 == 0:
+        raise ValueError(f"table must be [2 L − 1, H], got shape {np.shape(table)}")
+    scale = sizes["H"] ** -0.5 if scale is None else scale
+    by_key = None
+    if key is not None:
+        checks.assert_floating(key=key)
+        checks.assert_shapes(key=(key, "... S K H"), table=(table, "rows H"))
+        checks.assert_divisible(N=(sizes["N"], "K", np.shape(key)[-2]))
+        by_key = _products(key, table, scale)
+    return RelativeKey(_products(query, table, scale), by_key)
+
+
+def _products(heads: Array, table: Array, scale: float) -> Array:
+    """`[..., length, heads, H]` times every row: `[..., heads, length, rows]`."""
+    heads, table = jnp.asarray(heads), jnp.asarray(table)
+    if not dtypes.is_half(heads.dtype):  # a half-precision operand decides for both
+        heads, table = (each.astype(jnp.result_type(heads, table)) for each in (heads, table))
+    products = product(rearrange(heads, "... length n h -> ... n length h"), table)
+    return products * jnp.asarray(scale, products.dtype)
+
+
 def t5_bias(table: Array, *, bidirectional: bool = True, max_distance: int = 128) -> Modifier:
     """T5's learned bias: exact for near offsets, one bucket per range of distances further away.
 
@@ -258,11 +312,7 @@ class _RelativeBias(Modifier):
 
     def rule(self, scores: Array, block: Block) -> Array:
         table = jnp.asarray(self.table, scores.dtype)
-        middle = (table.shape[-1] - 1) // 2
-        distance = jnp.minimum(block.distance, np.uint32(middle + 1)).astype(jnp.int32)
-        offset = jnp.where(block.q_idx >= block.k_idx, distance, -distance)
-        # Beyond the table stands NaN; `fill` would read a negative index from its end, as Python
-        index = jnp.where(distance > middle, table.shape[-1], middle + offset)
+        index = _offset_index(block, table.shape[-1])
         where = (index,) if table.ndim == 1 else (block.h, index)
         return scores + table.at[where].get(mode="fill", fill_value=jnp.nan)
 
@@ -271,13 +321,54 @@ class _RelativeBias(Modifier):
     ) -> None:
         if np.ndim(self.table) == 2:
             _check_heads("relative_bias table", np.shape(self.table)[0], num_heads)
-        longest = (np.shape(self.table)[-1] + 1) // 2
-        lengths = [n for n in (T, S) if isinstance(n, int)]
-        if max(lengths, default=0) > longest and not own_positions:
-            raise ValueError(
-                f"relative_bias table holds offsets of lengths up to {longest}, "
-                f"got T = {T} and S = {S}"
-            )
+        _check_offsets("relative_bias", np.shape(self.table)[-1], T, S, own_positions)
+
+
+@pytree
+class RelativeKey(Modifier):
+    """Products with every row of a table, of which the distance chooses one."""
+
+    by_query: Any
+    by_key: Any
+
+    def reads_slots(self) -> bool:
+        """It reads those of the keys, where the key has a part in it."""
+        return self.by_key is not None
+
+    def rule(self, scores: Array, block: Block) -> Array:
+        """Add the products with the row of each distance."""
+        index = _offset_index(block, self.by_query.shape[-1])
+        added = _taken(block.of_rows(self.by_query), index)
+        if self.by_key is not None:
+            shared = self.by_query.shape[-3] // self.by_key.shape[-3]
+            by_key = block.of_columns(jnp.repeat(self.by_key, shared, axis=-3))
+            added = added + _taken(by_key, index.mT).mT
+        return scores + added.astype(scores.dtype)
+
+    def check(
+        self, batch: tuple[int, ...], num_heads: int, T: int, S: int, own_positions: bool
+    ) -> None:
+        """The products must be of these queries and keys, and the table long enough."""
+        for name, products, length in (("query", self.by_query, T), ("key", self.by_key, S)):
+            if products is not None:
+                heads = num_heads if name == "query" else products.shape[-3]
+                expected = (*batch, heads, length, products.shape[-1])
+                meaning = f"[..., heads, length, rows], of the {name} of this call"
+                checks.assert_broadcastable("relative_key", products, expected, meaning)
+        _check_offsets("relative_key", self.by_query.shape[-1], T, S, own_positions)
+
+
+def _taken(products: Array, index: Array) -> Array:
+    return jnp.take_along_axis(products, index, axis=-1, mode="fill", fill_value=jnp.nan)
+
+
+def _offset_index(block: Block, rows: int) -> Array:
+    """Of 2 L − 1 rows that of each offset i − j; `rows`, where NaN stands, beyond the table."""
+    middle = (rows - 1) // 2
+    distance = jnp.minimum(block.distance, np.uint32(middle + 1)).astype(jnp.int32)
+    offset = jnp.where(block.q_idx >= block.k_idx, distance, -distance)
+    # `fill` would read a negative index from its end, as Python
+    return jnp.where(distance > middle, rows, middle + offset)
 
 
 @pytree
@@ -332,6 +423,14 @@ class Bias(Modifier):
     ) -> None:
         """The array must broadcast to the scores."""
         checks.assert_broadcastable("bias", self.array, (*batch, num_heads, T, S), "[..., N, T, S]")
+
+
+def _check_offsets(name: str, rows: int, T: int, S: int, own_positions: bool) -> None:
+    longest = (rows + 1) // 2
+    lengths = [n for n in (T, S) if isinstance(n, int)]
+    if max(lengths, default=0) > longest and not own_positions:
+        up_to = f"{name} table holds offsets of lengths up to {longest}"
+        raise ValueError(f"{up_to}, got T = {T} and S = {S}")
 
 
 def _check_heads(name: str, got: int, num_heads: int) -> None:

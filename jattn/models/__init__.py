@@ -1,6 +1,7 @@
 """Whole models, one readable file each, and ways to decode from them."""
 
 from jattn.models import bahdanau as bahdanau
+from jattn.models import bert as bert
 from jattn.models import causal_lm as causal_lm
 from jattn.models import char_rnn as char_rnn
 from jattn.models import classifier as classifier
@@ -8,10 +9,16 @@ from jattn.models import decoding as decoding
 from jattn.models import feature_encoder as feature_encoder
 from jattn.models import generation as generation
 from jattn.models import luong as luong
+from jattn.models import pretraining as pretraining
 from jattn.models import sampling as sampling
 from jattn.models import tokens as tokens
 from jattn.models import transformer as transformer
 from jattn.models.bahdanau import BahdanauTranslator as BahdanauTranslator
+from jattn.models.bert import Bert as Bert
+from jattn.models.bert import BertForMaskedLM as BertForMaskedLM
+from jattn.models.bert import BertForPreTraining as BertForPreTraining
+from jattn.models.bert import BertForSequenceClassification as BertForSequenceClassification
+from jattn.models.bert import BertForTokenClassification as BertForTokenClassification
 from jattn.models.causal_lm import CausalLM as CausalLM
 from jattn.models.char_rnn import CharCell as CharCell
 from jattn.models.char_rnn import CharRNN as CharRNN

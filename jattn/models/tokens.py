@@ -1,9 +1,11 @@
 """Token ids: checked, embedded, and predicted."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.nnx.nn import initializers
 
@@ -24,7 +26,9 @@ def embed(name: str, tokens: Array, embedding: Embedding) -> Array:
     return embedding(checks.validated_tokens(name, tokens, embedding.num_embeddings))
 
 
-def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None) -> Array:
+def cross_entropy(
+    logits: Array, targets: Array, *, lengths: Array | None = None, ignored: int | None = None
+) -> Array:
     """The mean negative log-likelihood of the real target tokens.
 
         −(1/n) Σ log softmax(logits)[target]   over the n real tokens
@@ -33,6 +37,7 @@ def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None
       logits: `[..., T, C]`, floating point.
       targets: token ids `[..., T]`: what each step should predict, the end token included.
       lengths: integers `[...]`, how many targets of each sequence are real; None: all.
+      ignored: an id that marks targets that are not real, such as −100, wherever they stand.
 
     Returns:
       A scalar in nats, of float32 for logits of half precision; NaN if no token is real.
@@ -49,13 +54,27 @@ def cross_entropy(logits: Array, targets: Array, *, lengths: Array | None = None
     """
     sizes = checks.assert_shapes(logits=(logits, "... T C"), targets=(targets, "... T"))
     checks.assert_floating(logits=logits)
+    checks.assert_integers(targets=targets)
+    real = None
+    if ignored is not None:
+        real = jnp.asarray(targets) != ignored
+        targets = _replaced(targets, ignored)
     targets = checks.validated_tokens("targets", targets, sizes["C"])
     losses = compat.automatically(
         optax.softmax_cross_entropy_with_integer_labels, jax.typeof(targets).sharding.spec
     )(jnp.asarray(logits, dtypes.accumulator(logits.dtype)), targets)
-    if lengths is None:
-        return jnp.mean(losses)
-    checks.assert_shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
-    checks.assert_integers(lengths=lengths)
-    checks.assert_in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
-    return jnp.mean(losses, where=is_real(lengths, sizes["T"]))
+    if lengths is not None:
+        checks.assert_shapes(targets=(targets, "... T"), lengths=(lengths, "..."))
+        checks.assert_integers(lengths=lengths)
+        checks.assert_in_range("lengths", lengths, 0, sizes["T"], "T, the number of targets")
+        within = is_real(lengths, sizes["T"])
+        real = within if real is None else real & within
+    return jnp.mean(losses, where=real)
+
+
+def _replaced(targets: Any, ignored: int) -> Any:
+    """Targets with 0 for `ignored`; known ones stay known, so that they are checked."""
+    known = checks.concrete(targets)
+    if known is not None:
+        return np.where(known == ignored, 0, known)
+    return jnp.where(targets == ignored, 0, targets)

@@ -13,6 +13,7 @@ from jattn.nn.pooling import CosineAttention as CosineAttention
 from jattn.nn.pooling import DotProductAttention as DotProductAttention
 from jattn.nn.pooling import NadarayaWatson as NadarayaWatson
 from jattn.nn.positions import LearnedPositions as LearnedPositions
+from jattn.nn.positions import RelativePositions as RelativePositions
 from jattn.nn.positions import SinusoidalPositions as SinusoidalPositions
 from jattn.nn.pytorch import TorchMultiheadAttention as TorchMultiheadAttention
 from jattn.nn.recurrent import GRU as GRU

@@ -1,5 +1,6 @@
-"""Positions added to a sequence of embeddings."""
+"""Positions added to a sequence of embeddings, or known to its attention."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import initializers
 
-from jattn.functional import checks
+from jattn.attention import attend
+from jattn.functional import checks, modifiers
 from jattn.functional.positions import sinusoidal_encoding
-from jattn.nn._shared import dropout, promoted, rows, sequence
+from jattn.nn._shared import attending, dropout, joined_modifiers, promoted, rows, sequence
+from jattn.request import ModifierLike
 
 Array = jax.Array
 
@@ -118,6 +121,87 @@ class LearnedPositions(nnx.Module):
         return _plus(x, table)
 
 
+class RelativePositions(nnx.Module):
+    """Attention that knows distances by a learned table: the `attend=` of another module.
+
+        score = (q · k + q · E[i − j + L − 1]) / √H       (BERT's relative_key)
+
+    All heads share the table. With a cache, i and j are true positions.
+
+    Args:
+      max_length: L, the number of tokens that the table is for.
+      head_features: H, the width of a head.
+      with_key: whether k · E[i − j + L − 1] is added, too (BERT's relative_key_query).
+      attend: `jattn.attend`, or a `functools.partial` of it that sets a kernel, mask or modifier;
+        or a module that is called as `jattn.attend`.
+      param_dtype: dtype of the table.
+      embedding_init: of the table; normal with standard deviation 0.02.
+      rngs: for initialisation.
+
+    Attributes:
+      embedding: E, `[2 L − 1, H]`.
+
+    Raises:
+      ValueError: a size is not positive; in a call, there are more than L tokens, or heads of
+        another width.
+
+    Papers: Shaw et al. 2018, https://arxiv.org/abs/1803.02155; with the key Huang et al. 2020,
+    https://arxiv.org/abs/2009.13658
+
+    Example:
+      >>> from jattn import nn
+      >>> rngs = nnx.Rngs(0)
+      >>> relative = RelativePositions(9, 3, rngs=rngs)
+      >>> attention = nn.MultiHeadAttention(2, 6, attend=relative, rngs=rngs)
+      >>> attention(jnp.ones((5, 6))).shape, relative.embedding.shape
+      ((5, 6), (17, 3))
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        head_features: int,
+        *,
+        with_key: bool = False,
+        attend: Callable[..., Any] = attend,
+        param_dtype: Any = jnp.float32,
+        embedding_init: Callable[..., Any] = initializers.normal(0.02),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        checks.assert_positive(max_length=max_length, head_features=head_features)
+        checks.assert_bool(with_key=with_key)
+        self.max_length, self.with_key, self.attend = max_length, with_key, attending(attend)
+        table = embedding_init(rngs.params(), (2 * max_length - 1, head_features), param_dtype)
+        self.embedding = nnx.Param(table)
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        modifier: ModifierLike = None,
+        positions: tuple[Array, Array] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Attend; arguments and results are those of `jattn.attend`.
+
+        With positions, a distance of L or more gives NaN.
+        """
+        table, L = self.embedding[...], self.max_length
+        if positions is None:
+            longest = max(query.shape[-3], key.shape[-3])
+            if not _at_most(longest, L):
+                raise ValueError(f"got {longest} tokens, beyond the {L} relative positions")
+            if isinstance(longest, int):  # no symbol of `jax.export`
+                table = table[L - longest : L + longest - 1]  # no other rows are read
+        own = modifiers.relative_key(query, table, key=key if self.with_key else None)
+        return self.attend(
+            query, key, value,
+            modifier=joined_modifiers(own, modifier), positions=positions, **options,
+        )  # fmt: skip
+
+
 def _check(positions: Any, x: Array) -> None:
     if positions is not None and jnp.shape(positions) not in {x.shape[-2:-1], x.shape[:-1]}:
         must = f"positions must be [T] or [..., T] for x of shape {x.shape}"
@@ -133,6 +217,6 @@ def _at_most(length: Any, bound: int) -> bool:
         return length <= bound
     except jax.errors.InconclusiveDimensionOperation:
         raise ValueError(
-            f"x has a length {length} that may be beyond the {bound} learned positions: give "
+            f"a length {length} may be beyond the {bound} learned positions: give "
             f'jax.export.symbolic_shape the constraint "{length} <= {bound}"'
         ) from None

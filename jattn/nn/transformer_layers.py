@@ -54,7 +54,38 @@ def silu(x: Array) -> Array:
     return jax.nn.silu(x)
 
 
+def gelu_tanh(x: Array) -> Array:
+    """x · Φ(x), approximated by tanh: GPT-2's, which `transformers` calls gelu_new.
+
+    Example:
+      >>> gelu_tanh(jnp.array([0.0, 10.0]))
+      Array([ 0., 10.], dtype=float32)
+    """
+    return jax.nn.gelu(x, approximate=True)
+
+
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": relu, "gelu": gelu}
+
+
+def activation_of(activation: Activation) -> Callable[[Array], Array]:
+    """The activation that a name means, "relu" or "gelu" (by the error function), or a function.
+
+    Raises:
+      ValueError: the name is unknown.
+      TypeError: it is neither a name nor a function.
+
+    Example:
+      >>> activation_of("relu").__name__
+      'relu'
+    """
+    if isinstance(activation, str):
+        if activation not in _ACTIVATIONS:
+            expected = ", ".join(map(repr, _ACTIVATIONS))
+            raise ValueError(f"activation must be {expected} or a function, got {activation!r}")
+        activation = _ACTIVATIONS[activation]
+    if not callable(activation):
+        raise TypeError(f"activation must be a name or a function, got {activation!r}")
+    return activation
 
 
 class FeedForward(nnx.Module):
@@ -97,20 +128,13 @@ class FeedForward(nnx.Module):
     ):
         checks.assert_positive(features=features, mlp_features=mlp_features)
         checks.assert_bool(use_bias=use_bias)
-        if isinstance(activation, str):
-            if activation not in _ACTIVATIONS:
-                expected = ", ".join(map(repr, _ACTIVATIONS))
-                raise ValueError(f"activation must be {expected} or a function, got {activation!r}")
-            activation = _ACTIVATIONS[activation]
-        if not callable(activation):
-            raise TypeError(f"activation must be a name or a function, got {activation!r}")
         options: dict[str, Any] = {
             "use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype,
             "kernel_init": kernel_init, "rngs": rngs,
         }  # fmt: skip
         self.linear1 = nnx.Linear(features, mlp_features, **options)
         self.linear2 = nnx.Linear(mlp_features, features, **options)
-        self.activation = activation
+        self.activation = activation_of(activation)
         self.dropout = dropout(dropout_rate, rngs)
 
     def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:

@@ -288,7 +288,7 @@ def test_a_tokenizer_may_have_fewer_tokens_than_rows_but_not_more(folder):
 def test_what_is_saved_is_never_overwritten_and_always_expressible(folder, tmp_path):
     with pytest.raises(FileExistsError, match=r"holds a model already: config\.json, model"):
         save_pretrained(small(), folder)
-    with pytest.raises(TypeError, match="must be a CausalLM, got Linear"):
+    with pytest.raises(TypeError, match=r"must be a CausalLM, .*got Linear"):
         save_pretrained(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "new")
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot express .*these can: Qwen3"):
         save_pretrained(small(normalize_qk=True), tmp_path / "new", architecture="LlamaForCausalLM")

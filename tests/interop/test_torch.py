@@ -13,9 +13,10 @@ from flax import nnx
 
 from jattn import models, nn
 from jattn.interop import ConversionError, Rule, load_torch, to_torch, torch_rules
-from jattn.interop.torch.convert import TABLES
+from jattn.interop.convert import TABLES
 from jattn.models import (
     bahdanau,
+    bert,
     causal_lm,
     char_rnn,
     classifier,
@@ -39,6 +40,10 @@ def causal_lm_of(**options):
     return causal_lm.Config(11, 6, 2, 2, 1, 4, 5, **options)
 
 
+def bert_of(**options):
+    return bert.Config(11, 6, 2, 2, 5, **options)
+
+
 def transformer_of(**options):
     return transformer.Config(11, 13, 6, 2, 1, 2, 5, **options)
 
@@ -56,6 +61,7 @@ MODULES = {
     nnx.RMSNorm: [lambda: nnx.RMSNorm(3, rngs=RNGS)],
     nn.Embedding: [lambda: nn.Embedding(3, 5, rngs=RNGS)],
     nn.LearnedPositions: [lambda: nn.LearnedPositions(3, 5, rngs=RNGS)],
+    nn.RelativePositions: [lambda: nn.RelativePositions(3, 5, rngs=RNGS)],
     nn.NadarayaWatson: [lambda: nn.NadarayaWatson(rngs=RNGS)],
     nn.AdditiveAttention: [lambda: nn.AdditiveAttention(3, 5, 7, rngs=RNGS)],
     nn.BilinearAttention: [lambda: nn.BilinearAttention(3, 5, rngs=RNGS)],
@@ -97,6 +103,26 @@ MODULES = {
     models.CharCell: [lambda: models.CharCell(char_rnn.Config(5), rngs=RNGS)],
     models.CharRNN: [lambda: models.CharRNN(char_rnn.Config(5), rngs=RNGS)],
     models.EmbeddedCharRNN: [lambda: models.EmbeddedCharRNN(char_rnn.Config(5), rngs=RNGS)],
+    models.Bert: [
+        lambda: models.Bert(bert_of(), rngs=RNGS),
+        lambda: models.Bert(bert_of(positions="relative_key"), pooler=False, rngs=RNGS),
+    ],
+    models.BertForPreTraining: [
+        lambda: models.BertForPreTraining(bert_of(), rngs=RNGS),
+        lambda: models.BertForPreTraining(bert_of(tied=False), rngs=RNGS),
+    ],
+    models.BertForMaskedLM: [lambda: models.BertForMaskedLM(bert_of(), rngs=RNGS)],
+    models.BertForSequenceClassification: [
+        lambda: models.BertForSequenceClassification(bert_of(classes=3), rngs=RNGS)
+    ],
+    models.BertForTokenClassification: [
+        lambda: models.BertForTokenClassification(bert_of(classes=3), rngs=RNGS)
+    ],
+    bert.Block: [lambda: bert.Block(bert_of(), rngs=RNGS)],
+    bert.WordHead: [
+        lambda: bert.WordHead(bert_of(), rngs=RNGS),
+        lambda: bert.WordHead(bert_of(tied=False), rngs=RNGS),
+    ],
     models.Classifier: [
         lambda: classifier_of(network=nn.GRU),
         lambda: classifier_of(pooling=nn.FeaturePooling),

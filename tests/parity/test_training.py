@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jattn.interop import from_flax, to_flax
+from jattn.models.pretraining import pretraining_loss
 from jattn.models.tokens import cross_entropy as token_loss
 from jattn.parity.fixtures import load
 from jattn.parity.systems import SYSTEMS
@@ -31,10 +32,16 @@ def class_entropy(outputs, labels):
     return token_loss(outputs["logits"], labels["target"])
 
 
+def pre_training(outputs, labels):
+    logits = outputs["prediction_logits"], outputs["seq_relationship_logits"]
+    return pretraining_loss(*logits, labels["words"], labels["follows"])
+
+
 LOSSES = {
     "squared_error": squared_error,
     "cross_entropy": cross_entropy,
     "class_entropy": class_entropy,
+    "pre_training": pre_training,
 }
 
 

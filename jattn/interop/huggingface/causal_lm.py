@@ -43,7 +43,9 @@ TIED = (
 NAMES = "transformers.LlamaForCausalLM"
 
 TABLES = {
-    causal_lm.CausalLM: (Table(NAMES, FREE), Table(NAMES, TIED)),
+    causal_lm.CausalLM: tuple(
+        Table(NAMES, rules, ignored=("rotary_emb.inv_freq",)) for rules in (FREE, TIED)
+    ),
     causal_lm.Block: (Table("self_attn, mlp, input_layernorm, post_attention_layernorm", BLOCK),),
     nn.GatedFeedForward: (Table("gate_proj, up_proj, down_proj", MLP),),
     nn.AttentionSink: (Table("sinks", (Rule("sinks", "sink"),)),),

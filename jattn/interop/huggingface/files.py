@@ -1,5 +1,7 @@
 """Folders of `transformers`: a config, and weights in safetensors files."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,44 +16,57 @@ from flax import nnx
 
 from jattn.attention import attend
 from jattn.functional import checks
+from jattn.interop.convert import load_torch, to_torch
 from jattn.interop.errors import ConversionError
+from jattn.interop.huggingface import bert as bert_names
+from jattn.interop.huggingface import bert_config
 from jattn.interop.huggingface.config import read_config, write_config
-from jattn.interop.torch.convert import load_torch, to_torch
+from jattn.models import bert
 from jattn.models.causal_lm import CausalLM
+from jattn.nn.positions import RelativePositions
 
 Path = str | pathlib.Path
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
-# Buffers of old files, which hold nothing that is learned
-_IGNORED = ("rotary_emb.inv_freq",)
 
 
 def load_pretrained(
     folder: Path,
+    cls: Callable[..., Any] | None = None,
     *,
+    rngs: nnx.Rngs | None = None,
     attend: Callable[..., Any] = attend,
     dtype: Any = None,
     param_dtype: Any = None,
-) -> CausalLM:
-    """The model of a folder that `transformers` has saved: of Llama, Mistral, Qwen2 or Qwen3.
+    **changes: Any,
+) -> Any:
+    """The model of a folder that `transformers` has saved: Llama, Mistral, Qwen2, Qwen3, or BERT.
 
     Weights are read from `model.safetensors`, or from the shards that its index names. Nothing is
     fetched: `huggingface_hub.snapshot_download` brings a folder here.
 
+    A folder of BERT may be loaded into any of its classes: what belongs to other heads is left out.
+
     Args:
       folder: with `config.json` and weights; `generation_config.json`, where there is one, says
         which tokens end a text.
-      attend: as `CausalLM` takes it.
+      cls: what to make: `models.CausalLM`, `models.Bert`, one of the `models.BertFor…`, or a
+        `functools.partial` of one; None: what `config.json` names.
+      rngs: for dropout; and, where they are given, for a head or a pooler that the folder does not
+        hold. None: all weights must be there, and dropout begins at seed 0.
+      attend: as the class takes it.
       dtype: to compute in; None: that of the parameters.
       param_dtype: the parameters are rounded to it; None: they keep the dtype of the files, where
         all have one, or the widest.
+      **changes: of the config, such as `classes=3` for a new head, or `dropout_rate=0.0`.
 
     Returns:
-      A `CausalLM`.
+      A model of the class.
 
     Raises:
       FileNotFoundError: the folder, or a file that it needs, is not there.
-      TypeError: a dtype is not floating point.
+      TypeError: a dtype is not floating point, the class is not one for this folder, or the config
+        has no such name.
       ValueError: the architecture or the type of the rope is not known; the tokenizer has more
         tokens than the model has rows; a file cannot be read; or float64 is asked for where JAX
         does not have it.
@@ -73,31 +88,98 @@ def load_pretrained(
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; models are loaded from local folders")
-    generation = folder / "generation_config.json"
-    config = read_config(
-        _json(folder / "config.json"), _json(generation) if generation.exists() else None
-    )
-    _check_tokenizer(folder / "tokenizer.json", config.vocabulary)
-    tensors = {name: tensor for name, tensor in _tensors(folder) if not name.endswith(_IGNORED)}
-    stored = jnp.result_type(*(tensor.dtype for tensor in tensors.values()))
+    config, cls = _described(folder, cls)
+    config = dataclasses.replace(config, **changes)
+    _check_tokenizer(folder, config.vocabulary)
+    tensors = dict(_tensors(folder))
+    floats = {name: x for name, x in tensors.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    stored = jnp.result_type(*(tensor.dtype for tensor in floats.values()))
     if param_dtype is not None:
-        tensors = {name: tensor.astype(param_dtype) for name, tensor in tensors.items()}
-    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype or stored}
-
-    def make() -> CausalLM:
-        return CausalLM(config, attend=attend, rngs=nnx.Rngs(0), **options)
-
-    model = nnx.eval_shape(make)
+        tensors |= {name: tensor.astype(param_dtype) for name, tensor in floats.items()}
+    make = functools.partial(
+        cls, config, attend=attend, dtype=dtype, param_dtype=param_dtype or stored
+    )
+    model = _without_weights(make) if rngs is None else make(rngs=rngs)
+    if isinstance(config, bert.Config):
+        tensors = _of_bert(model, tensors, new=rngs is not None)
     try:
         load_torch(model, tensors)
     except ConversionError as error:
         hint = f"config.json of {folder} and its tensors contradict each other"
+        if rngs is None and isinstance(config, bert.Config) and _lacks_a_head(model, error):
+            hint = f"{folder} holds no weights of this head: pass rngs, from which they are made"
         raise ConversionError(**vars(error) | {"hint": hint}) from None
     return model
 
 
+def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]:
+    """The config of a folder, and the class to make of it."""
+    given, generation = _json(folder / "config.json"), folder / "generation_config.json"
+    if isinstance(given, dict) and given.get("model_type") == "bert":
+        config: Any = bert_config.read_config(given)
+        known, named = bert_config.ARCHITECTURES, given.get("architectures") or ["BertModel"]
+        if cls is None and (len(named) > 1 or named[0] not in known):
+            raise ValueError(
+                f"architectures must be one of {', '.join(known)}, got {', '.join(named)}: pass "
+                "the class to load it into, such as models.Bert"
+            )
+        default, fitting = known.get(named[0]), tuple(known.values())
+    else:
+        config = read_config(given, _json(generation) if generation.exists() else None)
+        default, fitting = CausalLM, (CausalLM,)
+    made = getattr(cls or default, "func", cls or default)
+    if not (isinstance(made, type) and issubclass(made, fitting)):
+        expected = ", ".join(each.__name__ for each in fitting)
+        raise TypeError(f"{folder} can be loaded into {expected}, got {made!r}")
+    return config, cls or made
+
+
+def _without_weights(make: Callable[..., nnx.Module]) -> nnx.Module:
+    """A module of shapes, whose streams of random numbers are there."""
+
+    def of_key(key: jax.Array) -> nnx.Module:
+        return make(rngs=nnx.Rngs(key))
+
+    def streams(key: jax.Array) -> nnx.State:
+        return nnx.state(of_key(key), nnx.Not(nnx.Param))
+
+    key = jax.random.key(0)
+    model = nnx.eval_shape(of_key, key)
+    nnx.update(model, jax.jit(streams)(key))  # compiled, for then no weights are drawn
+    return model
+
+
+def _of_bert(model: Any, tensors: Mapping[str, np.ndarray], *, new: bool) -> dict[str, np.ndarray]:
+    """Of the tensors of any BERT those of a model, and `new` ones of heads that are not there."""
+    inner, prefix = (model, "") if isinstance(model, bert.Bert) else (model.bert, "bert.")
+    left_out = () if inner.pooler is not None else ("pooler.",)
+    if inner.positions is None:
+        left_out += ("embeddings.position_embeddings.",)  # in the file, but never added
+    heads = bert_names.heads_of(model)
+    own = to_torch(model) if new else {}
+    found = {name: x for name, x in own.items() if name.startswith((*heads, f"{prefix}pooler."))}
+    tensors = bert_names.current(tensors)
+    of_decoder = tensors.get("cls.predictions.decoder.bias")
+    if of_decoder is not None and not inner.config.tied:
+        # Of two biases that are not tied transformers adds that of the decoder
+        tensors["cls.predictions.bias"] = of_decoder
+    for name, tensor in tensors.items():
+        inside = name.removeprefix("bert.")
+        if not inside.startswith(bert_names.HEADS):
+            found |= {} if inside.startswith(left_out) else {prefix + inside: tensor}
+        elif name.startswith(heads):
+            found[name] = tensor
+    return found
+
+
+def _lacks_a_head(model: Any, error: ConversionError) -> bool:
+    of_heads = "words.", "next.", "out.", "pooler.", "bert.pooler."
+    others = error.unused, error.ambiguous, error.unfit
+    return not any(others) and all(name.startswith(of_heads) for name in error.missing)
+
+
 def save_pretrained(
-    module: CausalLM,
+    module: nnx.Module,
     folder: Path,
     *,
     architecture: str | None = None,
@@ -108,15 +190,18 @@ def save_pretrained(
     A tied table is written once. The tokenizer, which belongs to the folder too, is not part of a
     model: copy it.
 
+    Relative positions of BERT are read by `load_pretrained` and by versions 4 of `transformers`;
+    version 5 has them no more, and computes absolute ones without a word.
+
     Args:
-      module: a `CausalLM`.
+      module: a `CausalLM`, a `Bert`, or one of the `BertFor…`.
       folder: is made; must hold no model yet.
-      architecture: "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM" or
+      architecture: of a `CausalLM`: "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM" or
         "Qwen3ForCausalLM"; None: the first of these that has models of this config.
       max_shard_bytes: how much a file of weights holds, where there are several.
 
     Raises:
-      TypeError: the module is no `CausalLM`.
+      TypeError: the module is none of these.
       ValueError: the architecture is not known; it has no models of this config, or none has; the
         parameters have several dtypes; or a layer has a window, a mask, a score or a modifier that
         its config does not say.
@@ -131,20 +216,56 @@ def save_pretrained(
       ...     sorted(path.name for path in pathlib.Path(folder).iterdir())
       ['config.json', 'generation_config.json', 'model.safetensors']
     """
-    if not isinstance(module, CausalLM):
-        raise TypeError(f"module must be a CausalLM, got {type(module).__name__}")
     checks.assert_positive(max_shard_bytes=max_shard_bytes)
     _check_plain(module)
     folder, tensors = pathlib.Path(folder), to_torch(module)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     if len(dtypes) > 1:
         raise ValueError(f"the parameters must have one dtype, got {', '.join(sorted(dtypes))}")
-    config = write_config(module.config, architecture, dtype=dtypes.pop())
+    config = _described_by(module, architecture, dtype=dtypes.pop())
     there = [name for name in ("config.json", _WEIGHTS, _INDEX) if (folder / name).exists()]
     if there:
         raise FileExistsError(f"{folder} holds a model already: {', '.join(there)}")
     folder.mkdir(parents=True, exist_ok=True)
-    shards = list(_shards(tensors, max_shard_bytes))
+    _write_tensors(folder, tensors, max_shard_bytes)
+    if isinstance(module, CausalLM):
+        generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
+        _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "config.json", config)
+
+
+def _described_by(module: Any, architecture: str | None, *, dtype: str) -> dict[str, Any]:
+    """The config.json of a module."""
+    if isinstance(module, CausalLM):
+        return write_config(module.config, architecture, dtype=dtype)
+    own = {cls: name for name, cls in bert_config.ARCHITECTURES.items()}[type(module)]
+    if architecture not in {None, own}:
+        raise ValueError(
+            f"architecture of a {type(module).__name__} is {own}, got {architecture!r}"
+        )
+    return bert_config.write_config(module.config, own, dtype=dtype)
+
+
+def _check_plain(module: Any) -> None:
+    """Nothing but the choice of a kernel may distinguish its attention from the config's."""
+    known = CausalLM, *bert_config.ARCHITECTURES.values()
+    if type(module) not in known:
+        expected = ", ".join(cls.__name__ for cls in known)
+        raise TypeError(f"module must be a {expected}, got {type(module).__name__}")
+    for n, layer in enumerate(getattr(module, "bert", module).layers):
+        attends: Any = layer.attention.attend
+        attends = attends.attend if isinstance(attends, RelativePositions) else attends
+        changed = set(getattr(attends, "given", ["attend"])) - {"implementation"}
+        if isinstance(module, CausalLM) and layer.window != module.config.windows[n]:
+            changed.add("window")
+        if changed:
+            what = ", ".join(sorted(changed))
+            raise ValueError(f"layer {n} has a {what} of its own, which no config.json can say")
+
+
+def _write_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], most: int) -> None:
+    """One file of weights, or several and their index."""
+    shards = list(_shards(tensors, most))
     names = [_WEIGHTS]
     if len(shards) > 1:
         count = len(shards)
@@ -157,19 +278,6 @@ def save_pretrained(
         _write_json(folder / _INDEX, {"metadata": total, "weight_map": where})
     for name, shard in zip(names, shards, strict=True):
         safetensors.numpy.save_file(shard, folder / name, metadata={"format": "pt"})
-    generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", generation)
-    _write_json(folder / "config.json", config)
-
-
-def _check_plain(module: CausalLM) -> None:
-    """Nothing but the choice of a kernel may distinguish its attention from the config's."""
-    for n, layer in enumerate(module.layers):
-        attention: Any = layer.attention
-        changed = set(getattr(attention.attend, "given", ["attend"])) - {"implementation"}
-        if changed or layer.window != module.config.windows[n]:
-            what = ", ".join(sorted(changed)) or "window"
-            raise ValueError(f"layer {n} has a {what} of its own, which no config.json can say")
 
 
 def _shards(tensors: Mapping[str, np.ndarray], most: int) -> Iterator[dict[str, np.ndarray]]:
@@ -245,14 +353,18 @@ def _check_dtypes(**given: Any) -> None:
             raise ValueError(f"{name} = {jnp.dtype(dtype)} needs jax_enable_x64")
 
 
-def _check_tokenizer(path: pathlib.Path, vocabulary: int) -> None:
+def _check_tokenizer(folder: pathlib.Path, vocabulary: int) -> None:
     """More rows than tokens are usual; more tokens than rows would have no embedding."""
-    if not path.exists():
-        return
-    tokenizer = _json(path)
-    words = tokenizer.get("model", {}).get("vocab", {})
-    ids = list(words.values()) if isinstance(words, dict) else list(range(len(words)))
-    ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+    path, lines = folder / "tokenizer.json", folder / "vocab.txt"
+    ids: list[int] = []
+    if path.exists():
+        tokenizer = _json(path)
+        words = tokenizer.get("model", {}).get("vocab", {})
+        ids += list(words.values()) if isinstance(words, dict) else list(range(len(words)))
+        ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+    elif lines.exists():
+        path = lines
+        ids += range(lines.read_bytes().count(b"\n"))
     if ids and max(ids) >= vocabulary:
         must = f"vocab_size = {vocabulary} rows of embeddings"
         raise ValueError(f"{path} has a token of id {max(ids)}, but config.json {must}")

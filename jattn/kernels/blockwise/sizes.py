@@ -9,7 +9,7 @@ import numpy as np
 
 from jattn.functional import compat
 from jattn.functional.captures import Captures, Pure
-from jattn.functional.modifiers import Bias, Modifier
+from jattn.functional.modifiers import Bias, Modifier, RelativeKey
 from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import hoist_score
 from jattn.request import Request
@@ -32,7 +32,7 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
     rows = block_size(T, ROWS)
     columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
     grid = Grid(tuple(batch), N, T, S, rows, columns, None)
-    if batch and one_cpu_device() and not any(_is_shared_in_part(m) for m in request.modifiers):
+    if batch and one_cpu_device() and not any(_needs_whole_batch(m) for m in request.modifiers):
         grid = dataclasses.replace(grid, examples=_examples(grid))
         try:
             return _small_enough(request, grid)
@@ -43,11 +43,14 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
     return _small_enough(request, grid)
 
 
-def _is_shared_in_part(modifier: Modifier) -> bool:
-    """Whether a bias is shared along some leading axes and not along others.
+def _needs_whole_batch(modifier: Modifier) -> bool:
+    """Whether parts of the batch would cost more than they save.
 
-    Each part of the batch would need its own copy, which repeats the bias along the former.
+    A bias that is shared along some leading axes and not along others would be repeated along the
+    former. Every part's gradient by the products of `relative_key` would be as large as all.
     """
+    if isinstance(modifier, RelativeKey):
+        return True
     batch = np.shape(modifier.array)[:-3] if isinstance(modifier, Bias) else ()
     return max(batch, default=1) > 1 and 1 in batch
 

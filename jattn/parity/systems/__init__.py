@@ -8,6 +8,7 @@ from jattn.parity.fixtures import Fixture
 from jattn.parity.system import System
 from jattn.parity.systems import (
     attention,
+    bert,
     causal_lm,
     char_rnn,
     classification,
@@ -39,6 +40,7 @@ FAMILIES: tuple[Any, ...] = (
     sequence_pooling,
     transformer,
     translation,
+    bert,
     causal_lm,
 )
 

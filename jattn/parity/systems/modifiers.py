@@ -1,9 +1,11 @@
-"""Biases of position that are added to the scores: ALiBi and T5's."""
+"""What positions add to the scores: ALiBi, T5's biases, and BERT's relative keys."""
 
 from typing import Any
 
 import jax
+from flax import nnx
 
+from jattn import nn
 from jattn.attention import attend
 from jattn.functional import masks, modifiers
 from jattn.parity.system import Arguments, Arrays, System
@@ -33,7 +35,34 @@ def t5_bias(_module: None, inputs: Arrays, arguments: Arguments) -> dict[str, Ar
     return biased(inputs, arguments, modifiers.t5_bias(inputs["table"], **options))
 
 
+def relative_module(arguments: Arguments, dtype: Any) -> nnx.Module:
+    """The module that owns the table; whether it is causal is one of the call."""
+    sizes = {name: each for name, each in arguments.items() if name != "causal"}
+    return nn.RelativePositions(**sizes, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def relative_key(module: Any, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
+    """With the module's table."""
+    operands = inputs["query"], inputs["key"], inputs["value"]
+    mask = masks.causal() if arguments.get("causal") else None
+    output, weights = module(*operands, mask=mask, return_weights=True)
+    return {"output": output, "weights": weights}
+
+
 SYSTEMS = (
+    System(
+        "modifiers/relative_key",
+        22,
+        "relative keys of BERT",
+        functions=("jattn.modifiers.relative_key",),
+        modules=("jattn.nn.RelativePositions",),
+        paper="Shaw et al. 2018",
+        link="https://arxiv.org/abs/1803.02155",
+        reference="modifiers.RelativePositions",
+        build=relative_module,
+        call=relative_key,
+        note="relative_key and relative_key_query",
+    ),
     System(
         "modifiers/alibi",
         23,

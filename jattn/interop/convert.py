@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jattn.interop.errors import ConversionError
-from jattn.interop.huggingface import causal_lm
+from jattn.interop.huggingface import bert, causal_lm
 from jattn.interop.rules import Rule, from_flax, to_flax
 from jattn.interop.tensors import read
 from jattn.interop.torch import (
@@ -36,6 +36,7 @@ _FAMILIES: tuple[Any, ...] = (
     classification,
     translation,
     causal_lm,
+    bert,
 )
 TABLES: Mapping[type[nnx.Module], tuple[Table, ...]] = MappingProxyType(
     {cls: tables for family in _FAMILIES for cls, tables in family.TABLES.items()}
@@ -74,16 +75,17 @@ def load_torch(
     """
     tables = _tables(module) if rules is None else (Table("the rules given", tuple(rules)),)
     tensors = read(state_dict)
-    most = max(table.knows(tensors) for table in tables)
-    fitting = [table for table in tables if table.knows(tensors) == most]
+    current = [(table, table.current(tensors)) for table in tables]
+    most = max(table.knows(named) for table, named in current)
+    fitting = [(table, named) for table, named in current if table.knows(named) == most]
     errors = []
-    for table in fitting:
+    for table, named in fitting:
         try:
-            return nnx.update(module, to_flax(tensors, module, table.rules))
+            return nnx.update(module, to_flax(named, module, table.rules))
         except ConversionError as caught:
             errors.append(caught)
-    error, table = min(zip(errors, fitting, strict=True), key=_names_and_problems)
-    hint = _hint(module, tensors, table) or _without_biases(error, tensors)
+    error, (table, named) = min(zip(errors, fitting, strict=True), key=_names_and_problems)
+    hint = _hint(module, named, table) or _without_biases(error, named)
     raise ConversionError(**vars(error) | {"hint": hint})
 
 
@@ -196,7 +198,7 @@ def _hint(module: nnx.Module, tensors: Iterable[str], tried: Table) -> str:
     return f"these names fit {', or '.join(fitting[:3])}" if fitting else ""
 
 
-def _names_and_problems(tried: tuple[ConversionError, Table]) -> tuple[int, int]:
+def _names_and_problems(tried: tuple[ConversionError, Any]) -> tuple[int, int]:
     """How many names do not fit, and how many problems there are in all."""
     error, _ = tried
     names = len(error.missing) + len(error.unused)
