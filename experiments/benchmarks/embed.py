@@ -41,7 +41,7 @@ class Settings:
     """A BERT as `transformers` saves it, and its tokenizer."""
     rounds: int = 5
     """Turns of each contender."""
-    sentences: int = 512
+    sentences: int = 256
     """Sentences of Python's manual to compute."""
 
     def __post_init__(self) -> None:

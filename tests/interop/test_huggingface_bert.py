@@ -251,11 +251,14 @@ def test_an_encoder_that_is_not_whole_is_not_made_anew(tensors, tmp_path):
         with pytest.raises(ConversionError, match=r"missing: bert\.layers\.1\.mlp\.linear2\.bias"):
             load_pretrained(written(tmp_path, tensors), rngs=rngs)
     with pytest.raises(ConversionError, match=r"unused: bert\.nonsense"):
-        load_pretrained(written(tmp_path, to_torch(small()) | {"bert.nonsense": np.ones(3)}))
+        load_pretrained(
+            written(tmp_path, to_torch(small()) | {"bert.nonsense": np.ones(3, np.float32)})
+        )
 
 
 def test_what_belongs_to_other_heads_is_left_out(model, tensors, tmp_path):
-    more = {"qa_outputs.weight": np.ones((2, D)), "classifier.weight": np.ones((2, D))}
+    head = np.ones((2, D), np.float32)
+    more = {"qa_outputs.weight": head, "classifier.weight": head}
     same(load_pretrained(written(tmp_path, tensors | more)), model)
 
 
@@ -391,7 +394,7 @@ def test_a_config_that_is_not_known_or_contradicts_is_refused(changes, match, te
 
 
 def test_an_unknown_architecture_goes_into_a_class_that_is_named(model, tensors, tmp_path):
-    more = {"qa_outputs.weight": np.ones((2, D)), "qa_outputs.bias": np.ones(2)}
+    more = {"qa_outputs.weight": np.ones((2, D), np.float32)}
     folder = written(tmp_path, tensors | more, architectures=["BertForQuestionAnswering"])
     same(load_pretrained(folder, models.BertForPreTraining), model)
     assert type(load_pretrained(folder, models.Bert)) is models.Bert
@@ -558,12 +561,16 @@ def test_transformers_and_jattn_load_what_the_other_saved(name, tmp_path, x64):
         tmp_path / "ours", output_loading_info=True, dtype=torch.float64
     )
     assert not any(told.values()), told
-    for one, other in zip(their_outputs(back.eval()), expected, strict=True):
-        np.testing.assert_array_equal(one, other)
     state, again = theirs.state_dict(), back.state_dict()
-    assert state.keys() == again.keys() and all(state[key].equal(again[key]) for key in state)
+    assert state.keys() == again.keys()
+    unused = {"cls.predictions.bias"} if name == "untied" else set()  # that of the decoder counts
+    assert all(state[key].equal(again[key]) for key in state.keys() - unused)
+    same_tanh = {"gelu_pytorch_tanh", "gelu_fast"}  # which jattn writes as gelu_new
+    tolerance = 1e-11 if name in same_tanh else 0
+    for one, other in zip(their_outputs(back.eval()), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
     for key, value in theirs.config.to_dict().items():
-        if key in {"num_labels", "classifier_dropout", "pad_token_id", "hidden_act", *SIZES}:
+        if key in {"num_labels", "classifier_dropout", "pad_token_id", "type_vocab_size", *SIZES}:
             assert back.config.to_dict()[key] == value, key
     assert load_pretrained(tmp_path / "ours").config == ours.config
 
