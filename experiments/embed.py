@@ -313,7 +313,7 @@ def heat_map(similarities: np.ndarray, sentences: Sequence[str], path: Path) -> 
         figure.colorbar(image, label="cosine of the angle", shrink=0.7, pad=0.02)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=120)
+            figure.savefig(path, dpi=120, bbox_inches="tight")
         except (OSError, ValueError) as error:
             raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

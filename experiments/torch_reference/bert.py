@@ -66,9 +66,8 @@ class Bert(nn.Module):
         import transformers
 
         given = {NAMES[name]: value for name, value in config.items()}
-        whole = getattr(transformers, architecture)(
-            transformers.BertConfig(**given, attn_implementation="eager")
-        )
+        given |= {"attn_implementation": "eager"}
+        whole = getattr(transformers, architecture)(transformers.BertConfig(**given))
         encoder = getattr(whole, "bert", whole)
         if hasattr(whole, "cls"):  # one bias, also where version 5 has another that it never adds
             whole.cls.predictions.decoder.bias = whole.cls.predictions.bias

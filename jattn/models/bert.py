@@ -4,7 +4,6 @@ Paper: Devlin et al. 2019, https://arxiv.org/abs/1810.04805
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -203,8 +202,8 @@ class Bert(nnx.Module):
         checks.assert_bool(pooler=pooler)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config, C, D = config, config.vocabulary, config.features
-        table = functools.partial(Embedding, embedding_init=INIT, **options)
-        self.embedding, self.types = table(C, D, padding_idx=config.pad), table(config.num_types, D)
+        self.embedding = Embedding(C, D, padding_idx=config.pad, embedding_init=INIT, **options)
+        self.types = Embedding(config.num_types, D, embedding_init=INIT, **options)
         self.positions = nnx.data(None)
         if config.positions == "absolute":
             self.positions = LearnedPositions(config.max_length, D, **options)

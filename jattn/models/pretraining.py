@@ -90,7 +90,11 @@ def sentence_pairs(
 
 
 def _elsewhere(
-    documents: Sequence[Sequence[Tokens]], places: list[tuple[int, int]], d: int, n: int, random
+    documents: Sequence[Sequence[Tokens]],
+    places: list[tuple[int, int]],
+    d: int,
+    n: int,
+    random: np.random.Generator,
 ) -> Tokens:
     """A sentence of another document, or, in the only one, neither the n-th nor its successor."""
     alone = len(documents) == 1 or all(other == d for other, _ in places)
@@ -209,10 +213,10 @@ def hide_words(
       (Array([[1, 5, 3, 2]], dtype=int32), Array([[-100, -100,    6, -100]], dtype=int32))
     """
     checks.assert_probability(rate=rate)
-    arrays = {"order": order, "fate": fate, "words": words}
     checks.assert_shapes(
-        tokens=(tokens, "... T"), **{name: (x, "... T") for name, x in arrays.items()}
-    )
+        tokens=(tokens, "... T"), order=(order, "... T"), fate=(fate, "... T"),
+        words=(words, "... T"),
+    )  # fmt: skip
     is_word = (tokens != special.pad) & (tokens != special.cls) & (tokens != special.sep)
     number = _share(jnp, is_word.sum(axis=-1, keepdims=True).astype(jnp.float32), rate)
     place = jnp.argsort(jnp.argsort(jnp.where(is_word, -order, jnp.inf), axis=-1), axis=-1)

@@ -158,15 +158,15 @@ def test_relative_positions_know_distances_alone(positions, tokens, x64):
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     assert not any(name.startswith("positions") for name in names)
     assert model.layers[1].attention.attend.embedding.shape == (2 * L - 1, D // 2)
-    expected = model(tokens)
+    expected = run(model, tokens)
     for start in (0, 1, 1000):
-        close(model(tokens, positions=start + np.arange(T)), expected)
-    assert np.abs(model(tokens, positions=np.arange(T)[::-1]) - expected).max() > 1e-3
-    assert np.abs(model(tokens[:, ::-1])[:, ::-1] - expected).max() > 1e-3  # left is not right
+        close(run(model, tokens, positions=start + np.arange(T)), expected)
+    assert np.abs(run(model, tokens, positions=np.arange(T)[::-1]) - expected).max() > 1e-3
+    assert np.abs(run(model, tokens[:, ::-1])[:, ::-1] - expected).max() > 1e-3  # left is not right
     with pytest.raises(ValueError, match="got 10 tokens, beyond the 9 relative positions"):
         model(np.zeros((1, L + 1), int))
     far = np.array([0, 1, 2, 3, 4, 5, L])
-    found = model(tokens, positions=far)
+    found = run(model, tokens, positions=far)
     assert np.isnan(found).all()
     assert model(np.zeros((1, L), int)).shape == (1, L, D)
 
@@ -181,7 +181,8 @@ def test_without_a_table_of_positions_absolute_ones_would_be_lost(tokens, x64):
 
 def test_the_row_of_the_pad_begins_as_zero_and_learns_from_the_decoder_alone(tokens):
     padded = np.where(np.arange(T) < LENGTHS[:, None], tokens, 0)
-    model = models.BertForMaskedLM(SMALL, rngs=nnx.Rngs(1))
+    config = dataclasses.replace(SMALL, num_layers=1)
+    model = models.BertForMaskedLM(config, rngs=nnx.Rngs(1))
     model.eval()
     assert not model.bert.embedding.embedding[0].any()
 
@@ -192,10 +193,10 @@ def test_the_row_of_the_pad_begins_as_zero_and_learns_from_the_decoder_alone(tok
     assert not of_lookups[0].any() and np.abs(of_lookups[padded[0, 0]]).max() > 0
     tied = gradient(model, lambda model: jnp.sin(1 + model(padded)).sum())
     assert np.abs(tied[0]).max() > 0
-    untied = models.BertForMaskedLM(dataclasses.replace(SMALL, tied=False), rngs=nnx.Rngs(1))
+    untied = models.BertForMaskedLM(dataclasses.replace(config, tied=False), rngs=nnx.Rngs(1))
     untied.eval()
     assert not gradient(untied, lambda model: jnp.sin(1 + model(padded)).sum())[0].any()
-    free = models.Bert(dataclasses.replace(SMALL, pad=None), rngs=nnx.Rngs(1))
+    free = models.Bert(dataclasses.replace(config, pad=None), rngs=nnx.Rngs(1))
     assert free.embedding.embedding[0].any()
 
 
@@ -225,9 +226,11 @@ def test_the_kernel_of_the_words_is_the_table_or_one_of_its_own():
     assert tied.words.out is None and untied.words.out.kernel.shape == (D, C)
     assert untied.words.out.bias is None and tied.words.bias.shape == (C,)
     x = jnp.ones((2, D))
-    before = tied.words(x, tied.bert.embedding)
+    before = tied.words(x, tied.bert.embedding.embedding[...])
     tied.bert.embedding.embedding[...] *= 2
-    np.testing.assert_allclose(tied.words(x, tied.bert.embedding), 2 * before, rtol=1e-6)
+    np.testing.assert_allclose(
+        tied.words(x, tied.bert.embedding.embedding[...]), 2 * before, rtol=1e-6
+    )
 
 
 def test_pooling_needs_a_pooler(tokens):
@@ -304,7 +307,7 @@ def test_a_classifier_drops_before_its_linear(kind, tokens):
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_bfloat16_computes_in_bfloat16(positions, tokens):
-    for kind in KINDS if positions == "absolute" else KINDS[:1]:
+    for kind in KINDS[2::2] if positions == "absolute" else KINDS[:1]:
         exact = make(kind, positions=positions)
         model = make(kind, dtype=jnp.bfloat16, positions=positions)
         parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
@@ -371,7 +374,7 @@ def test_gelu_is_by_the_error_function_unless_another_is_given(tokens, x64):
     assert np.abs(run(by_tanh, tokens) - run(model, tokens)).max() > 1e-6
     heads = [make(models.BertForMaskedLM, activation=name) for name in ("relu", "gelu")]
     x = jnp.ones((1, D), jnp.float32)
-    first, second = (head.words(x, heads[0].bert.embedding) for head in heads)
+    first, second = (head.words(x, heads[0].bert.embedding.embedding[...]) for head in heads)
     assert (first != second).any()
 
 
@@ -483,7 +486,7 @@ def test_a_config_says_what_does_not_fit(error, match, changes):
 
 
 def test_names_that_are_unknown():
-    with pytest.raises(ValueError, match="name must be one of bert-base-uncased, .*got 'roberta'"):
+    with pytest.raises(ValueError, match=r"name must be one of bert-base-uncased, .*got 'roberta'"):
         Config.preset("roberta")
     assert Config.preset("bert-base-uncased", classes=3).classes == 3
     with pytest.raises(ValueError, match="activation must be 'relu', 'gelu' or a function"):

@@ -265,7 +265,7 @@ def test_the_table_is_a_parameter_of_its_own():
 
 
 def ready(rng, **changes):
-    query, key, value, table = operands(rng)
+    query, _, _, table = operands(rng)
     return {"query": query, "table": table, "key": None} | changes
 
 

@@ -90,7 +90,8 @@ def write_config(config: bert.Config, architecture: str, *, dtype: str) -> dict[
       >>> write_config(bert.Config(11), "BertModel", dtype="float32")["hidden_size"]
       256
     """
-    given = {relu: "relu", gelu: "gelu"}.get(config.activation, config.activation)
+    named: dict[Any, str] = {relu: "relu", gelu: "gelu"}
+    given = named.get(config.activation, config.activation)
     names = [name for name, activation in ACTIVATIONS.items() if activation == given]
     if not names:
         raise ValueError(f"activation must be one that transformers names, got {given!r}")

@@ -152,7 +152,7 @@ def _without_weights(make: Callable[..., nnx.Module]) -> nnx.Module:
 def _of_bert(model: Any, tensors: Mapping[str, np.ndarray], *, new: bool) -> dict[str, np.ndarray]:
     """Of the tensors of any BERT those of a model, and `new` ones of heads that are not there."""
     inner, prefix = (model, "") if isinstance(model, bert.Bert) else (model.bert, "bert.")
-    left_out = () if inner.pooler is not None else ("pooler.",)
+    left_out: tuple[str, ...] = () if inner.pooler is not None else ("pooler.",)
     if inner.positions is None:
         left_out += ("embeddings.position_embeddings.",)  # in the file, but never added
     heads = bert_names.heads_of(model)
@@ -248,7 +248,7 @@ def _described_by(module: Any, architecture: str | None, *, dtype: str) -> dict[
 
 def _check_plain(module: Any) -> None:
     """Nothing but the choice of a kernel may distinguish its attention from the config's."""
-    known = CausalLM, *bert_config.ARCHITECTURES.values()
+    known: tuple[type[nnx.Module], ...] = (CausalLM, *bert_config.ARCHITECTURES.values())
     if type(module) not in known:
         expected = ", ".join(cls.__name__ for cls in known)
         raise TypeError(f"module must be a {expected}, got {type(module).__name__}")

@@ -43,7 +43,9 @@ def classify(model: Any, inputs: Arrays, _arguments: Arguments) -> dict[str, Arr
 def hide(_module: None, inputs: Arrays, arguments: Arguments) -> dict[str, Array]:
     """The words that the fixture's numbers choose."""
     special = pretraining.Special(**arguments)
-    tokens, labels = pretraining.hide_words(special=special, **inputs)
+    names = "tokens", "order", "fate", "words"
+    tokens, order, fate, words = (inputs[name] for name in names)
+    tokens, labels = pretraining.hide_words(tokens, special, order, fate, words)
     return {"tokens": tokens, "labels": labels}
 
 
