@@ -155,7 +155,12 @@ def _shortened(a: int, b: int, most: int) -> tuple[int, int]:
 
 
 def mask_words(
-    key: Array, tokens: Array, special: Special, *, vocabulary: int, rate: float = 0.15
+    key: Array,
+    tokens: Array | np.ndarray,
+    special: Special,
+    *,
+    vocabulary: int,
+    rate: float = 0.15,
 ) -> tuple[Array, Array]:
     """Choose words to be predicted, and hide most of them.
 

@@ -40,6 +40,7 @@ _NAMES: Mapping[str, tuple[str, Any]] = MappingProxyType(
         "pad": ("pad_token_id", 0),
     }
 )
+_OPTIONAL = {"classifier_dropout_rate", "pad"}
 ACTIVATIONS: Mapping[str, Callable[..., Any] | str] = MappingProxyType(
     {
         "gelu": "gelu",
@@ -71,6 +72,9 @@ def read_config(config: Json) -> bert.Config:
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     read = {ours: config.get(theirs, default) for ours, (theirs, default) in _NAMES.items()}
+    absent = [_NAMES[name][0] for name in read if read[name] is None and name not in _OPTIONAL]
+    if absent:
+        raise ValueError(f"config.json has null for {', '.join(absent)}")
     labels = config.get("id2label") or range(config.get("num_labels", 2))
     return bert.Config(**read, activation=ACTIVATIONS[activation], classes=len(labels))
 

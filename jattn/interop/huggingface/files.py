@@ -356,27 +356,42 @@ def _check_dtypes(**given: Any) -> None:
 def _check_tokenizer(folder: pathlib.Path, vocabulary: int) -> None:
     """More rows than tokens are usual; more tokens than rows would have no embedding."""
     path, lines = folder / "tokenizer.json", folder / "vocab.txt"
-    ids: list[int] = []
     if path.exists():
-        tokenizer = _json(path)
-        words = tokenizer.get("model", {}).get("vocab", {})
-        ids += list(words.values()) if isinstance(words, dict) else list(range(len(words)))
-        ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+        ids = _token_ids(path)
     elif lines.exists():
-        path = lines
-        ids += range(lines.read_bytes().count(b"\n"))
+        path, ids = lines, list(range(len(_text(lines).removesuffix("\n").split("\n"))))
+    else:
+        return
     if ids and max(ids) >= vocabulary:
         must = f"vocab_size = {vocabulary} rows of embeddings"
         raise ValueError(f"{path} has a token of id {max(ids)}, but config.json {must}")
+
+
+def _token_ids(path: pathlib.Path) -> list[int]:
+    """The ids of a tokenizer.json."""
+    tokenizer = _json(path)
+    try:
+        words = tokenizer["model"]["vocab"]
+        ids = list(words.values()) if isinstance(words, dict) else list(range(len(words)))
+        return ids + [token["id"] for token in tokenizer.get("added_tokens", [])]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no tokenizer that the library tokenizers writes") from None
 
 
 def _json(path: pathlib.Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}") from None
 
 
 def _write_json(path: pathlib.Path, contents: Any) -> None:
