@@ -11,10 +11,11 @@ from tests.cases import VARIANTS
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Beyond the contract's first file `decode` is slow: its derivatives are those of `dense`."""
+    """Beyond scores, masks and modifiers `decode` is slow: it has the derivatives of `dense`."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if params.get("kernel") == "decode" and item.path.name != "contract.py":
+        first = item.path.name == "contract.py" and item.name.startswith("test_every_")
+        if params.get("kernel") == "decode" and not first:
             item.add_marker(pytest.mark.slow)
 
 

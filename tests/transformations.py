@@ -186,7 +186,7 @@ def test_copies_and_checkpoints_are_equal(case, tmp_path):
         chex.assert_trees_all_equal(restored, params)
 
 
-@over(*ALL, slow=WHOLE)
+@over(*ALL, slow=tuple(case for case in OTHERS if case not in FUNCTIONS))
 def test_leaks_nans_ranks_and_dtypes_are_clean(case, checking_leaks):
     function, state = functional(case)
     loss_of, floats = scalar(case, function, state)

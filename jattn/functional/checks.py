@@ -285,7 +285,9 @@ def assert_divisible(**pairs: tuple[int, str, int]) -> None:
             raise ValueError(f"{name} ({number}) must be a multiple of {divisor_name} ({divisor})")
 
 
-def validated_tokens(name: str, tokens: Any, vocabulary: int) -> Array:
+def validated_tokens(
+    name: str, tokens: Any, vocabulary: int, why: str = "the last id of the vocabulary"
+) -> Array:
     """Token ids as int32, checked to lie in 0 … vocabulary − 1.
 
     Under jit their values are unknown. There an id outside the range becomes `vocabulary`, so that
@@ -295,6 +297,7 @@ def validated_tokens(name: str, tokens: Any, vocabulary: int) -> Array:
       name: of the argument, for errors.
       tokens: integers of any shape.
       vocabulary: the number of ids.
+      why: what the last one is, for errors.
 
     Raises:
       ValueError: an id lies outside the vocabulary.
@@ -305,7 +308,7 @@ def validated_tokens(name: str, tokens: Any, vocabulary: int) -> Array:
       Array([0, 4], dtype=int32)
     """
     assert_integers(**{name: tokens})
-    assert_in_range(name, tokens, 0, vocabulary - 1, "the last id of the vocabulary")
+    assert_in_range(name, tokens, 0, vocabulary - 1, why)
     tokens = jnp.asarray(tokens)
     if tokens.dtype.itemsize < 4:  # the vocabulary need not fit in a narrower type
         tokens = tokens.astype(jnp.int32)

@@ -198,7 +198,7 @@ def relative_key(
       table: E, `[2 L − 1, H]`; L is the longest length. Longer inputs are an error; with positions
         of one's own, a distance of L or more adds NaN.
       key: `[..., S, K, H]`, that of the call; None: the query alone.
-      scale: that of the call; None: 1/√H.
+      scale: a number, that of the call's score; None: 1/√H.
 
     Raises:
       ValueError: a shape does not fit.
@@ -217,6 +217,8 @@ def relative_key(
     if sizes["rows"] % 2 == 0:
         raise ValueError(f"table must be [2 L − 1, H], got shape {np.shape(table)}")
     scale = sizes["H"] ** -0.5 if scale is None else scale
+    if np.ndim(scale):
+        raise ValueError(f"scale must be one number, got shape {np.shape(scale)}")
     by_key = None
     if key is not None:
         checks.assert_floating(key=key)

@@ -78,19 +78,22 @@ class Config:
     classes: int = 2
 
     def __post_init__(self) -> None:
-        sizes = "vocabulary", "features", "num_layers", "num_heads", "mlp_features", "max_length"
-        more = "num_types", "classes"
-        checks.assert_positive(**{name: getattr(self, name) for name in (*sizes, *more)})
+        widths = "features", "mlp_features", "num_heads", "num_layers"
+        counts = "vocabulary", "max_length", "num_types", "classes"
+        checks.assert_positive(**{name: getattr(self, name) for name in (*widths, *counts)})
         checks.assert_divisible(features=(self.features, "num_heads", self.num_heads))
-        rates = "dropout_rate", "attention_dropout_rate", "classifier_dropout_rate"
-        checks.assert_probability(**{name: getattr(self, name) or 0.0 for name in rates})
+        checks.assert_probability(
+            dropout_rate=self.dropout_rate, attention_dropout_rate=self.attention_dropout_rate,
+            classifier_dropout_rate=self.classifier_dropout_rate or 0.0,
+        )  # fmt: skip
         checks.assert_bool(tied=self.tied)
+        activation_of(self.activation)
         if not self.epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {self.epsilon!r}")
         if self.positions not in POSITIONS:
-            known = ", ".join(POSITIONS)
-            raise ValueError(f"positions must be one of {known}, got {self.positions!r}")
-        checks.assert_in_range("pad", self.pad or 0, 0, self.vocabulary - 1, "the last token id")
+            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
+        if self.pad is not None and self.pad not in range(self.vocabulary):
+            raise ValueError(f"pad must be an id below {self.vocabulary}, got {self.pad!r}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "Config":
@@ -255,7 +258,8 @@ class Bert(nnx.Module):
         if types is None:
             types = jnp.zeros_like(jnp.asarray(tokens))
         checks.assert_shapes(tokens=(tokens, "... T"), types=(types, "... T"))
-        x = x + embed("types", types, self.types)
+        types = checks.validated_tokens("types", types, self.config.num_types, "the last type")
+        x = x + self.types(types)
         x = x if self.positions is None else self.positions(x, positions=positions)
         x = self.dropout(normalized(self.norm, x), deterministic=deterministic)
         of_both = None if positions is None else (positions, positions)
@@ -272,6 +276,8 @@ class Bert(nnx.Module):
         if self.pooler is None:
             raise ValueError("this Bert has no pooler: pooler=True makes one")
         checks.assert_shapes(hidden=(hidden, "... T D"), pooler=(self.pooler.kernel, "D D"))
+        if hidden.shape[-2] == 0:
+            raise ValueError(f"hidden has no token, got shape {hidden.shape}")
         return jnp.tanh(self.pooler(hidden[..., 0, :]))
 
 
@@ -371,7 +377,7 @@ class BertForMaskedLM(nnx.Module):
     def _words(self, hidden: Array, places: Array | None) -> Array:
         if places is not None:
             checks.assert_shapes(hidden=(hidden, "... T D"), places=(places, "... M"))
-            places = checks.validated_tokens("places", places, hidden.shape[-2])
+            places = checks.validated_tokens("places", places, hidden.shape[-2], "the last token")
             hidden = jnp.take_along_axis(
                 hidden, places[..., None], axis=-2, mode="fill", fill_value=jnp.nan
             )
@@ -457,10 +463,7 @@ class BertForSequenceClassification(nnx.Module):
     ) -> Array:
         """Logits of tokens `[..., T]`: `[..., C]`, or of each token `[..., T, C]`.
 
-        Args:
-          tokens: ids `[..., T]`.
-          deterministic: True switches dropout off; None follows `train()` and `eval()`.
-          **options: `types`, `lengths`, `mask` and `positions`, as `Bert` takes them.
+        Arguments are those of `Bert`; there is dropout before the Linear, too.
         """
         hidden = self.bert(tokens, deterministic=deterministic, **options)
         found = self.bert.pool(hidden) if self.pooler else hidden

@@ -79,6 +79,9 @@ def sentence_pairs(
         raise ValueError("documents must have one of at least two sentences, got none")
     if not all(len(documents[d][n]) for d, n in places):
         raise ValueError("documents hold an empty sentence")
+    others = len({d for d, _ in places}) > 1
+    if not others and len(places) < 3:
+        raise ValueError("documents must hold a third sentence, for pairs that do not follow")
     pairs, follows = [], random.integers(2, size=len(starts), dtype=np.int32)
     order = random.permutation(len(starts))
     for (d, n), is_broken in zip((starts[i] for i in order), follows, strict=True):
@@ -97,9 +100,7 @@ def _elsewhere(
     random: np.random.Generator,
 ) -> Tokens:
     """A sentence of another document, or, in the only one, neither the n-th nor its successor."""
-    alone = len(documents) == 1 or all(other == d for other, _ in places)
-    if alone and len(places) < 3:
-        raise ValueError("documents must hold a third sentence, for pairs that do not follow")
+    alone = all(other == d for other, _ in places)
     while True:
         other, m = places[random.integers(len(places))]
         if other != d or (alone and m not in {n, n + 1}):
@@ -110,7 +111,8 @@ def pack_pairs(pairs: Sequence[TextPair], length: int, special: Special) -> Pack
     """[CLS] a [SEP] b [SEP], shortened or padded to one length.
 
     Where a pair is too long, the longer text of the two, the second if they are alike, loses its
-    last token, again and again.
+    last token, again and again, as in the code of the paper. (The package `tokenizers` gives an odd
+    last place to the second text.)
 
     Args:
       pairs: of texts, each a sequence of token ids.
@@ -222,6 +224,8 @@ def hide_words(
         tokens=(tokens, "... T"), order=(order, "... T"), fate=(fate, "... T"),
         words=(words, "... T"),
     )  # fmt: skip
+    checks.assert_integers(tokens=tokens, words=words)
+    tokens, words = jnp.asarray(tokens, jnp.int32), jnp.asarray(words, jnp.int32)
     is_word = (tokens != special.pad) & (tokens != special.cls) & (tokens != special.sep)
     number = _share(jnp, is_word.sum(axis=-1, keepdims=True).astype(jnp.float32), rate)
     place = jnp.argsort(jnp.argsort(jnp.where(is_word, -order, jnp.inf), axis=-1), axis=-1)
@@ -253,7 +257,7 @@ def places_of(labels: Array, most: int) -> tuple[Array, Array]:
     checks.assert_integers(labels=labels)
     checks.assert_in_range("most", most, 1, T, "T, the number of labels")
     known = checks.concrete(labels)
-    if known is not None and (found := (known != IGNORED).sum(axis=-1).max()) > most:
+    if known is not None and (found := (known != IGNORED).sum(axis=-1).max(initial=0)) > most:
         raise ValueError(f"labels have up to {found} places, got most = {most}")
     labels = jnp.asarray(labels, jnp.int32)
     places = jnp.argsort(labels == IGNORED, axis=-1, stable=True)[..., :most].astype(jnp.int32)
@@ -295,5 +299,9 @@ def pretraining_loss(word_logits: Array, next_logits: Array, words: Array, follo
       >>> loss.round(3)  # log 4 + log 2
       Array(2.079, dtype=float32)
     """
+    checks.assert_shapes(word_logits=(word_logits, "... T C"), words=(words, "... T"))
+    checks.assert_shapes(next_logits=(next_logits, "... 2"), follows=(follows, "..."))
+    checks.assert_integers(words=words, follows=follows)
+    checks.assert_in_range("follows", follows, 0, 1, "1: it does not follow")
     of_words = cross_entropy(word_logits, words, ignored=IGNORED)
-    return of_words + cross_entropy(next_logits, follows)
+    return of_words + cross_entropy(next_logits[..., None, :], jnp.asarray(follows)[..., None])

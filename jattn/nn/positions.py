@@ -111,7 +111,7 @@ class LearnedPositions(nnx.Module):
         _check(positions, x)
         T = x.shape[-2]
         if positions is not None:
-            ids = checks.validated_tokens("positions", positions, max_length)
+            ids = checks.validated_tokens("positions", positions, max_length, "the last of them")
             table = rows(self.embedding[...], ids)
         elif _at_most(T, max_length):
             table = self.embedding[:T]
@@ -126,7 +126,8 @@ class RelativePositions(nnx.Module):
 
         score = (q · k + q · E[i − j + L − 1]) / √H       (BERT's relative_key)
 
-    All heads share the table. With a cache, i and j are true positions.
+    All heads share the table. With a cache, i and j are true positions. (For a score of another
+    scale there is `modifiers.relative_key`.)
 
     Args:
       max_length: L, the number of tokens that the table is for.

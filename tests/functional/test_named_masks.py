@@ -277,6 +277,7 @@ def test_traced_lengths_and_trees_under_jit_and_vmap(kernel, arrays, no_rank_pro
     assert_close(jax.jit(mapped)(*arrays), known)
 
 
+@pytest.mark.slow
 def test_lengths_and_trees_on_several_devices(kernel, arrays, no_rank_promotion, x64):
     if kernel == "blockwise" and sizes.one_cpu_device():
         pytest.skip("this variant is that of one device")
@@ -322,7 +323,9 @@ def test_traced_trees_of_any_integers_and_parents_that_stand_behind(x64):
     assert masks.tree(np.zeros(0, int), 3).to_array(0, 3).shape == (0, 3)
 
 
-@pytest.mark.parametrize("n", range(1, 10))
+@pytest.mark.parametrize(
+    "n", [pytest.param(n, marks=[pytest.mark.slow] * (n not in {1, 2, 5, 9})) for n in range(1, 10)]
+)
 def test_paths_of_every_length_reach_their_root(n):
     chain = masks.tree(np.arange(n) - 1).to_array(n, n)
     np.testing.assert_array_equal(chain, np.tril(np.ones((n, n), bool)))

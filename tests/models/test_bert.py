@@ -16,7 +16,7 @@ from jattn.models import bert
 from jattn.models.bert import Config
 
 B, T, C, D, L = 3, 7, 11, 8, 9
-SMALL = Config(C, D, 2, 2, 16, max_length=L)
+SMALL = Config(C, D, 1, 2, 16, max_length=L)
 LENGTHS = np.array([7, 3, 5])
 POSITIONS = ["absolute", "relative_key", "relative_key_query"]
 RELATIVE = POSITIONS[1:]
@@ -81,7 +81,10 @@ def types():
     return np.repeat([[0, 1]], B, 0).repeat([4, 3], 1)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("large" in name)) for name in PARAMETERS],
+)
 def test_presets_have_the_published_number_of_parameters(name):
     config = Config.preset(name)
     model = nnx.eval_shape(lambda: models.Bert(config, rngs=nnx.Rngs(0)))
@@ -90,7 +93,7 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert set(bert.PRESETS) == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", POSITIONS[::2])
 def test_padding_changes_nothing_for_real_tokens(positions, tokens, types, x64):
     model = make(param_dtype=jnp.float64, positions=positions)
     found = run(model, tokens, types=types, lengths=LENGTHS)
@@ -104,7 +107,7 @@ def test_padding_changes_nothing_for_real_tokens(positions, tokens, types, x64):
         np.testing.assert_array_equal(changed[row, :length], found[row, :length])
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_every_head_hides_padding(kind, tokens, x64):
     model = make(kind, param_dtype=jnp.float64)
     found = run(model, tokens, lengths=LENGTHS)
@@ -120,7 +123,7 @@ def test_lengths_count_slots_also_where_positions_are_given(tokens, x64):
 
 
 def test_every_token_sees_all_others(tokens, x64):
-    model = make(param_dtype=jnp.float64, num_layers=1)
+    model = make(param_dtype=jnp.float64)
     before = run(model, tokens)
     for place in range(T):
         changed = tokens.copy()
@@ -157,7 +160,7 @@ def test_relative_positions_know_distances_alone(positions, tokens, x64):
     assert model.positions is None
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
     assert not any(name.startswith("positions") for name in names)
-    assert model.layers[1].attention.attend.embedding.shape == (2 * L - 1, D // 2)
+    assert model.layers[0].attention.attend.embedding.shape == (2 * L - 1, D // 2)
     expected = run(model, tokens)
     for start in (0, 1, 1000):
         close(run(model, tokens, positions=start + np.arange(T)), expected)
@@ -167,7 +170,7 @@ def test_relative_positions_know_distances_alone(positions, tokens, x64):
         model(np.zeros((1, L + 1), int))
     far = np.array([0, 1, 2, 3, 4, 5, L])
     found = run(model, tokens, positions=far)
-    assert np.isnan(found).all()
+    assert np.isnan(found).all(-1).tolist() == [[True, *[False] * 5, True]] * B
     assert model(np.zeros((1, L), int)).shape == (1, L, D)
 
 
@@ -181,8 +184,7 @@ def test_without_a_table_of_positions_absolute_ones_would_be_lost(tokens, x64):
 
 def test_the_row_of_the_pad_begins_as_zero_and_learns_from_the_decoder_alone(tokens):
     padded = np.where(np.arange(T) < LENGTHS[:, None], tokens, 0)
-    config = dataclasses.replace(SMALL, num_layers=1)
-    model = models.BertForMaskedLM(config, rngs=nnx.Rngs(1))
+    model = models.BertForMaskedLM(SMALL, rngs=nnx.Rngs(1))
     model.eval()
     assert not model.bert.embedding.embedding[0].any()
 
@@ -193,10 +195,10 @@ def test_the_row_of_the_pad_begins_as_zero_and_learns_from_the_decoder_alone(tok
     assert not of_lookups[0].any() and np.abs(of_lookups[padded[0, 0]]).max() > 0
     tied = gradient(model, lambda model: jnp.sin(1 + model(padded)).sum())
     assert np.abs(tied[0]).max() > 0
-    untied = models.BertForMaskedLM(dataclasses.replace(config, tied=False), rngs=nnx.Rngs(1))
+    untied = models.BertForMaskedLM(dataclasses.replace(SMALL, tied=False), rngs=nnx.Rngs(1))
     untied.eval()
     assert not gradient(untied, lambda model: jnp.sin(1 + model(padded)).sum())[0].any()
-    free = models.Bert(dataclasses.replace(config, pad=None), rngs=nnx.Rngs(1))
+    free = models.Bert(dataclasses.replace(SMALL, pad=None), rngs=nnx.Rngs(1))
     assert free.embedding.embedding[0].any()
 
 
@@ -305,7 +307,7 @@ def test_a_classifier_drops_before_its_linear(kind, tokens):
     assert (model(tokens, deterministic=True) != found).any()
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", POSITIONS[::2])
 def test_bfloat16_computes_in_bfloat16(positions, tokens):
     for kind in KINDS[2::2] if positions == "absolute" else KINDS[:1]:
         exact = make(kind, positions=positions)
@@ -470,14 +472,17 @@ def test_bad_places_are_named(error, match, places, tokens):
         (ValueError, "classes must be", {"classes": 0}),
         (ValueError, "epsilon must be positive, got 0", {"epsilon": 0}),
         (ValueError, "epsilon must be positive, got nan", {"epsilon": float("nan")}),
-        (ValueError, "positions must be one of absolute, .*got 'rope'", {"positions": "rope"}),
+        (ValueError, "positions must be one of .*got 'rope'", {"positions": "rope"}),
         (ValueError, "dropout_rate must lie in 0 … 1", {"dropout_rate": 1.5}),
         (TypeError, "dropout_rate must be a Python number", {"dropout_rate": "0.1"}),
         (ValueError, "attention_dropout_rate must lie", {"attention_dropout_rate": -0.1}),
         (ValueError, "classifier_dropout_rate must lie", {"classifier_dropout_rate": 2.0}),
-        (ValueError, "pad must lie in 0 … 10", {"pad": C}),
-        (ValueError, "pad must lie in 0 … 10", {"pad": -1}),
+        (ValueError, "pad must be an id below 11", {"pad": C}),
+        (ValueError, "pad must be an id below 11", {"pad": -1}),
         (TypeError, "tied must be True or False", {"tied": 1}),
+        (TypeError, "^dropout_rate must be a Python number", {"dropout_rate": None}),
+        (ValueError, "pad must be an id below 11", {"pad": 1.5}),
+        (ValueError, "activation must be 'relu', 'gelu'", {"activation": "swish"}),
     ],
 )
 def test_a_config_says_what_does_not_fit(error, match, changes):

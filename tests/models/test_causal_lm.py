@@ -51,7 +51,13 @@ def tokens(rng):
     return rng.integers(0, C, (B, T))
 
 
-@pytest.mark.parametrize("name", causal_lm.PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.endswith("b"))
+        for name in causal_lm.PRESETS
+    ],
+)
 def test_presets_have_the_published_number_of_parameters(name):
     config = Config.preset(name)
     model = nnx.eval_shape(lambda: models.CausalLM(config, rngs=nnx.Rngs(0)))
@@ -59,7 +65,13 @@ def test_presets_have_the_published_number_of_parameters(name):
     assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, id=name, marks=[pytest.mark.slow] * (name == "tokens"))
+        for name, sizes in CHUNKS.items()
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_prefill_and_steps_are_the_full_pass(form, sizes, tokens, x64):
     model = make(jnp.float64, **FORMS[form])
@@ -111,6 +123,7 @@ def test_packed_documents_are_read_as_if_alone(tokens, x64):
     np.testing.assert_allclose(model(tokens, mask=mask), packed, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_length_of_a_rope_is_that_of_each_text(tokens, x64):
     """Of ragged texts each is what it is alone; the padding counts for nothing."""
     model, lengths = make(jnp.float64, **FORMS["dynamic"]), np.array([12, 3, 7])
@@ -142,7 +155,7 @@ def test_attend_sets_kernel_and_sink(tokens):
     np.testing.assert_allclose(sunk(tokens, cache=cache)[0], sunk(tokens), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_computes_and_caches_in_its_own_dtype(dtype, tokens):
     model = models.CausalLM(SMALL, dtype=dtype, rngs=nnx.Rngs(1))
     assert model(tokens).dtype == dtype and model.norm.scale.dtype == jnp.float32

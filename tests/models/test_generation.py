@@ -262,6 +262,7 @@ def test_the_first_row_is_drawn_as_if_it_were_alone(model, draw):
     assert rows(alone) == rows(draw())[:1]
 
 
+@pytest.mark.slow
 def test_tokens_follow_the_law_of_the_model_at_every_step(model):
     """Of many rows, each with its own key, and of the rows that went one way, the next step."""
     B = 8000

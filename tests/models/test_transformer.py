@@ -114,6 +114,7 @@ def test_dropout_is_drawn_anew_and_off_in_evaluation():
     np.testing.assert_array_equal(*off)
 
 
+@pytest.mark.slow
 def test_a_tied_table_has_one_parameter_and_gradients_from_both_sides():
     model = make(tied=True)
     assert model.decoder.out is None

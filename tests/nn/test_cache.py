@@ -47,7 +47,14 @@ def in_chunks(attention, x, sizes, **options):
     return jnp.concatenate(outputs, axis=1)
 
 
-@pytest.mark.parametrize("sizes", [[1] * T, [4, 1, 3, 1], [T]], ids=["tokens", "chunks", "all"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([1] * T, id="tokens", marks=pytest.mark.slow),
+        pytest.param([4, 1, 3, 1], id="chunks"),
+        pytest.param([T], id="all"),
+    ],
+)
 def test_chunks_of_any_size_are_the_whole(x, sizes):
     attention = make()
     expected = attention(x, mask=masks.causal())
@@ -221,7 +228,7 @@ def test_a_cache_that_wraps_hides_what_it_has_forgotten(x):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("fill", [0.0, 1e6])
+@pytest.mark.parametrize("fill", [0.0, pytest.param(1e6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("window", [None, 3])
 def test_of_a_ragged_chunk_only_the_tokens_are_kept(x, window, fill, compiled):
     """Whatever stands in the padding, each row goes on as if it were alone."""
@@ -310,6 +317,7 @@ def test_a_rope_that_depends_on_the_length_needs_it_with_a_cache(x):
     np.testing.assert_allclose(jnp.concatenate(found, 1), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_accepted_branch_of_a_tree_of_drafts_stays():
     """Each draft is what its path alone is, and so is what follows the branch that is kept."""
     config = models.causal_lm.Config(11, 8, 2, 2, 1, 4, 16)

@@ -197,7 +197,7 @@ def test_a_sequence_in_two_parts_is_the_whole(x64, rng):
     chex.assert_trees_all_close(final, expected[1], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["proj", "gru"])
+@pytest.mark.parametrize("kind", ["proj", pytest.param("gru", marks=pytest.mark.slow)])
 def test_what_lies_past_the_end_is_not_seen(x64, rng, kind):
     network, clean = build(kind, **BOTH), rng.normal(size=(B, T, D))
     dirty = np.where(np.arange(T)[:, None] < LENGTHS[:, None, None], clean, np.nan)

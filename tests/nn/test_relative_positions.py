@@ -56,7 +56,7 @@ def attended(query, key, value, table, *, with_key, scale=None, **options):
 
 
 @pytest.mark.parametrize("implementation", ["dense", "blockwise"])
-@pytest.mark.parametrize("K", [N, 2, 1])
+@pytest.mark.parametrize("K", [N, 2])
 @with_or_without
 def test_scores_are_those_of_loops(with_key, K, implementation, rng, x64):
     x = operands(rng, K=K)
@@ -152,8 +152,8 @@ def in_chunks(attention, x, sizes, cache, **options):
 
 @pytest.mark.parametrize(
     ("sizes", "capacity"),
-    [([1] * T, 3 * L), ([4, 1, 4], T), ([4, 1, 4], 3 * L), ([T], T)],
-    ids=["tokens", "chunks", "chunks of more room", "all"],
+    [([1] * T, 3 * L), ([4, 1, 4], T)],
+    ids=["tokens, more room", "chunks"],
 )
 @with_or_without
 def test_a_cache_changes_no_number(with_key, sizes, capacity, x, x64):

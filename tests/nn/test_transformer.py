@@ -120,7 +120,7 @@ def test_heads_of_the_memory_stand_for_it(x, memory):
     np.testing.assert_array_equal(decoder(x, [*decoder.remember(memory)]), expected)
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("norm_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_decoder_with_caches_is_the_whole(x, memory, norm_first):
     decoder = whole(dropout_rate=0.0, norm_first=norm_first).decoder
     expected = decoder(x, memory, mask=masks.causal(), memory_mask=masks.padding(LENGTHS))

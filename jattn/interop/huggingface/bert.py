@@ -76,27 +76,41 @@ def _tables(names: str, *rules: Iterable[Rule]) -> tuple[Table, ...]:
     return tuple(Table(names, tuple(each), _OLD, _IGNORED) for each in rules)
 
 
-def current(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a BERT under the names of today, without those that hold nothing learned.
+def selected(tensors: Mapping[str, Any], cls: type[nnx.Module]) -> dict[str, Any]:
+    """Of the tensors of any BERT those of the encoder, without `bert.`, and of a class's own heads.
+
+    All have the names of today; what holds nothing that is learned is left out.
+
+    Raises:
+      ValueError: a tensor stands there under two names.
 
     Example:
-      >>> list(current({"embeddings.LayerNorm.gamma": 1, "embeddings.position_ids": 2}))
-      ['embeddings.LayerNorm.weight']
+      >>> old = {"bert.embeddings.LayerNorm.gamma": 1, "embeddings.position_ids": 2, "cls.x": 3}
+      >>> selected(old, bert.Bert)
+      {'embeddings.LayerNorm.weight': 1}
     """
-    return Table("", (), _OLD, _IGNORED).current(tensors)
+    heads, found = heads_of(cls), dict[str, Any]()
+    for name, tensor in Table("", (), _OLD, _IGNORED).current(tensors).items():
+        name = name.removeprefix("bert.")
+        if name.startswith(HEADS) and not name.startswith(heads):
+            continue
+        if name in found:
+            raise ValueError(f"{name} stands in the tensors with 'bert.' before it, too")
+        found[name] = tensor
+    return found
 
 
-def heads_of(model: nnx.Module) -> tuple[str, ...]:
-    """How the names of the weights of a model's own heads begin.
+def heads_of(cls: type[nnx.Module]) -> tuple[str, ...]:
+    """How the names of the weights of a class's own heads begin.
 
     Example:
-      >>> heads_of(bert.Bert(bert.Config(11, 8, 1, 2, 16), rngs=nnx.Rngs(0)))
-      ()
+      >>> heads_of(bert.BertForMaskedLM)
+      ('cls.predictions.',)
     """
-    if isinstance(model, bert.BertForMaskedLM):
-        follows = ("cls.seq_relationship.",) if isinstance(model, bert.BertForPreTraining) else ()
+    if issubclass(cls, bert.BertForMaskedLM):
+        follows = ("cls.seq_relationship.",) if issubclass(cls, bert.BertForPreTraining) else ()
         return ("cls.predictions.", *follows)
-    return ("classifier.",) if isinstance(model, bert.BertForSequenceClassification) else ()
+    return ("classifier.",) if issubclass(cls, bert.BertForSequenceClassification) else ()
 
 
 TABLES = {

@@ -68,7 +68,7 @@ def read_config(config: Json) -> bert.Config:
     for flag in ("is_decoder", "add_cross_attention"):
         if config.get(flag):
             raise ValueError(f"{flag}: Bert is an encoder; a decoder is not known")
-    activation = config.get("hidden_act", "gelu")
+    activation = str(config.get("hidden_act", "gelu"))
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     read = {ours: config.get(theirs, default) for ours, (theirs, default) in _NAMES.items()}

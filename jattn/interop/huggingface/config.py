@@ -95,6 +95,7 @@ def architecture_of(config: Json) -> str:
       'Qwen3ForCausalLM'
     """
     named, kind = config.get("architectures") or [], config.get("model_type")
+    named = [named] if isinstance(named, str) else named
     known = ", ".join(ARCHITECTURES)
     if len(named) > 1 or any(name not in ARCHITECTURES for name in named):
         raise ValueError(f"architectures must be one of {known}, got {', '.join(named)}")

@@ -53,7 +53,9 @@ def load_pretrained(
       cls: what to make: `models.CausalLM`, `models.Bert`, one of the `models.BertFor…`, or a
         `functools.partial` of one; None: what `config.json` names.
       rngs: for dropout; and, where they are given, for a head or a pooler that the folder does not
-        hold. None: all weights must be there, and dropout begins at seed 0.
+        hold. None: all weights must be there, and dropout begins at seed 0. (A head in the place of
+        one that is there, of other classes: make the model, and load `models.Bert` into its
+        `bert`.)
       attend: as the class takes it.
       dtype: to compute in; None: that of the parameters.
       param_dtype: the parameters are rounded to it; None: they keep the dtype of the files, where
@@ -91,8 +93,12 @@ def load_pretrained(
     config, cls = _described(folder, cls)
     config = dataclasses.replace(config, **changes)
     _check_tokenizer(folder, config.vocabulary)
-    tensors = dict(_tensors(folder))
+    tensors, is_bert = dict(_tensors(folder)), isinstance(config, bert.Config)
+    if is_bert:
+        tensors = bert_names.selected(tensors, _class_of(cls))
     floats = {name: x for name, x in tensors.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    if not floats:
+        raise ValueError(f"{folder} holds no weights")
     stored = jnp.result_type(*(tensor.dtype for tensor in floats.values()))
     if param_dtype is not None:
         tensors |= {name: tensor.astype(param_dtype) for name, tensor in floats.items()}
@@ -100,13 +106,13 @@ def load_pretrained(
         cls, config, attend=attend, dtype=dtype, param_dtype=param_dtype or stored
     )
     model = _without_weights(make) if rngs is None else make(rngs=rngs)
-    if isinstance(config, bert.Config):
+    if is_bert:
         tensors = _of_bert(model, tensors, new=rngs is not None)
     try:
         load_torch(model, tensors)
     except ConversionError as error:
         hint = f"config.json of {folder} and its tensors contradict each other"
-        if rngs is None and isinstance(config, bert.Config) and _lacks_a_head(model, error):
+        if rngs is None and is_bert and _lacks_a_head(error):
             hint = f"{folder} holds no weights of this head: pass rngs, from which they are made"
         raise ConversionError(**vars(error) | {"hint": hint}) from None
     return model
@@ -118,6 +124,7 @@ def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]
     if isinstance(given, dict) and given.get("model_type") == "bert":
         config: Any = bert_config.read_config(given)
         known, named = bert_config.ARCHITECTURES, given.get("architectures") or ["BertModel"]
+        named = [named] if isinstance(named, str) else named
         if cls is None and (len(named) > 1 or named[0] not in known):
             raise ValueError(
                 f"architectures must be one of {', '.join(known)}, got {', '.join(named)}: pass "
@@ -127,11 +134,15 @@ def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]
     else:
         config = read_config(given, _json(generation) if generation.exists() else None)
         default, fitting = CausalLM, (CausalLM,)
-    made = getattr(cls or default, "func", cls or default)
+    made = _class_of(cls or default)
     if not (isinstance(made, type) and issubclass(made, fitting)):
         expected = ", ".join(each.__name__ for each in fitting)
         raise TypeError(f"{folder} can be loaded into {expected}, got {made!r}")
     return config, cls or made
+
+
+def _class_of(cls: Any) -> Any:
+    return cls.func if isinstance(cls, functools.partial) else cls
 
 
 def _without_weights(make: Callable[..., nnx.Module]) -> nnx.Module:
@@ -150,29 +161,28 @@ def _without_weights(make: Callable[..., nnx.Module]) -> nnx.Module:
 
 
 def _of_bert(model: Any, tensors: Mapping[str, np.ndarray], *, new: bool) -> dict[str, np.ndarray]:
-    """Of the tensors of any BERT those of a model, and `new` ones of heads that are not there."""
+    """Of the selected tensors those of a model, and `new` ones of heads that are not there."""
     inner, prefix = (model, "") if isinstance(model, bert.Bert) else (model.bert, "bert.")
     left_out: tuple[str, ...] = () if inner.pooler is not None else ("pooler.",)
     if inner.positions is None:
         left_out += ("embeddings.position_embeddings.",)  # in the file, but never added
-    heads = bert_names.heads_of(model)
+    heads = bert_names.heads_of(type(model))
+    found = {
+        name if name.startswith(heads) else prefix + name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(left_out)
+    }
+    once, again = "cls.predictions.bias", "cls.predictions.decoder.bias"
+    if again in found and (once not in found or not inner.config.tied):
+        found[once] = found[again]  # of two that are not tied transformers adds the decoder's
     own = to_torch(model) if new else {}
-    found = {name: x for name, x in own.items() if name.startswith((*heads, f"{prefix}pooler."))}
-    tensors = bert_names.current(tensors)
-    of_decoder = tensors.get("cls.predictions.decoder.bias")
-    if of_decoder is not None and not inner.config.tied:
-        # Of two biases that are not tied transformers adds that of the decoder
-        tensors["cls.predictions.bias"] = of_decoder
-    for name, tensor in tensors.items():
-        inside = name.removeprefix("bert.")
-        if not inside.startswith(bert_names.HEADS):
-            found |= {} if inside.startswith(left_out) else {prefix + inside: tensor}
-        elif name.startswith(heads):
-            found[name] = tensor
+    for part in (*heads, f"{prefix}pooler."):
+        if not any(name.startswith(part) for name in found):
+            found |= {name: tensor for name, tensor in own.items() if name.startswith(part)}
     return found
 
 
-def _lacks_a_head(model: Any, error: ConversionError) -> bool:
+def _lacks_a_head(error: ConversionError) -> bool:
     of_heads = "words.", "next.", "out.", "pooler.", "bert.pooler."
     others = error.unused, error.ambiguous, error.unfit
     return not any(others) and all(name.startswith(of_heads) for name in error.missing)
@@ -256,6 +266,8 @@ def _check_plain(module: Any) -> None:
         attends: Any = layer.attention.attend
         attends = attends.attend if isinstance(attends, RelativePositions) else attends
         changed = set(getattr(attends, "given", ["attend"])) - {"implementation"}
+        if getattr(attends, "function", None) is not attend:
+            changed.add("attend")
         if isinstance(module, CausalLM) and layer.window != module.config.windows[n]:
             changed.add("window")
         if changed:
