@@ -31,7 +31,7 @@ from jattn.interop import to_torch
 from jattn.interop.huggingface.bert_config import write_config
 from jattn.models import BertForPreTraining, bert, pretraining
 
-H, RATE = 32, 1e-4
+H, RATE = 64, 1e-4
 SPECIAL = pretraining.Special(pad=0, cls=1, sep=2, mask=3)
 
 
@@ -44,7 +44,7 @@ class Settings:
     layers: int = 6
     """Layers of the model."""
     features: int = 384
-    """Width of the model: a multiple of 32, the width of a head."""
+    """Width of the model: a multiple of 64, the width of a head."""
     vocabulary: int = 30522
     """Number of token ids."""
     batch: int = 32

@@ -324,3 +324,13 @@ def automatically(function: Callable[..., Any], specs: Any) -> Callable[..., Any
         return jax.sharding.auto_axes(of_leaves, out_sharding=placed)(*leaves)
 
     return run
+
+
+def one_cpu_device() -> bool:
+    """Whether all runs on one CPU, whose XLA has its own ways to be fast.
+
+    Example:
+      >>> one_cpu_device() == (jax.default_backend() == "cpu" and jax.device_count() == 1)
+      True
+    """
+    return jax.default_backend() == "cpu" and jax.device_count() == 1

@@ -15,6 +15,7 @@ from jattn.attention import attend
 from jattn.models import encoder_decoder
 from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config
 from jattn.models.tokens import Embed, embed
+from jattn.nn._shared import Linear
 from jattn.nn.pooling import AdditiveAttention
 from jattn.nn.recurrent import GRU
 
@@ -164,7 +165,7 @@ class Decoder(encoder_decoder.Decoder):
         self.attention = AdditiveAttention(F, F, F, dropout_rate=rate, attend=attend, **options)
         self.embedding = Embed(config.target_vocabulary, D, **options)
         self.gru = GRU(F + D, F, num_layers=config.num_layers, dropout_rate=rate, **options)
-        self.out = nnx.Linear(F, config.target_vocabulary, **options)
+        self.out = Linear(F, config.target_vocabulary, **options)
 
     def _keys(self, outputs: Array) -> Array:
         """Projected once for all steps."""

@@ -4,6 +4,7 @@ Paper: Devlin et al. 2019, https://arxiv.org/abs/1810.04805
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from jattn.attention import attend
 from jattn.functional import checks, masks
 from jattn.models.encoder_decoder import nan_where_lengths_are_wrong
 from jattn.models.tokens import embed
-from jattn.nn._shared import dropout, joined_masks, normalized, promoted
+from jattn.nn._shared import Linear, dropout, joined_masks, normalized, promoted, times
 from jattn.nn.embedding import Embedding
 from jattn.nn.multi_head import MultiHeadAttention
 from jattn.nn.positions import LearnedPositions, RelativePositions
@@ -26,6 +27,7 @@ from jattn.request import MaskLike
 
 Array = jax.Array
 INIT = initializers.normal(0.02)  # of every matrix, as the paper's authors have it
+linear = functools.partial(Linear, kernel_init=INIT)
 POSITIONS = "absolute", "relative_key", "relative_key_query"
 
 
@@ -214,7 +216,7 @@ class Bert(nnx.Module):
         self.layers = nnx.List(
             [Block(config, attend=attend, **options) for _ in range(config.num_layers)]
         )
-        self.pooler = nnx.data(_linear(D, D, options) if pooler else None)
+        self.pooler = nnx.data(linear(D, D, **options) if pooler else None)
         self.dropout = dropout(config.dropout_rate, rngs)
 
     def __call__(
@@ -308,17 +310,19 @@ class WordHead(nnx.Module):
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.dtype, C, D = dtype, config.vocabulary, config.features
-        self.transform = _linear(D, D, options)
+        self.transform = linear(D, D, **options)
         self.activation = activation_of(config.activation)
         self.norm = layer_norm(D, config.epsilon, options)
         self.bias = nnx.Param(jnp.zeros((C,), param_dtype))
-        self.out = nnx.data(None if config.tied else _linear(D, C, options, use_bias=False))
+        self.out = nnx.data(None if config.tied else linear(D, C, use_bias=False, **options))
 
     def __call__(self, x: Array, table: Array) -> Array:
         """Logits `[..., C]` of x `[..., D]`, with the table `[C, D]` that they may be tied to."""
         x = normalized(self.norm, self.activation(self.transform(x)))
         x, table, bias = promoted(self.dtype, x, table, self.bias[...])
-        return (x @ table.T if self.out is None else self.out(x)) + bias
+        logits = times(x, table.T) if self.out is None else self.out(x)
+        # A product with ones, for on a CPU XLA is slow to sum over the rows of so many words
+        return logits + times(jnp.ones_like(x[..., :1]), bias[None])
 
 
 class BertForMaskedLM(nnx.Module):
@@ -410,7 +414,7 @@ class BertForPreTraining(BertForMaskedLM):
     def __init__(self, config: Config, **options: Any):
         super().__init__(config, **options)
         options.pop("attend", None)
-        self.next = _linear(config.features, 2, options)
+        self.next = linear(config.features, 2, **options)
 
     def __call__(
         self, tokens: Array, *, places: Array | None = None, **options: Any
@@ -453,10 +457,10 @@ class BertForSequenceClassification(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.config, rate = config, config.classifier_dropout_rate
+        rate, self.config = config.classifier_dropout_rate, config
         self.bert = Bert(config, pooler=self.pooler, attend=attend, **options)
         self.dropout = dropout(config.dropout_rate if rate is None else rate, rngs)
-        self.out = _linear(config.features, config.classes, options)
+        self.out = linear(config.features, config.classes, **options)
 
     def __call__(
         self, tokens: Array, *, deterministic: bool | None = None, **options: Any
@@ -482,10 +486,6 @@ class BertForTokenClassification(BertForSequenceClassification):
     """
 
     pooler = False
-
-
-def _linear(in_features: int, out_features: int, options: Any, **more: Any) -> nnx.Linear:
-    return nnx.Linear(in_features, out_features, kernel_init=INIT, **options, **more)
 
 
 PRESETS: Mapping[str, Config] = MappingProxyType(

@@ -24,7 +24,7 @@ from jattn.functional.ropes import Llama3, Rope
 from jattn.models import generation
 from jattn.models.decoding import Decoded
 from jattn.models.tokens import embed
-from jattn.nn._shared import joined_masks
+from jattn.nn._shared import Linear, joined_masks
 from jattn.nn.cache import Cache, KeyValueCache, of_layers
 from jattn.nn.embedding import Embedding
 from jattn.nn.multi_head import MultiHeadAttention
@@ -249,7 +249,7 @@ class CausalLM(nnx.Module):
         self.norm = RMSNorm(D, epsilon=config.epsilon, **options)
         self.out = nnx.data(None)
         if not config.tied:
-            self.out = nnx.Linear(D, C, use_bias=False, kernel_init=INIT, **options)
+            self.out = Linear(D, C, use_bias=False, kernel_init=INIT, **options)
 
     def empty_cache(
         self, batch: int | tuple[int, ...], capacity: int, *, dtype: Any = None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.functional import checks
-from jattn.nn._shared import promoted, rows
+from jattn.nn._shared import Linear, promoted, rows
 from jattn.nn.embedding import Embedding
 from jattn.nn.recurrent import RNN
 from jattn.nn.recurrent_cells import Cell, RNNCell
@@ -158,7 +158,7 @@ class EmbeddedCharRNN(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embedding = Embedding(C, D, **options)
         self.rnn = RNN(D, F, num_layers=config.num_layers, **options)
-        self.out = nnx.Linear(F, C, **options)
+        self.out = Linear(F, C, **options)
 
     def __call__(self, tokens: Array) -> Array:
         """Predict a character at every step: as `CharCell`."""

@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 
 from jattn.functional import checks
-from jattn.nn._shared import dropout, is_real, sequence
+from jattn.nn._shared import Linear, dropout, is_real, sequence
 from jattn.nn.embedding import Embedding
 from jattn.nn.recurrent import GRU, LSTM, RNN
 from jattn.nn.sequence_pooling import LearnedQueryPooling
@@ -225,7 +225,7 @@ class Classifier(nnx.Module):
         width = (1 + config.bidirectional) * F
         own = {} if attend is None else {"attend": attend}
         self.pooling = nnx.data(config.pooling and config.pooling(width, **own, **options))
-        self.out = nnx.Linear(width, config.classes, **options)
+        self.out = Linear(width, config.classes, **options)
         self.dropout = dropout(config.dropout_rate, rngs)
 
     @overload

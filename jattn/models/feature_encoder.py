@@ -14,7 +14,7 @@ from flax import nnx
 from jattn.attention import attend
 from jattn.functional import checks, masks
 from jattn.models.encoder_decoder import nan_where_lengths_are_wrong
-from jattn.nn._shared import is_real, sequence
+from jattn.nn._shared import Linear, is_real, sequence
 from jattn.nn.positions import SinusoidalPositions
 from jattn.nn.transformer import TransformerEncoder
 from jattn.nn.transformer_layers import Activation, TransformerEncoderLayer, layer_norm
@@ -99,7 +99,7 @@ class FeatureEncoder(nnx.Module):
         D, rate = config.features, config.dropout_rate
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.in_features = config.in_features
-        self.embedding = nnx.Linear(config.in_features, D, **options)
+        self.embedding = Linear(config.in_features, D, **options)
         positions = (
             SinusoidalPositions(D, dropout_rate=rate, rngs=rngs) if config.positions else None
         )
@@ -179,7 +179,7 @@ class FeatureClassifier(nnx.Module):
         checks.assert_positive(classes=classes)
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.encoder = FeatureEncoder(config, attend=attend, **options)
-        self.out = nnx.Linear(config.features, classes, **options)
+        self.out = Linear(config.features, classes, **options)
 
     def __call__(
         self, x: Array, *, lengths: Array | None = None, deterministic: bool | None = None

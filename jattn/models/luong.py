@@ -19,7 +19,7 @@ from jattn.functional.pytree import named_tuple
 from jattn.models import encoder_decoder
 from jattn.models.encoder_decoder import EncoderDecoder, Memory, check_config
 from jattn.models.tokens import Embed, embed
-from jattn.nn._shared import dropout
+from jattn.nn._shared import Linear, dropout
 from jattn.nn.pooling import BilinearAttention
 from jattn.nn.recurrent import LSTM
 from jattn.nn.recurrent_cells import LSTMCell
@@ -205,15 +205,15 @@ class Decoder(encoder_decoder.Decoder):
         bare = options | {"use_bias": False}
         self.config, self.dtype, self.memory_features = config, dtype, 2 * F
         self.embedding = Embed(C, D, **options)
-        self.first_h = nnx.Linear(2 * F, F, **bare)
-        self.first_c = nnx.Linear(2 * F, F, **bare)
+        self.first_h = Linear(2 * F, F, **bare)
+        self.first_c = Linear(2 * F, F, **bare)
         fed = D if config.feed == "prediction" else F if config.attention else 0
         self.cell = LSTMCell(D + fed, F, **options)
         if config.attention:
             self.attention = BilinearAttention(F, 2 * F, attend=attend, **options)
-            self.combine = nnx.Linear(3 * F, F, **bare)
+            self.combine = Linear(3 * F, F, **bare)
         self.dropout = dropout(config.dropout_rate, rngs)
-        self.out = nnx.Linear(F, C, **bare)
+        self.out = Linear(F, C, **bare)
 
     def begin(self, h: Array, c: Array) -> State:
         """The state before the first step, from the encoder's last h and c, `[B, 2, F]` each."""

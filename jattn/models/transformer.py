@@ -23,6 +23,7 @@ from jattn.models.encoder_decoder import (
     nan_where_lengths_are_wrong,
 )
 from jattn.models.tokens import Embed, embed
+from jattn.nn._shared import Linear
 from jattn.nn.positions import SinusoidalPositions
 from jattn.nn.transformer import Caches, TransformerDecoder, TransformerEncoder
 from jattn.nn.transformer_layers import (
@@ -201,7 +202,7 @@ class Decoder(nnx.Module):
         )
         self.out = nnx.data(None)
         if not config.tied:
-            self.out = nnx.Linear(config.features, config.target_vocabulary, **options)
+            self.out = Linear(config.features, config.target_vocabulary, **options)
 
     def remember(self, outputs: Array, lengths: Array | None = None) -> Memory:
         """What the decoder attends to: the heads of the encoder's outputs `[B, S, D]`.

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn import initializers
 
 from jattn.functional import checks, compat
-from jattn.nn._shared import promoted, rows
+from jattn.nn._shared import promoted, rows, times
 
 Array = jax.Array
 
@@ -131,7 +131,7 @@ class Embedding(nnx.Module):
         checks.assert_floating(query=query)
         checks.assert_shapes(embedding=(self.embedding, "C D"), query=(query, "... D"))
         query, table = promoted(self.dtype, query, self.embedding[...])
-        return query @ table.T
+        return times(query, table.T)
 
     def _counts(self, tokens: Array) -> Array:
         """How often each token stands among the tokens; any number for one that is unknown."""

@@ -15,6 +15,7 @@ from jattn.attention import attend
 from jattn.functional import checks, masks, modifiers
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn._shared import (
+    Linear,
     Options,
     apply,
     attending,
@@ -137,7 +138,7 @@ class MultiHeadAttention(nnx.Module):
         self.attend, self.dtype, self.precision = attending(attend), dtype, precision
         self.rotary = None if rotary is None else held("rotary", rotary)
         linear = functools.partial(
-            nnx.Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
+            Linear, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
         )
         of_heads = functools.partial(
             linear, use_bias=use_bias, kernel_init=kernel_init, bias_init=bias_init,

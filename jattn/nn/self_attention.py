@@ -13,6 +13,7 @@ from jattn.attention import attend
 from jattn.functional import checks, scores
 from jattn.functional.heads import merge_heads, split_heads
 from jattn.nn._shared import (
+    Linear,
     Options,
     attending,
     dropout,
@@ -287,7 +288,7 @@ class ResidualAttention(nnx.Module):
         self.attention, self.dtype = attention, dtype
         self.skip = self.norm = nnx.data(None)
         if in_features != out_features:
-            self.skip = nnx.Linear(in_features, out_features, **options)
+            self.skip = Linear(in_features, out_features, **options)
         if use_layer_norm:
             self.norm = nnx.LayerNorm(
                 out_features, epsilon=1e-5, use_fast_variance=False, **options

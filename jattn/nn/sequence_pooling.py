@@ -17,6 +17,7 @@ from jattn.attention import attend
 from jattn.functional import checks, masks, modifiers, scores
 from jattn.nn._shared import (
     Given,
+    Linear,
     attending,
     is_real,
     joined_masks,
@@ -155,7 +156,7 @@ class FeaturePooling(_SequencePooling):
         checks.assert_positive(features=features)
         checks.assert_bool(use_bias=use_bias)
         self.features, self.attend, self.dtype = features, attending(attend), dtype
-        self.key = nnx.Linear(
+        self.key = Linear(
             features, features, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
 
@@ -275,7 +276,7 @@ class LearnedQueryPooling(_SequencePooling):
         checks.assert_positive(features=features, hidden_features=hidden_features)
         checks.assert_bool(use_bias=use_bias)
         self.features, self.attend, self.dtype = features, attending(attend), dtype
-        self.key = nnx.Linear(
+        self.key = Linear(
             features,
             hidden_features,
             use_bias=use_bias,

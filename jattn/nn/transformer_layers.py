@@ -14,7 +14,7 @@ from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks
-from jattn.nn._shared import dropout, normalized, promoted, sequence
+from jattn.nn._shared import Linear, dropout, normalized, promoted, sequence
 from jattn.nn.cache import Cache
 from jattn.nn.multi_head import MultiHeadAttention
 from jattn.request import MaskLike, ModifierLike
@@ -132,8 +132,8 @@ class FeedForward(nnx.Module):
             "use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype,
             "kernel_init": kernel_init, "rngs": rngs,
         }  # fmt: skip
-        self.linear1 = nnx.Linear(features, mlp_features, **options)
-        self.linear2 = nnx.Linear(mlp_features, features, **options)
+        self.linear1 = Linear(features, mlp_features, **options)
+        self.linear2 = Linear(mlp_features, features, **options)
         self.activation = activation_of(activation)
         self.dropout = dropout(dropout_rate, rngs)
 
@@ -192,9 +192,9 @@ class GatedFeedForward(nnx.Module):
             "use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype,
             "kernel_init": kernel_init, "rngs": rngs,
         }  # fmt: skip
-        self.gate = nnx.Linear(features, mlp_features, **options)
-        self.up = nnx.Linear(features, mlp_features, **options)
-        self.down = nnx.Linear(mlp_features, features, **options)
+        self.gate = Linear(features, mlp_features, **options)
+        self.up = Linear(features, mlp_features, **options)
+        self.down = Linear(mlp_features, features, **options)
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:

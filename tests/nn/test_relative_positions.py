@@ -18,7 +18,13 @@ from jattn.nn.cache import WindowCache
 
 B, T, H, D, L = 2, 9, 3, 12, 9
 N = D // H
-with_or_without = pytest.mark.parametrize("with_key", [False, True], ids=["query", "query and key"])
+with_or_without = pytest.mark.parametrize(
+    "with_key",
+    [
+        pytest.param(False, id="query", marks=pytest.mark.slow),
+        pytest.param(True, id="query and key"),
+    ],
+)
 
 
 def loops(query, key, value, table, *, with_key, allowed=lambda t, s: True, scale=None):

@@ -1,7 +1,9 @@
 """What all modules have in common: attend= and use_bias."""
 
 import functools
+import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from flax import nnx
 
 import jattn
 from jattn import masks, modifiers, nn
+from jattn.functional import compat
+from jattn.nn._shared import Linear
 
 B, T, D = 2, 4, 6
 
@@ -50,6 +54,27 @@ def first(result):
 @pytest.fixture
 def x(rng):
     return jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(D,), (T, D), (B, T, D), (3, B, T, D), (0, T, D)])
+def test_on_one_cpu_the_rows_of_a_linear_make_one_matrix(shape, rng, monkeypatch):
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    linear = Linear(D, 3, rngs=nnx.Rngs(0))
+
+    def loss(linear, x):
+        return jnp.sum(jnp.sin(linear(x)))
+
+    def both():
+        mapped = jax.vmap(linear)(x) if x.ndim > 1 else None
+        return linear(x), mapped, nnx.grad(loss, argnums=(0, 1))(linear, x)
+
+    several = both()
+    monkeypatch.setattr(compat, "one_cpu_device", lambda: True)
+    chex.assert_trees_all_close(both(), several, rtol=1e-5, atol=1e-6)
+    program = str(jax.make_jaxpr(lambda x: linear(x))(x))
+    assert x.ndim == 1 or f"[{math.prod(shape[:-1])},3] = dot_general" in program
+    half = Linear(D, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert half(x).dtype == jnp.bfloat16 and half(x).shape == (*shape[:-1], 3)
 
 
 @pytest.mark.parametrize("name", ATTENDING)

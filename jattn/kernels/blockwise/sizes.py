@@ -4,11 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
 from jattn.functional import compat
 from jattn.functional.captures import Captures, Pure
+from jattn.functional.compat import one_cpu_device as one_cpu_device
 from jattn.functional.modifiers import Bias, Modifier, RelativeKey
 from jattn.kernels.grid import Grid
 from jattn.kernels.scoring import hoist_score
@@ -32,6 +32,7 @@ def choose_grid(request: Request) -> tuple[Grid, Pure, Captures]:
     rows = block_size(T, ROWS)
     columns = block_size(S, min(max(SCORES // (N * rows), COLUMNS[0]), COLUMNS[1]))
     grid = Grid(tuple(batch), N, T, S, rows, columns, None)
+    # On one CPU parts of a batch run one after another, each with the cost of its own length
     if batch and one_cpu_device() and not any(_needs_whole_batch(m) for m in request.modifiers):
         grid = dataclasses.replace(grid, examples=_examples(grid))
         try:
@@ -90,14 +91,6 @@ def _examples(grid: Grid) -> int:
     """How many examples share a block."""
     room = SCORES // (grid.num_heads * grid.rows * grid.columns)
     return nearest_divisor(math.prod(grid.batch), max(room, 1))
-
-
-def one_cpu_device() -> bool:
-    """Whether parts of a batch run one after another, each with the cost of its own length.
-
-    Otherwise all examples share a block.
-    """
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def block_size(length: int, largest: int) -> int:
