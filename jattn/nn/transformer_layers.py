@@ -14,7 +14,7 @@ from flax.nnx.nn import initializers
 
 from jattn.attention import attend
 from jattn.functional import checks
-from jattn.nn._shared import Linear, dropout, normalized, promoted, sequence
+from jattn.nn._shared import Linear, by_rows, dropout, normalized, promoted, sequence
 from jattn.nn.cache import Cache
 from jattn.nn.multi_head import MultiHeadAttention
 from jattn.request import MaskLike, ModifierLike
@@ -65,6 +65,7 @@ def gelu_tanh(x: Array) -> Array:
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": relu, "gelu": gelu}
+_OF_ENTRIES = relu, gelu, gelu_tanh, silu  # a user's function may look at other axes
 
 
 def activation_of(activation: Activation) -> Callable[[Array], Array]:
@@ -139,8 +140,12 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array, *, deterministic: bool | None = None) -> Array:
         """Map x `[..., D]` to `[..., D]`."""
-        inner = self.activation(self.linear1(x))
-        return self.linear2(self.dropout(inner, deterministic=deterministic))
+
+        def of_rows(x: Array) -> Array:
+            inner = self.activation(self.linear1(x))
+            return self.linear2(self.dropout(inner, deterministic=deterministic))
+
+        return by_rows(of_rows, x) if self.activation in _OF_ENTRIES else of_rows(x)
 
 
 class GatedFeedForward(nnx.Module):
@@ -199,7 +204,11 @@ class GatedFeedForward(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map x `[..., D]` to `[..., D]`."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+        def of_rows(x: Array) -> Array:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+
+        return by_rows(of_rows, x) if self.activation in _OF_ENTRIES else of_rows(x)
 
 
 class TransformerEncoderLayer(nnx.Module):

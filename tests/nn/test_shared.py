@@ -14,6 +14,7 @@ import jattn
 from jattn import masks, modifiers, nn
 from jattn.functional import compat
 from jattn.nn._shared import Linear
+from jattn.nn.transformer_layers import silu
 
 B, T, D = 2, 4, 6
 
@@ -75,6 +76,20 @@ def test_on_one_cpu_the_rows_of_a_linear_make_one_matrix(shape, rng, monkeypatch
     assert x.ndim == 1 or f"[{math.prod(shape[:-1])},3] = dot_general" in program
     half = Linear(D, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert half(x).dtype == jnp.bfloat16 and half(x).shape == (*shape[:-1], 3)
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_an_activation_of_ones_own_sees_all_axes(one, x, monkeypatch):
+    monkeypatch.setattr(compat, "one_cpu_device", lambda: one)
+
+    def among_tokens(x):
+        return jax.nn.softmax(x, axis=-2)
+
+    for kind in (nn.FeedForward, nn.GatedFeedForward):
+        plain, other = (kind(D, 8, rngs=nnx.Rngs(0), activation=f) for f in (silu, among_tokens))
+        assert plain(x).shape == other(x).shape == x.shape
+        alone = jnp.stack([other(each) for each in x])
+        np.testing.assert_allclose(other(x), alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ATTENDING)
