@@ -121,7 +121,7 @@ class Embedder:
         check_texts(sentences)
         encoded = self.tokenizer.encode_batch(list(sentences))
         if cut := sum(bool(each.overflowing) for each in encoded):
-            warn(f"{cut} of {len(encoded)} texts have over {self.longest} tokens, and end there")
+            warn(f"cut at {self.longest} tokens: {cut} of {len(encoded)} texts")
         ids = [each.ids for each in encoded]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         starts = range(0, len(ids), self.batch)
@@ -225,13 +225,17 @@ def installed() -> Path:
 
 
 def read_lines(path: Path) -> dict[int, str]:
-    """The lines of a file that are not blank, by their numbers.
+    """The lines of a file that hold words, by their numbers; of equal ones the first.
 
     Raises:
       BadInput: the file is missing, not readable, not UTF-8, or has no such line.
     """
     lines = read_utf8(path).split("\n")
-    found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    words = (line.strip() if any(map(str.isalnum, line)) else "" for line in lines)
+    first: dict[str, int] = {}
+    for number, text in enumerate(words, 1):
+        first.setdefault(text, number)
+    found = {number: text for text, number in first.items() if text}
     if not found:
         raise BadInput(f"{path}: expected lines of text, got an empty file")
     return found

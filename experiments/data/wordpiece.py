@@ -106,7 +106,7 @@ def _bert(
     return tokenizer
 
 
-def load(folder: Path) -> Tokenizer:
+def load(folder: Path | str) -> Tokenizer:
     """The tokenizer of a folder: of `tokenizer.json`, else of `vocab.txt`.
 
     It pads nothing, and cuts a text off at the length that the model was tuned for, whatever
@@ -116,6 +116,7 @@ def load(folder: Path) -> Tokenizer:
     Raises:
       BadInput: a file is missing or cannot be read, or the vocabulary lacks a special token.
     """
+    folder = Path(folder)
     tuned, given = (
         read_json(folder / name) for name in ("sentence_bert_config.json", "tokenizer_config.json")
     )

@@ -352,11 +352,15 @@ class RelativeKey(Modifier):
     ) -> None:
         """The products must be of these queries and keys, and the table long enough."""
         for name, products, length in (("query", self.by_query, T), ("key", self.by_key, S)):
-            if products is not None:
-                heads = num_heads if name == "query" else products.shape[-3]
-                expected = (*batch, heads, length, products.shape[-1])
-                meaning = f"[..., heads, length, rows], of the {name} of this call"
-                checks.assert_broadcastable("relative_key", products, expected, meaning)
+            if products is None:
+                continue
+            heads = num_heads if name == "query" else products.shape[-3]
+            if products.shape[-3:-1] != (heads, length) or num_heads % heads:
+                must = f"relative_key must be of the {name} of this call, {length} tokens"
+                got = f"{products.shape[-2]} of {products.shape[-3]} heads"
+                raise ValueError(f"{must} of {heads} heads, got {got}")
+            expected = (*batch, heads, length, products.shape[-1])
+            checks.assert_broadcastable("relative_key", products, expected, "[..., N, T, rows]")
         _check_offsets("relative_key", self.by_query.shape[-1], T, S, own_positions)
 
 

@@ -322,7 +322,7 @@ class WordHead(nnx.Module):
         x, table, bias = promoted(self.dtype, x, table, self.bias[...])
         logits = times(x, table.T) if self.out is None else self.out(x)
         # A product with ones, for on a CPU XLA is slow to sum over the rows of so many words
-        return logits + times(jnp.ones_like(x[..., :1]), bias[None])
+        return logits + times(jnp.ones_like(x[..., :1]), bias[None], jax.lax.Precision.HIGHEST)
 
 
 class BertForMaskedLM(nnx.Module):

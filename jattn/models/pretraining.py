@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.functional import checks
+from jattn.functional import checks, compat
 from jattn.models.tokens import cross_entropy
 
 Array = jax.Array
@@ -79,40 +79,31 @@ def sentence_pairs(
         raise ValueError("documents must have one of at least two sentences, got none")
     if not all(len(documents[d][n]) for d, n in places):
         raise ValueError("documents hold an empty sentence")
-    others = len({d for d, _ in places}) > 1
-    if not others and len(places) < 3:
+    if len({d for d, _ in places}) == 1 and len(places) < 3:
         raise ValueError("documents must hold a third sentence, for pairs that do not follow")
-    pairs, follows = [], random.integers(2, size=len(starts), dtype=np.int32)
-    order = random.permutation(len(starts))
-    for (d, n), is_broken in zip((starts[i] for i in order), follows, strict=True):
-        second = documents[d][n + 1]
-        if is_broken:
-            second = _elsewhere(documents, places, d, n, random)
-        pairs.append((documents[d][n], second))
+    sizes = np.array([len(document) for document in documents])
+    before = np.concatenate([[0], np.cumsum(sizes)])  # where each document begins among all places
+    follows = random.integers(2, size=len(starts), dtype=np.int32)
+    pairs = []
+    for i, is_broken in zip(random.permutation(len(starts)), follows, strict=True):
+        d, n = other, m = starts[i]
+        m += 1
+        if is_broken and sizes[d] < len(places):  # any sentence but those of the document
+            drawn = random.integers(len(places) - sizes[d])
+            other, m = places[drawn + sizes[d] * (drawn >= before[d])]
+        elif is_broken:  # any of the only document but the two
+            drawn = random.integers(len(places) - 2)
+            other, m = places[drawn + 2 * (drawn >= before[d] + n)]
+        pairs.append((documents[d][n], documents[other][m]))
     return pairs, follows
-
-
-def _elsewhere(
-    documents: Sequence[Sequence[Tokens]],
-    places: list[tuple[int, int]],
-    d: int,
-    n: int,
-    random: np.random.Generator,
-) -> Tokens:
-    """A sentence of another document, or, in the only one, neither the n-th nor its successor."""
-    alone = all(other == d for other, _ in places)
-    while True:
-        other, m = places[random.integers(len(places))]
-        if other != d or (alone and m not in {n, n + 1}):
-            return documents[other][m]
 
 
 def pack_pairs(pairs: Sequence[TextPair], length: int, special: Special) -> Packed:
     """[CLS] a [SEP] b [SEP], shortened or padded to one length.
 
     Where a pair is too long, the longer text of the two, the second if they are alike, loses its
-    last token, again and again, as in the code of the paper. (The package `tokenizers` gives an odd
-    last place to the second text.)
+    last token, again and again. (The code of the paper chooses the same text, and then the first or
+    the last token at random; the package `tokenizers` gives an odd last place to the second text.)
 
     Args:
       pairs: of texts, each a sequence of token ids.
@@ -137,6 +128,7 @@ array([[0, 0, 0, 0, 0, 1, 1, 0]], dtype=int32), array([7], dtype=int32))
     for row, (first, second) in enumerate(pairs):
         if not len(first) or not len(second):
             raise ValueError(f"pair {row} has an empty text")
+        checks.assert_integers(**{f"pair {row}": np.concatenate([first, second])})
         a, b = _shortened(len(first), len(second), length - 3)
         packed = [special.cls, *first[:a], special.sep, *second[:b], special.sep]
         tokens[row, : len(packed)], lengths[row] = packed, len(packed)
@@ -182,7 +174,7 @@ def mask_words(
       places, and `IGNORED` at all others.
 
     Raises:
-      ValueError: an id is not in the vocabulary, or the rate lies outside 0 … 1.
+      ValueError: an id is not in the vocabulary, or the rate is 0 or lies outside 0 … 1.
       TypeError: tokens are not integers.
 
     Example:
@@ -192,11 +184,19 @@ def mask_words(
       >>> int((labels != IGNORED).sum())  # 15 % of five words
       1
     """
+    checks.assert_in_range("special", special, 0, vocabulary - 1, "the last id of the vocabulary")
     tokens = checks.validated_tokens("tokens", tokens, vocabulary)
-    of_order, of_fate, of_word = jax.random.split(key, 3)
-    order, fate = (jax.random.uniform(each, tokens.shape) for each in (of_order, of_fate))
-    words = jax.random.randint(of_word, tokens.shape, 0, vocabulary, jnp.int32)
-    return hide_words(tokens, special, order, fate, words, rate=rate)
+
+    def hide(key: Array, tokens: Array) -> tuple[Array, Array]:
+        of_order, of_fate, of_word = jax.random.split(key, 3)
+        order, fate = (
+            jax.random.uniform(each, tokens.shape, jnp.float32) for each in (of_order, of_fate)
+        )
+        words = jax.random.randint(of_word, tokens.shape, 0, vocabulary, jnp.int32)
+        return hide_words(tokens, special, order, fate, words, rate=rate)
+
+    spec = jax.typeof(tokens).sharding.spec
+    return compat.automatically(hide, (spec, spec))(key, tokens)
 
 
 def hide_words(
@@ -219,7 +219,6 @@ def hide_words(
       >>> hide_words(tokens, special, order, fate, tokens + 1)
       (Array([[1, 5, 3, 2]], dtype=int32), Array([[-100, -100,    6, -100]], dtype=int32))
     """
-    checks.assert_probability(rate=rate)
     checks.assert_shapes(
         tokens=(tokens, "... T"), order=(order, "... T"), fate=(fate, "... T"),
         words=(words, "... T"),
@@ -272,12 +271,14 @@ def most_places(length: int, rate: float = 0.15) -> int:
       19
     """
     checks.assert_positive(length=length)
-    checks.assert_probability(rate=rate)
     return int(_share(np, np.float32(length), rate))
 
 
 def _share(numpy: Any, number: Any, rate: float) -> Any:
     """How many of a number of words are chosen; in float32, so that NumPy and JAX round alike."""
+    checks.assert_probability(rate=rate)
+    if rate == 0:
+        raise ValueError("rate must be more than 0, for at least one word is chosen")
     return numpy.maximum(numpy.round(number * np.float32(rate)), np.float32(1)).astype(np.int32)
 
 

@@ -306,7 +306,7 @@ def by_rows(function: Callable[[Array], Array], x: Array) -> Array:
       (7, 5, 2)
     """
     shape = x.shape[:-1]
-    if len(shape) < 2 or not compat.one_cpu_device():
+    if len(shape) < 2 or compat.is_explicit(x) or not compat.one_cpu_device():
         return function(x)
     made = function(x.reshape(math.prod(shape), x.shape[-1]))
     return made.reshape(*shape, made.shape[-1])
@@ -324,20 +324,20 @@ def dot_general(x: Array, kernel: Array, _: Any, *given: Any, **options: Any) ->
         over = (x.ndim - 1,), (0,)
         return jax.lax.dot_general(x, kernel, (over, ((), ())), *given, **options)
 
-    return by_rows(product, x)
+    return product(x) if options.get("out_sharding") is not None else by_rows(product, x)
 
 
 Linear = functools.partial(nnx.Linear, dot_general=dot_general)
 
 
-def times(x: Array, matrix: Array) -> Array:
+def times(x: Array, matrix: Array, precision: Any = None) -> Array:
     """x `[..., C]` times a matrix `[C, D]`, as a Linear multiplies.
 
     Example:
       >>> times(jnp.ones((7, 5, 3)), jnp.ones((3, 2))).shape
       (7, 5, 2)
     """
-    return dot_general(x, matrix, None)
+    return dot_general(x, matrix, None, precision)
 
 
 def apply(linear: Callable[..., Array], x: Array, out_sharding: Any = None) -> Array:

@@ -1,6 +1,6 @@
 """Positions added to a sequence of embeddings, or known to its attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -175,6 +175,11 @@ class RelativePositions(nnx.Module):
         table = embedding_init(rngs.params(), (2 * max_length - 1, head_features), param_dtype)
         self.embedding = nnx.Param(table)
 
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """What the inner `attend` gives by itself."""
+        return getattr(self.attend, "given", {})
+
     def __call__(
         self,
         query: Array,
@@ -190,8 +195,11 @@ class RelativePositions(nnx.Module):
         With positions, a distance of L or more gives NaN.
         """
         table, L = self.embedding[...], self.max_length
+        if query.shape[-1] != table.shape[-1]:
+            must = f"head_features is {table.shape[-1]}"
+            raise ValueError(f"{must}, got a query with heads of width {query.shape[-1]}")
         if positions is None:
-            longest = max(query.shape[-3], key.shape[-3])
+            longest = max(query.shape[-3], key.shape[-3], 1)
             if not _at_most(longest, L):
                 raise ValueError(f"got {longest} tokens, beyond the {L} relative positions")
             if isinstance(longest, int):  # no symbol of `jax.export`

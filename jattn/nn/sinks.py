@@ -1,6 +1,6 @@
 """Attention with a learned sink for each head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,11 @@ class AttentionSink(nnx.Module):
         checks.assert_positive(num_heads=num_heads)
         self.sink = nnx.Param(sink_init(rngs.params(), (num_heads,), param_dtype))
         self.attend = Attend(attend)
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """What the inner `attend` gives by itself."""
+        return self.attend.given
 
     def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Any:
         """Attend; arguments and results are those of `jattn.attend_with_sink`."""

@@ -145,7 +145,9 @@ class FeedForward(nnx.Module):
             inner = self.activation(self.linear1(x))
             return self.linear2(self.dropout(inner, deterministic=deterministic))
 
-        return by_rows(of_rows, x) if self.activation in _OF_ENTRIES else of_rows(x)
+        if self.activation in _OF_ENTRIES and not self.dropout.broadcast_dims:
+            return by_rows(of_rows, x)
+        return of_rows(x)
 
 
 class GatedFeedForward(nnx.Module):

@@ -96,7 +96,7 @@ def test_vectors_keep_their_order_and_padding_changes_nothing(ready, embedder, c
     some = [1, 2, 5]
     expected = alone(ready, [TEXTS[i] for i in some])
     np.testing.assert_allclose(vectors[some], expected, atol=2e-6)
-    assert "1 of 6 texts have over 21 tokens" in capsys.readouterr().err
+    assert "cut at 21 tokens: 1 of 6 texts" in capsys.readouterr().err
     assert np.abs(vectors @ vectors.T - np.eye(6))[~np.eye(6, dtype=bool)].min() > 1e-3
 
 

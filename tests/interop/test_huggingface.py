@@ -255,7 +255,7 @@ def test_a_config_that_is_not_known_or_contradicts_is_refused(folder, changes, m
 
 
 def test_folders_that_are_not_whole_are_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_pretrained(tmp_path / "nowhere")
     rewritten(folder, **{"lm_head.weight": None})
     with pytest.raises(ConversionError, match=r"missing: out\.kernel"):

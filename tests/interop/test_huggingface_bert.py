@@ -230,7 +230,7 @@ def test_a_head_that_is_not_there_needs_rngs(tensors, tmp_path):
         if name.startswith("bert.") and "pooler" not in name
     }
     folder = written(tmp_path, encoder, "BertModel")
-    hint = "holds no weights of this head: pass rngs, from which they are made"
+    hint = "holds no weights of this part: pass rngs, from which they are made"
     for kind, missing in {
         models.Bert: r"pooler\.kernel",
         models.BertForMaskedLM: r"words\.norm\.scale",
@@ -277,6 +277,21 @@ def test_heads_that_are_left_out_have_no_say_in_the_dtype(tensors, tmp_path):
     }
     encoder = load_pretrained(written(tmp_path, halves), models.Bert)
     assert encoder.norm.scale.dtype == jnp.float16
+
+
+def test_an_architecture_is_enough(model, tensors, tmp_path):
+    same(load_pretrained(written(tmp_path, tensors, model_type=None)), model)
+
+
+def test_a_change_that_contradicts_the_folder_is_named(tensors, tmp_path):
+    with pytest.raises(ConversionError, match=r"with \{'max_length': 5\} and its tensors"):
+        load_pretrained(written(tmp_path, tensors), max_length=5)
+
+
+def test_a_pooler_that_is_not_there_need_not_be_made(tmp_path):
+    written(tmp_path, to_torch(small(models.BertForMaskedLM)), "BertForMaskedLM")
+    with pytest.raises(ConversionError, match=r"pass rngs, .*models\.Bert, pooler=False"):
+        load_pretrained(tmp_path, models.Bert)
 
 
 def test_a_file_of_integers_holds_no_weights(tmp_path):

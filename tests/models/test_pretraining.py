@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jattn.models.pretraining import (
     IGNORED,
@@ -244,7 +246,7 @@ def test_rows_without_words_choose_nothing():
     assert empty[0].shape == empty[1].shape == (3, 0)
 
 
-@pytest.mark.parametrize(("rate", "number"), [(0.0, 1), (0.5, 10), (1.0, 20)])
+@pytest.mark.parametrize(("rate", "number"), [(0.01, 1), (0.5, 10), (1.0, 20)])
 def test_the_rate_is_the_share(rate, number):
     _, labels = mask_words(jax.random.key(0), rows(20, T=30), SPECIAL, vocabulary=C, rate=rate)
     assert numbers_of(labels).tolist() == [number]
@@ -391,7 +393,7 @@ def test_places_and_back():
     np.testing.assert_array_equal(jax.vmap(lambda x: places_of(x, 6))(labels), compiled)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.15, 0.5, 1.0])
 def test_most_places_never_lose_a_word(rate):
     """Words are at most T; of all counts the share is rounded in float32, as most_places is."""
     lengths = np.arange(1, 601)
@@ -519,3 +521,47 @@ def test_the_loss_is_that_of_transformers(rng, x64):
     logits = theirs.prediction_logits.numpy(), theirs.seq_relationship_logits.numpy()
     found = pretraining_loss(*logits, words, follows)
     np.testing.assert_allclose(found, theirs.loss.item(), rtol=1e-12)
+
+
+def test_a_key_is_one_choice_with_and_without_x64():
+    tokens = rows(20, T=25)
+    with jax.enable_x64(True):
+        wide = mask_words(jax.random.key(0), tokens, SPECIAL, vocabulary=C)
+    np.testing.assert_array_equal(
+        wide, mask_words(jax.random.key(0), tokens, SPECIAL, vocabulary=C)
+    )
+
+
+def test_words_are_hidden_on_a_mesh_with_explicit_axes():
+    tokens = rows(20, 21, T=25)
+    expected = mask_words(jax.random.key(0), tokens, SPECIAL, vocabulary=C)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(tokens, NamedSharding(mesh, P("x")))
+        found = mask_words(jax.random.key(0), placed, SPECIAL, vocabulary=C)
+        assert all(each.sharding.spec[0] == "x" for each in found)
+    np.testing.assert_array_equal(jax.device_get(found), expected)
+
+
+def test_many_sentences_of_one_document_take_no_longer():
+    """Sentences from elsewhere are drawn, not sought."""
+    documents = [[[5]] * 3000, [[6]]]
+    pairs, follows = sentence_pairs(documents, generator(0))
+    assert {second[0] for (_, second), broken in zip(pairs, follows, strict=True) if broken} == {6}
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (ValueError, "rate must be more than 0", lambda x: hidden(x, SPECIAL, rate=0.0)),
+        (ValueError, "special must lie in 0 … 49", lambda x: hidden(x, SPECIAL._replace(mask=103))),
+        (TypeError, "pair 0 must be integers", lambda x: pack_pairs([([7.9], [5])], 8, SPECIAL)),
+    ],
+)
+def test_what_would_be_wrong_in_silence(error, match, call):
+    with pytest.raises(error, match=match):
+        call(rows(2, T=25))
+
+
+def hidden(tokens, special, **options):
+    return mask_words(jax.random.key(0), tokens, special, vocabulary=C, **options)

@@ -321,7 +321,7 @@ def test_a_modifier_of_other_queries_keys_or_lengths_is_refused(rng, x64):
         (TypeError, "attend must be callable", lambda make: make(9, 3, attend="blockwise")),
         (
             ValueError,
-            "table must be .*with H = 4",
+            "head_features is 3, got a query .* 4",
             lambda make: make(9, 3)(*[np.zeros((5, 2, 4), np.float32)] * 3),
         ),
     ],
@@ -329,3 +329,31 @@ def test_a_modifier_of_other_queries_keys_or_lengths_is_refused(rng, x64):
 def test_bad_input_is_named(error, match, call):
     with pytest.raises(error, match=match):
         call(functools.partial(RelativePositions, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("query", np.s_[:, :1]), ("query", np.s_[:, :, :2]), ("key", np.s_[:, :1])],
+)
+def test_products_of_another_call_are_refused(name, part, rng):
+    query, key, value, table = operands(rng, K=2)
+    given = {"query": query, "key": key}
+    modifier = modifiers.relative_key(table=table, **given | {name: given[name][part]})
+    with pytest.raises(ValueError, match=f"relative_key must be of the {name} of this call"):
+        jattn.attend(query, key, value, modifier=modifier)
+
+
+def test_a_slot_mask_inside_does_not_meet_a_window(x):
+    inner = functools.partial(jattn.attend, mask=masks.padding(jnp.array([3] * B)))
+    relative = RelativePositions(L, H, attend=inner, rngs=nnx.Rngs(0))
+    attention = MultiHeadAttention(N, D, attend=relative, rngs=nnx.Rngs(0))
+    cache = attention.empty_cache(B, 20, window=4)
+    with pytest.raises(ValueError, match="reads slots"):
+        attention(x[:, :1], cache=cache, mask=masks.sliding_window(3))
+
+
+def test_no_token_is_no_output():
+    attention = MultiHeadAttention(
+        N, D, attend=RelativePositions(L, H, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+    )
+    assert attention(jnp.ones((B, 0, D))).shape == (B, 0, D)

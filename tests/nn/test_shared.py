@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn import masks, modifiers, nn
@@ -76,6 +78,34 @@ def test_on_one_cpu_the_rows_of_a_linear_make_one_matrix(shape, rng, monkeypatch
     assert x.ndim == 1 or f"[{math.prod(shape[:-1])},3] = dot_general" in program
     half = Linear(D, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert half(x).dtype == jnp.bfloat16 and half(x).shape == (*shape[:-1], 3)
+
+
+def test_on_one_cpu_explicit_meshes_keep_their_axes(x, monkeypatch):
+    monkeypatch.setattr(compat, "one_cpu_device", lambda: True)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    linear, mlp = Linear(D, 4, rngs=nnx.Rngs(0)), nn.FeedForward(D, 8, rngs=nnx.Rngs(0))
+    heads = nn.MultiHeadAttention(2, D, rngs=nnx.Rngs(0))
+    expected = linear(x), mlp(x), heads(x)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P(None, "x")))
+        replicated = jax.device_put(x, NamedSharding(mesh, P()))
+        found = (
+            linear(replicated, out_sharding=P(None, "x", None)),
+            mlp(placed),
+            heads(replicated, out_sharding=P(None, None, "x")),
+        )
+        specs = [each.sharding.spec for each in found]
+        assert specs[0][1] == specs[1][1] == specs[2][2] == "x"
+        chex.assert_trees_all_close(jax.device_get(found), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dropout_of_whole_axes_sees_all_axes(rng, monkeypatch):
+    monkeypatch.setattr(compat, "one_cpu_device", lambda: True)
+    mlp = nn.FeedForward(D, 64, rngs=nnx.Rngs(0))
+    mlp.dropout = nnx.Dropout(0.5, broadcast_dims=(-2,), rngs=nnx.Rngs(1))
+    output = mlp(jnp.ones((3, T, D)), deterministic=False)
+    np.testing.assert_allclose(output, output[:, :1].repeat(T, axis=1), rtol=1e-6)
+    assert not np.allclose(output[0], output[1])
 
 
 @pytest.mark.parametrize("one", [False, True])

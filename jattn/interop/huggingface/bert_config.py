@@ -75,7 +75,7 @@ def read_config(config: Json) -> bert.Config:
     absent = [_NAMES[name][0] for name in read if read[name] is None and name not in _OPTIONAL]
     if absent:
         raise ValueError(f"config.json has null for {', '.join(absent)}")
-    labels = config.get("id2label") or range(config.get("num_labels", 2))
+    labels = config.get("id2label") or range(config.get("num_labels") or 2)
     return bert.Config(**read, activation=ACTIVATIONS[activation], classes=len(labels))
 
 

@@ -98,7 +98,8 @@ def architecture_of(config: Json) -> str:
     named = [named] if isinstance(named, str) else named
     known = ", ".join(ARCHITECTURES)
     if len(named) > 1 or any(name not in ARCHITECTURES for name in named):
-        raise ValueError(f"architectures must be one of {known}, got {', '.join(named)}")
+        got = f"{', '.join(named)}, and model_type {kind!r}"
+        raise ValueError(f"architectures must be one of {known}, or of BERT, got {got}")
     fitting = [name for name, own in ARCHITECTURES.items() if own["model_type"] == kind]
     if named and kind is not None and fitting != named:
         raise ValueError(f"config.json contradicts itself: {named[0]}, but model_type {kind!r}")

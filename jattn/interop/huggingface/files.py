@@ -46,6 +46,7 @@ def load_pretrained(
     fetched: `huggingface_hub.snapshot_download` brings a folder here.
 
     A folder of BERT may be loaded into any of its classes: what belongs to other heads is left out.
+    As every new module it drops, if its config says so: `model.eval()` ends that.
 
     Args:
       folder: with `config.json` and weights; `generation_config.json`, where there is one, says
@@ -89,7 +90,9 @@ def load_pretrained(
     _check_dtypes(dtype=dtype, param_dtype=param_dtype)
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; models are loaded from local folders")
+        raise FileNotFoundError(
+            f"{folder} is not a folder; huggingface_hub.snapshot_download brings a model into one"
+        )
     config, cls = _described(folder, cls)
     config = dataclasses.replace(config, **changes)
     _check_tokenizer(folder, config.vocabulary)
@@ -112,8 +115,12 @@ def load_pretrained(
         load_torch(model, tensors)
     except ConversionError as error:
         hint = f"config.json of {folder} and its tensors contradict each other"
-        if rngs is None and is_bert and _lacks_a_head(error):
-            hint = f"{folder} holds no weights of this head: pass rngs, from which they are made"
+        if changes:
+            hint = f"config.json of {folder} with {changes} and its tensors contradict each other"
+        elif rngs is None and is_bert and _lacks_a_head(error):
+            hint = f"{folder} holds no weights of this part: pass rngs, from which they are made"
+            if isinstance(model, bert.Bert):
+                hint += ", or make none: functools.partial(models.Bert, pooler=False)"
         raise ConversionError(**vars(error) | {"hint": hint}) from None
     return model
 
@@ -121,7 +128,7 @@ def load_pretrained(
 def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]:
     """The config of a folder, and the class to make of it."""
     given, generation = _json(folder / "config.json"), folder / "generation_config.json"
-    if isinstance(given, dict) and given.get("model_type") == "bert":
+    if isinstance(given, dict) and _is_bert(given, cls):
         config: Any = bert_config.read_config(given)
         known, named = bert_config.ARCHITECTURES, given.get("architectures") or ["BertModel"]
         named = [named] if isinstance(named, str) else named
@@ -139,6 +146,14 @@ def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]
         expected = ", ".join(each.__name__ for each in fitting)
         raise TypeError(f"{folder} can be loaded into {expected}, got {made!r}")
     return config, cls or made
+
+
+def _is_bert(given: Mapping[str, Any], cls: Any) -> bool:
+    if given.get("model_type") is not None:
+        return bool(given["model_type"] == "bert")
+    named = given.get("architectures") or []
+    known = bert_config.ARCHITECTURES
+    return any(name in known for name in named) or _class_of(cls) in known.values()
 
 
 def _class_of(cls: Any) -> Any:
@@ -200,8 +215,9 @@ def save_pretrained(
     A tied table is written once. The tokenizer, which belongs to the folder too, is not part of a
     model: copy it.
 
-    Relative positions of BERT are read by `load_pretrained` and by versions 4 of `transformers`;
-    version 5 has them no more, and computes absolute ones without a word.
+    The names of classes are not kept. Relative positions of BERT are read by `load_pretrained` and
+    by versions 4 of `transformers`; version 5 no longer has them, reports their tables as
+    unexpected, and draws absolute ones.
 
     Args:
       module: a `CausalLM`, a `Bert`, or one of the `BertFor…`.
