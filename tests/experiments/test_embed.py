@@ -389,7 +389,7 @@ def test_benchmark_of_training_shows_what_it_measured(capsys, monkeypatch):
         return {name: [0.002] * rounds for name in runs}
 
     monkeypatch.setattr(training_benchmark, "measure", measure)
-    sizes = {"layers": 1, "features": 32, "vocabulary": 50, "batch": 2, "length": 8}
+    sizes = {"layers": 1, "features": 64, "vocabulary": 50, "batch": 2, "length": 8}
     training_benchmark.main([f"--{name}={size}" for name, size in sizes.items()])
     printed = capsys.readouterr().out
     assert "all words" in printed and "hidden words" in printed and "1.00 (1.00–1.00)" in printed

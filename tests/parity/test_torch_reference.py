@@ -45,7 +45,10 @@ def test_recording_anew_changes_nothing(recorded, name):
         found = new.tensors[tensor]
         assert found.dtype == expected.dtype
         scale = np.max(np.abs(expected), initial=1.0)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * scale, err_msg=tensor)
+        # Adam divides a gradient that is zero in theory, as a key bias has, by its own size: in
+        # fifty steps the rounding of another CPU grows
+        tolerance = 1e-9 if name.startswith("training/") else 1e-12
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale, err_msg=tensor)
 
 
 def test_the_table_names_references_that_exist(recorded):
