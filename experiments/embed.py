@@ -6,7 +6,7 @@
 (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084).
 
 Claim: from a folder of such a model, all-MiniLM-L6-v2 for one, come the vectors that `transformers`
-computes, within 1e-5, and on a CPU at least 1.5 times as many of them a second.
+computes, within 1e-5.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """Time the vectors of sentences against `transformers`, as ratios with their spread.
 
-Claim: the vectors are those of `transformers` within 1e-5, and at least 1.5 times as many come in
-a second on a CPU, in batches of 32 sentences as long as real ones are.
+Claim: the vectors are those of `transformers` within 1e-5. The goal, 1.5 times as many in a second
+on a CPU, in batches of 32 sentences as long as real ones are, is not reached where PyTorch
+multiplies with MKL: `docs/speed.md` has the numbers.
 
 Each round gives everyone one turn. Both cut the same sentences into tokens, compute the model and
 the mean, and divide by the norm; `transformers` runs eager PyTorch with its fastest attention for
