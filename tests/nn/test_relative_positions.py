@@ -61,13 +61,13 @@ def attended(query, key, value, table, *, with_key, scale=None, **options):
     return jattn.attend(query, key, value, score=score, modifier=own, **options)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
 @pytest.mark.parametrize("K", [N, 2])
 @with_or_without
-def test_scores_are_those_of_loops(with_key, K, implementation, rng, x64):
+def test_scores_are_those_of_loops(with_key, K, kernel, rng, x64):
+    """With several blocks, which divide neither queries nor keys."""
     x = operands(rng, K=K)
     for options, allowed in (({}, lambda t, s: True), ({"mask": masks.causal()}, np.greater_equal)):
-        found = attended(*x, with_key=with_key, implementation=implementation, **options)
+        found = attended(*x, with_key=with_key, implementation=kernel, **options)
         expected = loops(*x, with_key=with_key, allowed=allowed)
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
 
@@ -103,18 +103,18 @@ def test_bfloat16_is_close_to_float32(with_key, rng):
 
 @pytest.mark.parametrize("K", [N, 2])
 @with_or_without
-def test_gradients_of_both_kernels_are_alike(with_key, K, rng, x64):
+def test_gradients_of_all_kernels_are_alike(with_key, K, kernel, rng, x64):
     x = operands(rng, K=K)
 
     def loss(x, implementation):
         out = attended(*x, with_key=with_key, implementation=implementation, mask=masks.causal())
         return jnp.sin(3 * out).sum()
 
-    dense, blockwise = (
+    dense, others = (
         jax.jit(jax.grad(functools.partial(loss, implementation=name)))(tuple(map(jnp.asarray, x)))
-        for name in ("dense", "blockwise")
+        for name in ("dense", kernel)
     )
-    for one, other in zip(dense, blockwise, strict=True):
+    for one, other in zip(dense, others, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-12)
     assert all(np.abs(each).max() > 1e-3 for each in dense)
     reached = np.abs(dense[3]).max(axis=1) > 0  # a causal query of 5 sees distances from 0 to 4
