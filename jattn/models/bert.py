@@ -53,9 +53,10 @@ class Config:
       tied: whether the table of embeddings is also the kernel of the words' logits.
       pad: id whose embedding begins as zeros and learns nothing from its lookups; None: none.
       classes: of a classifier.
+      labels: their names; None: they have none.
 
     Raises:
-      ValueError: a size does not fit, a rate lies outside 0 … 1, or `pad` is no id.
+      ValueError: a size, a rate, an id or a name does not fit.
 
     Example:
       >>> Config.preset("bert-base-uncased").features
@@ -78,6 +79,7 @@ class Config:
     tied: bool = True
     pad: int | None = 0
     classes: int = 2
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         widths = "features", "mlp_features", "num_heads", "num_layers"
@@ -90,6 +92,8 @@ class Config:
         )  # fmt: skip
         checks.assert_bool(tied=self.tied)
         activation_of(self.activation)
+        if self.labels is not None and len(self.labels) != self.classes:
+            raise ValueError(f"labels must name {self.classes} classes, got {self.labels}")
         if not self.epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {self.epsilon!r}")
         if self.positions not in POSITIONS:
@@ -382,9 +386,8 @@ class BertForMaskedLM(nnx.Module):
         if places is not None:
             checks.assert_shapes(hidden=(hidden, "... T D"), places=(places, "... M"))
             places = checks.validated_tokens("places", places, hidden.shape[-2], "the last token")
-            hidden = jnp.take_along_axis(
-                hidden, places[..., None], axis=-2, mode="fill", fill_value=jnp.nan
-            )
+            fill: Any = {"mode": "fill", "fill_value": jnp.nan}
+            hidden = jnp.take_along_axis(hidden, places[..., None], axis=-2, **fill)
         return self.words(hidden, self.bert.embedding.embedding[...])
 
 
@@ -393,9 +396,7 @@ class BertForPreTraining(BertForMaskedLM):
 
         word logits = words(bert(tokens)),   next logits = W_n pooled + b_n
 
-    Args:
-      config: sizes and form.
-      attend, dtype, param_dtype, rngs: as `Bert` takes them.
+    Its arguments are those of `BertForMaskedLM`.
 
     Attributes:
       bert: a `Bert`.

@@ -279,6 +279,22 @@ def test_heads_that_are_left_out_have_no_say_in_the_dtype(tensors, tmp_path):
     assert encoder.norm.scale.dtype == jnp.float16
 
 
+def test_names_of_classes_are_kept(tmp_path):
+    kind = models.BertForSequenceClassification
+    names = {"0": "bad", "1": "so", "2": "good"}
+    tensors = to_torch(small(kind, classes=3))
+    written(tmp_path / "theirs", tensors, "BertForSequenceClassification", id2label=names)
+    loaded = load_pretrained(tmp_path / "theirs")
+    assert loaded.config.labels == ("bad", "so", "good")
+    save_pretrained(loaded, tmp_path / "ours")
+    said = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert said["id2label"] == names and said["label2id"] == {"bad": 0, "so": 1, "good": 2}
+    assert load_pretrained(tmp_path / "ours").config == loaded.config
+    assert read_config({"num_labels": 5}).labels is None
+    with pytest.raises(ValueError, match="labels must name 3 classes"):
+        load_pretrained(tmp_path / "ours", labels=("bad", "good"))
+
+
 def test_an_architecture_is_enough(model, tensors, tmp_path):
     same(load_pretrained(written(tmp_path, tensors, model_type=None)), model)
 

@@ -75,8 +75,13 @@ def read_config(config: Json) -> bert.Config:
     absent = [_NAMES[name][0] for name in read if read[name] is None and name not in _OPTIONAL]
     if absent:
         raise ValueError(f"config.json has null for {', '.join(absent)}")
-    labels = config.get("id2label") or range(config.get("num_labels") or 2)
-    return bert.Config(**read, activation=ACTIVATIONS[activation], classes=len(labels))
+    named = config.get("id2label") or {n: "" for n in range(config.get("num_labels") or 2)}
+    labels = tuple(named[n] for n in sorted(named, key=int))
+    unnamed = all(label in {"", f"LABEL_{n}"} for n, label in enumerate(labels))
+    return bert.Config(
+        **read, activation=ACTIVATIONS[activation], classes=len(labels),
+        labels=None if unnamed else labels,
+    )  # fmt: skip
 
 
 def write_config(config: bert.Config, architecture: str, *, dtype: str) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def write_config(config: bert.Config, architecture: str, *, dtype: str) -> dict[
     if not names:
         raise ValueError(f"activation must be one that transformers names, got {given!r}")
     written = {theirs: getattr(config, ours) for ours, (theirs, _) in _NAMES.items()}
-    labels = {n: f"LABEL_{n}" for n in range(config.classes)}
+    labels = dict(enumerate(config.labels or [f"LABEL_{n}" for n in range(config.classes)]))
     return written | {
         "architectures": [architecture],
         "model_type": "bert",

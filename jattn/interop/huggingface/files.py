@@ -94,6 +94,8 @@ def load_pretrained(
             f"{folder} is not a folder; huggingface_hub.snapshot_download brings a model into one"
         )
     config, cls = _described(folder, cls)
+    if "classes" in changes:
+        changes = {"labels": None} | changes
     config = dataclasses.replace(config, **changes)
     _check_tokenizer(folder, config.vocabulary)
     tensors, is_bert = dict(_tensors(folder)), isinstance(config, bert.Config)
@@ -215,9 +217,8 @@ def save_pretrained(
     A tied table is written once. The tokenizer, which belongs to the folder too, is not part of a
     model: copy it.
 
-    The names of classes are not kept. Relative positions of BERT are read by `load_pretrained` and
-    by versions 4 of `transformers`; version 5 no longer has them, reports their tables as
-    unexpected, and draws absolute ones.
+    Relative positions of BERT are read by `load_pretrained` and by versions 4 of `transformers`;
+    version 5 no longer has them, reports their tables as unexpected, and draws absolute ones.
 
     Args:
       module: a `CausalLM`, a `Bert`, or one of the `BertFor…`.
