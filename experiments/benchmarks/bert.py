@@ -24,8 +24,7 @@ from rich.table import Table
 
 from experiments import BadInput, exits_on_bad_input
 from experiments.benchmarks.causal_lm import repeated
-from experiments.benchmarks.embed import check_torch
-from experiments.benchmarks.timing import Run, machine, measure, ratio
+from experiments.benchmarks.timing import Run, check_torch, machine, measure, ratio
 from experiments.training.command import check_at_least
 from jattn.interop import to_torch
 from jattn.interop.huggingface.bert_config import write_config

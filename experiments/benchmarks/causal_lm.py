@@ -11,7 +11,6 @@ same weights and its fastest attention for CPUs (sdpa). A step is forward, backw
 """
 
 import functools
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import BadInput, exits_on_bad_input
-from experiments.benchmarks.timing import Run, machine, measure, ratio
+from experiments.benchmarks.timing import Run, check_torch, machine, measure, ratio
 from experiments.training.command import check_at_least
 from jattn import attend, masks
 from jattn.interop import to_torch
@@ -215,19 +214,6 @@ def _sum(array: jax.Array) -> jax.Array:
     return array.sum()
 
 
-def _check_torch() -> None:
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise BadInput(
-            "the comparison needs PyTorch and transformers: pip install -e '.[torch]'"
-        ) from None
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
-
-
 def times_table(settings: Settings) -> Table:
     """Training and decoding."""
     new = settings.length // 2
@@ -278,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m experiments.benchmarks.causal_lm",
         description=__doc__,
     )
-    _check_torch()
+    check_torch()
     console = Console(width=140)
     for table in (reading_table, times_table, memory_table):
         console.print(table(settings))

@@ -10,7 +10,6 @@ CPUs (sdpa), and pads a batch to its longest sentence. "sorted" are batches of s
 the same length, as both get where all sentences are known; "as they come" are batches one by one.
 """
 
-import os
 import pydoc_data.topics
 import re
 import statistics
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import BadInput, exits_on_bad_input
-from experiments.benchmarks.timing import Run, machine, measure, ratio
+from experiments.benchmarks.timing import Run, check_torch, machine, measure, ratio
 from experiments.embed import BATCH, Embedder, installed
 from experiments.training.command import check_at_least
 
@@ -47,25 +46,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_at_least(self, rounds=1, sentences=1)
-
-
-def check_torch() -> None:
-    """Have PyTorch use all CPUs.
-
-    Raises:
-      BadInput: it, or `transformers`, is not installed.
-    """
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise BadInput(
-            "the comparison needs PyTorch and transformers: pip install -e '.[torch]'"
-        ) from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def manual(count: int) -> list[str]:

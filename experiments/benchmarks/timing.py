@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import BadInput
+
 Run = Callable[[], object]
 
 # PyTorch's threads spin for up to about 200 ms after their work and take the cores from the next
@@ -22,6 +24,25 @@ PAUSE = 0.25
 # The first runs of a turn are slow, because they get their memory from the system anew; so a turn
 # lasts at least ENOUGH seconds or MOST runs
 ENOUGH, MOST = 0.4, 20
+
+
+def check_torch() -> None:
+    """Have PyTorch use all CPUs.
+
+    Raises:
+      BadInput: it, or `transformers`, is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise BadInput(
+            "the comparison needs PyTorch and transformers: pip install -e '.[torch]'"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def measure(runs: Mapping[str, Run], rounds: int, pause: float = PAUSE) -> dict[str, list[float]]:
