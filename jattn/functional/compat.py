@@ -327,7 +327,7 @@ def automatically(function: Callable[..., Any], specs: Any) -> Callable[..., Any
 
 
 def one_cpu_device() -> bool:
-    """Whether all runs on one CPU, whose XLA has its own ways to be fast.
+    """Whether JAX sees one CPU and no other device: there XLA is fast for other forms of a program.
 
     Example:
       >>> one_cpu_device() == (jax.default_backend() == "cpu" and jax.device_count() == 1)

@@ -239,7 +239,7 @@ def places_of(labels: Array, most: int) -> tuple[Array, Array]:
     Args:
       labels: from `mask_words`, `[..., T]`.
       most: M, how many places there are in each sequence; `most_places` tells how many may be
-        needed. Others are lost.
+        needed. Under jit, where labels cannot be counted, those beyond it are lost.
 
     Returns:
       The places `[..., M]`, in order, and the labels there `[..., M]`, both int32. Where there are

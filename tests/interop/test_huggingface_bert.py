@@ -291,6 +291,11 @@ def test_names_of_classes_are_kept(tmp_path):
     assert said["id2label"] == names and said["label2id"] == {"bad": 0, "so": 1, "good": 2}
     assert load_pretrained(tmp_path / "ours").config == loaded.config
     assert read_config({"num_labels": 5}).labels is None
+    new = load_pretrained(tmp_path / "ours", models.BertForPreTraining, rngs=nnx.Rngs(0), classes=2)
+    assert new.config.labels is None
+    options = {"classes": 2, "labels": ("no", "yes")}
+    new = load_pretrained(tmp_path / "ours", models.Bert, **options)
+    assert new.config.labels == ("no", "yes")
     with pytest.raises(ValueError, match="labels must name 3 classes"):
         load_pretrained(tmp_path / "ours", labels=("bad", "good"))
 

@@ -84,6 +84,17 @@ def read_config(config: Json, generation: Json | None = None) -> Config:
     )
 
 
+def architectures(config: Json) -> list[str]:
+    """The architectures that a config.json lists, or the one that it has in the place of a list.
+
+    Example:
+      >>> architectures({"architectures": "BertModel"}), architectures({})
+      (['BertModel'], [])
+    """
+    named = config.get("architectures") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
 def architecture_of(config: Json) -> str:
     """The architecture that a config.json names.
 
@@ -94,8 +105,7 @@ def architecture_of(config: Json) -> str:
       >>> architecture_of({"model_type": "qwen3"})
       'Qwen3ForCausalLM'
     """
-    named, kind = config.get("architectures") or [], config.get("model_type")
-    named = [named] if isinstance(named, str) else named
+    named, kind = architectures(config), config.get("model_type")
     known = ", ".join(ARCHITECTURES)
     if len(named) > 1 or any(name not in ARCHITECTURES for name in named):
         got = f"{', '.join(named)}, and model_type {kind!r}"

@@ -20,7 +20,7 @@ from jattn.interop.convert import load_torch, to_torch
 from jattn.interop.errors import ConversionError
 from jattn.interop.huggingface import bert as bert_names
 from jattn.interop.huggingface import bert_config
-from jattn.interop.huggingface.config import read_config, write_config
+from jattn.interop.huggingface.config import architectures, read_config, write_config
 from jattn.models import bert
 from jattn.models.causal_lm import CausalLM
 from jattn.nn.positions import RelativePositions
@@ -46,7 +46,7 @@ def load_pretrained(
     fetched: `huggingface_hub.snapshot_download` brings a folder here.
 
     A folder of BERT may be loaded into any of its classes: what belongs to other heads is left out.
-    As every new module it drops, if its config says so: `model.eval()` ends that.
+    Its dropout is on, as in every new module; `model.eval()` switches it off.
 
     Args:
       folder: with `config.json` and weights; `generation_config.json`, where there is one, says
@@ -54,9 +54,8 @@ def load_pretrained(
       cls: what to make: `models.CausalLM`, `models.Bert`, one of the `models.BertFor…`, or a
         `functools.partial` of one; None: what `config.json` names.
       rngs: for dropout; and, where they are given, for a head or a pooler that the folder does not
-        hold. None: all weights must be there, and dropout begins at seed 0. (A head in the place of
-        one that is there, of other classes: make the model, and load `models.Bert` into its
-        `bert`.)
+        hold. None: all weights must be there, and dropout begins at seed 0. (For a head with other
+        classes than that of the folder, make the model, and load `models.Bert` into its `bert`.)
       attend: as the class takes it.
       dtype: to compute in; None: that of the parameters.
       param_dtype: the parameters are rounded to it; None: they keep the dtype of the files, where
@@ -94,11 +93,12 @@ def load_pretrained(
             f"{folder} is not a folder; huggingface_hub.snapshot_download brings a model into one"
         )
     config, cls = _described(folder, cls)
-    if "classes" in changes:
-        changes = {"labels": None} | changes
-    config = dataclasses.replace(config, **changes)
+    is_bert = isinstance(config, bert.Config)
+    # The folder's names are of its own classes
+    others = {"labels": None} if is_bert and "classes" in changes else {}
+    config = dataclasses.replace(config, **others | changes)
     _check_tokenizer(folder, config.vocabulary)
-    tensors, is_bert = dict(_tensors(folder)), isinstance(config, bert.Config)
+    tensors = dict(_tensors(folder))
     if is_bert:
         tensors = bert_names.selected(tensors, _class_of(cls))
     floats = {name: x for name, x in tensors.items() if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -132,8 +132,7 @@ def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]
     given, generation = _json(folder / "config.json"), folder / "generation_config.json"
     if isinstance(given, dict) and _is_bert(given, cls):
         config: Any = bert_config.read_config(given)
-        known, named = bert_config.ARCHITECTURES, given.get("architectures") or ["BertModel"]
-        named = [named] if isinstance(named, str) else named
+        known, named = bert_config.ARCHITECTURES, architectures(given) or ["BertModel"]
         if cls is None and (len(named) > 1 or named[0] not in known):
             raise ValueError(
                 f"architectures must be one of {', '.join(known)}, got {', '.join(named)}: pass "
@@ -153,9 +152,8 @@ def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]
 def _is_bert(given: Mapping[str, Any], cls: Any) -> bool:
     if given.get("model_type") is not None:
         return bool(given["model_type"] == "bert")
-    named = given.get("architectures") or []
     known = bert_config.ARCHITECTURES
-    return any(name in known for name in named) or _class_of(cls) in known.values()
+    return any(name in known for name in architectures(given)) or _class_of(cls) in known.values()
 
 
 def _class_of(cls: Any) -> Any:
