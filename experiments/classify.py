@@ -160,13 +160,14 @@ def loss(model: classifier.Classifier, batch: Any) -> jax.Array:
 def fit(job: Job[Settings], data: Split) -> Reader:
     """Train, from the checkpoint on if there is one."""
     settings, known = job.settings, describe(data)
-    reader = Reader.build(settings, known)
-    reader.model.train()
-    batches = Batches(
-        [Pair(text.text, text.label) for text in data.train], reader.characters, reader.labels,
-        batch_size=settings.batch_size, seed=settings.seed, num_buckets=6,
-    )  # fmt: skip
-    recipe = Recipe.adam(settings.steps, settings.learning_rate)
+    with job.console.status("building the model …"):
+        reader = Reader.build(settings, known)
+        reader.model.train()
+        batches = Batches(
+            [Pair(text.text, text.label) for text in data.train], reader.characters, reader.labels,
+            batch_size=settings.batch_size, seed=settings.seed, num_buckets=6,
+        )  # fmt: skip
+    recipe = Recipe.adam(job.ends, settings.learning_rate)
     job.train(reader.model, loss, batches, recipe, digest=text_command.digest(data), known=known)
     return reader
 
@@ -274,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for label, probability in classify_text(job.settings, job.checkpoint):
             print(f"{label}\t{probability:.3f}")
         return
-    data = load(job.settings)
+    with job.console.status("reading the data …"):
+        data = load(job.settings)
     text_command.check_data(data, job.checkpoint, "texts")
     job.announce(
         f"{len(data.train)} texts to train on, {len(data.test)} held out,"

@@ -39,6 +39,8 @@ REQUIREMENT = "experiments/requirements-minilm.txt"
 BATCH = 32
 KNOWN_MODULES = {"Transformer", "Pooling", "Normalize"}
 LONGEST = 36  # characters of a label
+PICTURE = Path("runs/embed.png")
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,27 @@ class Settings:
         ),
     ] = None
     """A BERT as `transformers` saves it: config.json, model.safetensors, and its tokenizer."""
-    picture: Annotated[Path, tyro.conf.arg(metavar="FILE.png")] = Path("runs/embed.png")
+    picture: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FILE.png", help_behavior_hint=f"(default: {PICTURE})"),
+    ] = None
     """Where to draw the similarities."""
     search: Annotated[
         Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: compare)")
     ] = None
     """Search the lines of this text, in UTF-8, instead."""
-    top: int = 5
-    """How many lines to print for each sentence."""
+    top: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=f"(default: {TOP})")
+    ] = None
+    """How many lines to print for each sentence that is searched for."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, top=1)
+        if self.top is not None:
+            check_at_least(self, top=1)
+        if self.search and self.picture:
+            raise BadInput("give --search or --picture, not both: a search draws nothing")
+        if self.top and not self.search:
+            raise BadInput("give --top together with --search: it counts the lines that are found")
         least = 1 if self.search else 2
         if len(self.sentences) < least:
             wanted = "a sentence to search for" if self.search else "two sentences or more"
@@ -264,8 +276,9 @@ def compare(embedder: Embedder, settings: Settings, console: Console) -> None:
     needed = LONGEST + 10 + 8 * len(numbers)
     console.width = max(console.width, needed)
     console.print(table)
-    heat_map(similarities, settings.sentences, settings.picture)
-    console.print(f"picture: {settings.picture}", highlight=False, markup=False)
+    picture = settings.picture or PICTURE
+    heat_map(similarities, settings.sentences, picture)
+    console.print(f"picture: {picture}", highlight=False, markup=False)
 
 
 def find(
@@ -275,7 +288,7 @@ def find(
     numbers, texts = list(lines), list(lines.values())
     similarities = embedder(settings.sentences) @ embedder(texts).T
     for sentence, row, places in zip(
-        settings.sentences, similarities, best(similarities, settings.top), strict=True
+        settings.sentences, similarities, best(similarities, settings.top or TOP), strict=True
     ):
         table = Table("cosine", "line", "text", title=Shown(sentence), title_justify="left")
         for i in places:
@@ -310,7 +323,7 @@ def heat_map(similarities: np.ndarray, sentences: Sequence[str], path: Path) -> 
                 column, row, _shown(cosine), ha="center", va="center", fontsize=min(8, 320 / n),
                 color="white" if abs(cosine) > 0.7 else "black",
             )  # fmt: skip
-        numbered = [f"{label}  {i}" for i, label in enumerate(labels, 1)]
+        numbered = [f"{fonts.embedded(label)}  {i}" for i, label in enumerate(labels, 1)]
         size = min(10, 800 / n)
         axis.set_yticks(range(n), numbered, parse_math=False, fontsize=size)
         axis.set_xticks(range(n), [str(i) for i in range(1, n + 1)], fontsize=min(10, 320 / n))

@@ -162,16 +162,17 @@ def loss(model: EncoderDecoder, batch: Any) -> jax.Array:
 def fit(job: Job[Settings], data: Split) -> Translator:
     """Train, from the checkpoint on if there is one."""
     settings, characters = job.settings, describe(data)
-    translator = Translator.build(settings, characters)
-    translator.model.train()
-    batches = Batches(
-        data.train,
-        translator.source,
-        translator.target,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-    )
-    recipe = Recipe.adam(settings.steps, settings.learning_rate)
+    with job.console.status("building the model …"):
+        translator = Translator.build(settings, characters)
+        translator.model.train()
+        batches = Batches(
+            data.train,
+            translator.source,
+            translator.target,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+    recipe = Recipe.adam(job.ends, settings.learning_rate)
     job.train(
         translator.model, loss, batches, recipe,
         digest=text_command.digest(data), characters=characters,
@@ -208,6 +209,18 @@ def examples(data: Split, seed: int, count: int = 9) -> list[Pair]:
     ]
 
 
+def mistakes(
+    test: Sequence[Pair], outputs: Sequence[str], shown: Sequence[Pair], seed: int, count: int = 5
+) -> list[tuple[Pair, str]]:
+    """A few random pairs with wrong translations, none of those that are shown already."""
+    wrong = [
+        (pair, output)
+        for pair, output in zip(test, outputs, strict=True)
+        if output != pair.target and pair not in shown
+    ]
+    return random.Random(seed).sample(wrong, min(count, len(wrong)))
+
+
 def report(translator: Translator, data: Split, run: Run, seed: int, console: Console) -> None:
     """Score the held-out pairs; print and draw the results."""
     with console.status("translating the held-out pairs …"):
@@ -216,16 +229,9 @@ def report(translator: Translator, data: Split, run: Run, seed: int, console: Co
 
     shown = examples(data, seed)
     written, weights = translator([pair.source for pair in shown])
-    wrong = [
-        (pair, output)
-        for pair, output in zip(data.test, outputs, strict=True)
-        if output != pair.target
-    ]
     console.print(_table("held-out examples", list(zip(shown, written, strict=True))))
-    if wrong:
-        console.print(
-            _table("some of the mistakes", random.Random(seed).sample(wrong, min(5, len(wrong))))
-        )
+    if wrong := mistakes(data.test, outputs, shown, seed):
+        console.print(_table("some of the mistakes", wrong))
 
     title = f"held out: {scores['exact_match']:.1%} of {len(data.test)} right"
     pictures.curve(run.metrics.read(), run.folder / "curve.png", title=title)
@@ -269,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if job.checkpoint and job.settings.translate is not None:
         print(translate_text(job.settings, job.checkpoint))
         return
-    data = load(job.settings)
+    with job.console.status("reading the data …"):
+        data = load(job.settings)
     text_command.check_data(data, job.checkpoint, "pairs")
     job.announce(f"{len(data.train)} pairs to train on, {len(data.test)} held out")
     translator = fit(job, data)

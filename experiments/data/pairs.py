@@ -40,20 +40,23 @@ def normalise(text: str) -> str:
 
 
 def read_tsv(path: Path) -> list[Pair]:
-    """Read `source<TAB>target` lines in UTF-8.
+    """Read `source<TAB>target` lines in UTF-8; blank lines, without a tab, are skipped.
 
     Raises:
-      BadInput: the file is missing, not readable, not UTF-8 or empty, or a line is not two
-        non-empty texts of at most 500 characters. One report names all bad lines by number.
+      BadInput: the file is missing, not readable or not UTF-8, all its lines are blank, or a line
+        is not two non-empty texts of at most 500 characters. One report names all bad lines by
+        their numbers in the file.
     """
-    text = read_utf8(path)
-    lines = text.removesuffix("\n").split("\n") if text.strip() else []
-    if not lines:
+    lines = read_utf8(path).split("\n")
+    rows = {
+        number: [normalise(column) for column in line.split("\t")]
+        for number, line in enumerate(lines, 1)
+        if line.strip() or "\t" in line
+    }
+    if not rows:
         raise BadInput(f"{path}: expected lines of source<TAB>target, got an empty file")
-    rows = [[normalise(column) for column in line.split("\t")] for line in lines]
-    problems = [f"{path}:{i}: {found}" for i, row in enumerate(rows, 1) if (found := _problem(row))]
-    refuse(problems)
-    return [Pair(source, target) for source, target in rows]
+    refuse([f"{path}:{number}: {x}" for number, row in rows.items() if (x := _problem(row))])
+    return [Pair(source, target) for source, target in rows.values()]
 
 
 def read_utf8(path: Path) -> str:

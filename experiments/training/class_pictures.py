@@ -58,8 +58,8 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path, *, title: s
 def strips(rows: Sequence[Strip], path: Path, *, columns: int = 2) -> None:
     """Draw texts; the darker the ground of a character, the more weight it has.
 
-    Characters are in reading order from left to right, in every script. Long texts are cut. Without
-    rows there is no picture.
+    Characters stand as they are written, those of Arabic from right to left. Long texts are cut.
+    Without rows there is no picture.
     """
     if not rows:
         return
@@ -87,13 +87,13 @@ def _draw_strips(axis: Axes, rows: Sequence[Strip], drawable: set[str], colours:
     weights = np.full((len(rows), width), np.nan)
     for y, row in enumerate(rows):
         text = row.text[:LONGEST]
-        weights[y, : len(text)] = row.weights[: len(text)]
-        for x, character in enumerate(text):
-            shown = fonts.readable("␣" if character == " " else character, drawable)
+        order, shown = fonts.visual_order(text), fonts.cells(text, drawable)
+        weights[y, : len(text)] = row.weights[order]
+        for x, cell in enumerate(shown[i] for i in order):
             colour = "white" if weights[y, x] > 0.6 else "black"
-            size = 10 if len(shown) == 1 else 4
+            size = 4 if cell.startswith("U+") else 10
             axis.text(
-                x, y, shown, ha="center", va="center", color=colour, fontsize=size, parse_math=False
+                x, y, cell, ha="center", va="center", color=colour, fontsize=size, parse_math=False
             )
     axis.imshow(weights, cmap="Oranges", norm=colours, aspect="auto")
     titles = [fonts.readable(row.title, drawable) for row in rows]

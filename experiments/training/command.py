@@ -1,10 +1,11 @@
 """What the commands of all experiments share: options, continued runs, and how a run goes."""
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
@@ -14,8 +15,9 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import BadInput
+from experiments.training.accumulation import Loss
 from experiments.training.checkpoints import Checkpoint
-from experiments.training.loop import Batches, Loss, Recipe, Watch, train
+from experiments.training.loop import Batches, Recipe, Watch, train
 from experiments.training.runs import Run
 
 
@@ -24,10 +26,12 @@ class Settings:
     """The options that every experiment has; each adds its own and its defaults.
 
     `experiment` is the name of its module. `asks` is the option that gives the trained model a text
-    instead of training it. `free` are the options that may differ from the checkpoint's.
+    instead of training it. `free` are the options that may differ from the checkpoint's. `first` is
+    the stage that a run of several begins with.
     """
 
     experiment: ClassVar[str]
+    first: ClassVar[str] = ""
     asks: ClassVar[str | None] = None
     free: ClassVar[tuple[str, ...]] = ()
 
@@ -40,7 +44,8 @@ class Settings:
     ] = None
     """Folder of the run."""
     resume: bool = False
-    """Continue the run after a kill or Ctrl-C, with its settings."""
+    """Continue the run after a kill or Ctrl-C, with its options; with more --steps extend one that
+    has finished."""
     steps: int = 1000
     """Optimization steps."""
     learning_rate: float = 4e-3
@@ -69,8 +74,13 @@ class Settings:
         """The settings that a checkpoint was made with."""
         return cls(**metadata["settings"])
 
-    def check_continues(self, before: Self, folder: Path) -> None:
-        """Refuse settings that the weights of a checkpoint in `folder` were not trained with."""
+    def check_continues(self, before: Self, folder: Path, *, finished: bool) -> None:
+        """Refuse settings that the weights of a checkpoint in `folder` were not trained with.
+
+        A finished run may have more steps.
+        """
+        if self.resume and finished and self.steps > before.steps:
+            before = replace(before, steps=self.steps)
         for name in before._kept():
             given, own = getattr(self, name), getattr(before, name)
             if given != own and name not in self.free:
@@ -93,6 +103,7 @@ class Job(Generic[S]):
     settings: S
     continued: Run | None = None
     checkpoint: Checkpoint | None = None
+    whole: Run | None = None  # of a stage
     console: Console = field(default_factory=Console)
     began: float = field(default_factory=time.perf_counter)
 
@@ -107,14 +118,28 @@ class Job(Generic[S]):
         began, settings = time.perf_counter(), _parse(default, arguments)
         if not settings.resume and settings.asked is None:
             return cls(settings, began=began)
-        run = Run.open(settings.run_dir, settings.experiment)
-        checkpoint = run.checkpoints.newest(say=warn)
+        run = Run.open(settings.run_dir, settings.experiment, settings.first)
+        checkpoint = Run(run.folder / settings.first).checkpoints.newest(say=warn)
         if checkpoint.metadata.get("experiment") != settings.experiment:
             raise BadInput(f"{run.folder} is not a run of this experiment, {settings.experiment}")
         before = type(default).of(checkpoint.metadata)
         settings = _parse(before, arguments)
-        settings.check_continues(before, run.folder)
+        finished = checkpoint.step == before.steps
+        settings.check_continues(before, run.folder, finished=finished)
         return cls(settings, run, checkpoint, began=began)
+
+    @property
+    def ends(self) -> list[int]:
+        """The last step; of a run that was extended, each step that was the last one once."""
+        before = self.checkpoint.metadata.get("ends", []) if self.checkpoint else []
+        return [*(end for end in before if end < self.settings.steps), self.settings.steps]
+
+    def stage(self, name: str) -> "Job[S]":
+        """The job of one model of a run that trains several: it has a folder within the run's."""
+        run, checkpoint = Run(self.run.folder / name), None
+        if self.checkpoint and run.checkpoints.steps():
+            checkpoint = run.checkpoints.newest(say=warn)
+        return replace(self, continued=run, checkpoint=checkpoint, whole=self.run)
 
     @cached_property
     def run(self) -> Run:
@@ -139,20 +164,33 @@ class Job(Generic[S]):
 
         `metadata` is JSON that every checkpoint keeps besides the settings.
         """
+        metadata = {**self.settings.metadata(), "ends": self.ends, **metadata}
         finished = train(
             model, loss, batches, recipe, self.run, checkpoint=self.checkpoint,
-            metadata={**self.settings.metadata(), **metadata}, watch=watch, console=self.console,
+            metadata=metadata, watch=watch, console=self.console,
         )  # fmt: skip
         if not finished:
-            folder = self.run.folder
-            self.console.print(f"stopped; continue with --resume --run-dir {folder}", markup=False)
+            folder = (self.whole or self.run).folder
+            command = [*_program(self.settings), "--resume", "--run-dir", str(folder)]
+            line = f"stopped; continue with\n  {shlex.join(command)}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             raise SystemExit(130)
 
     def finish(self) -> None:
-        """Print how long the command took."""
+        """Print how long the command took, and how much memory at most."""
         seconds = time.perf_counter() - self.began
         took = f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
-        self.console.print(f"took {took}", highlight=False)
+        self.console.print(f"took {took}{_peak_memory()}", highlight=False)
+
+
+def _peak_memory() -> str:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f" and at most {peak * unit / 1e9:.1f} GB of memory"
 
 
 def check_at_least(settings: Any, **least: float) -> None:
@@ -179,9 +217,13 @@ def warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def _program(settings: Settings) -> list[str]:
+    return ["python", "-m", f"experiments.{settings.experiment}"]
+
+
 def _parse(default: S, arguments: Sequence[str] | None) -> S:
     options: dict[str, Any] = {
-        "prog": f"python -m experiments.{default.experiment}",
+        "prog": " ".join(_program(default)),
         "config": (tyro.conf.FlagCreatePairsOff,),
     }
     return tyro.cli(type(default), args=arguments, default=default, **options)

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +26,14 @@ from rich.progress import (
 from rich.text import Text
 
 from experiments import BadInput
+from experiments.training.accumulation import Loss, value_and_gradients
 from experiments.training.checkpoints import Checkpoint, fill
 from experiments.training.runs import Run
+from jattn.nn import remat
 
-Loss = Callable[[Any, Any], jax.Array]
 Batches = Callable[[int], Iterator[Any]]
 Watch = Callable[[int, Any], Mapping[str, Any]]
+PENDING = "pending"  # losses that no line of the metrics holds yet
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Recipe:
     """What a training run depends on besides the model, the loss and the data.
 
     `schedule` maps the step to the learning rate, for display and metrics; `transform` is the
-    optimizer that uses it.
+    optimizer that uses it. `accumulate` is the number of parts of a batch that a step takes one
+    after the other; `remat` are the classes of layers that compute again what they would have kept.
     """
 
     steps: int
@@ -47,20 +50,44 @@ class Recipe:
     transform: optax.GradientTransformation
     log_every: int = 20
     checkpoint_every: int = 200
+    accumulate: int = 1
+    remat: tuple[type[nnx.Module], ...] = ()
 
     @classmethod
     def adam(
-        cls, steps: int, learning_rate: float, *, clip: float = 1.0, **options: int
+        cls,
+        ends: int | Sequence[int],
+        learning_rate: float,
+        *,
+        clip: float = 1.0,
+        decay: float = 0.0,
+        **options: Any,
     ) -> "Recipe":
         """Adam with clipped gradients; the rate warms up, then decays as a cosine.
 
         The warm-up takes a tenth of the steps, at most 1000.
+
+        Args:
+          ends: the last step; or, of a run that was extended, each step that was the last one, for
+            after each the rate begins anew.
+          learning_rate: the highest.
+          clip: greatest norm of all gradients.
+          decay: of the weights that are matrices (AdamW).
+          **options: the other fields.
         """
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, learning_rate, min(steps // 10, 1000), steps
-        )
-        transform = optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
-        return cls(steps, schedule, transform, **options)
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        cosines = [
+            optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(steps // 10, 1000), steps)
+            for steps in np.diff(ends, prepend=0).tolist()
+        ]
+        schedule = optax.join_schedules(cosines, ends[:-1])
+        adam = optax.adamw(schedule, weight_decay=decay, mask=_matrices)
+        transform = optax.chain(optax.clip_by_global_norm(clip), adam)
+        return cls(ends[-1], schedule, transform, **options)
+
+
+def _matrices(parameters: Any) -> Any:
+    return jax.tree.map(lambda parameter: parameter.ndim > 1, parameters)
 
 
 def train(
@@ -77,13 +104,13 @@ def train(
 ) -> bool:
     """Train `model` in place, from `checkpoint` or from the beginning, to the recipe's last step.
 
-    A run that was stopped and resumed ends in the same bits as one that was not: a checkpoint holds
-    everything that the next step depends on (weights, optimizer, random streams, step), and the
-    batches depend on the step alone.
+    A run that was stopped and resumed ends in the same bits, and has the same metrics, as one that
+    was not: a checkpoint holds everything that the next step depends on (weights, optimizer, random
+    streams, step), and the batches depend on the step alone.
 
     Args:
       model: any NNX module, in training mode.
-      loss: `(model, batch) -> scalar`; traced once for every batch shape.
+      loss: `(model, batch) -> scalar`, or a sequence of `Sum`; traced once for every batch shape.
       batches: `batches(step)` yields the batches of `step`, `step + 1`, ….
       recipe: optimizer and numbers of steps.
       run: the folder of checkpoints and metrics.
@@ -97,46 +124,51 @@ def train(
       True at the last step; False if Ctrl-C (or SIGTERM) stopped it earlier. It then finishes the
       step and saves a checkpoint; a second Ctrl-C stops at once.
     """
-    console = console or Console()
-    graph, state = nnx.split((model, nnx.Optimizer(model, recipe.transform, wrt=nnx.Param)))
-    step = 0
+    console, metadata = console or Console(), metadata or {}
+    trained = remat(model, *recipe.remat) if recipe.remat else model
+    graph, state = nnx.split((trained, nnx.Optimizer(trained, recipe.transform, wrt=nnx.Param)))
+    step, pending = 0, []
     if checkpoint:
         step, state = checkpoint.step, fill(state, checkpoint.arrays)
+        pending = [jnp.float32(value) for value in checkpoint.metadata.get(PENDING, [])]
         run.metrics.rewind(step)
         run.checkpoints.set_aside(after=step)
     else:
-        run.checkpoints.save(step, state, metadata or {})
+        run.checkpoints.save(step, state, metadata)
     state = jax.tree.map(jnp.copy, state)  # the step donates its buffers: keep those of `model`
-    update = _jitted(graph, loss)
-    pending: list[jax.Array] = []
+    update = _jitted(graph, loss, recipe)
     stream, stopped = batches(step), False
     with _stop_signal() as stop, _progress(console, recipe.steps, step) as show:
         while step < recipe.steps and not stopped:
+            show.step(step, pending)
             state, value = update(state, next(stream))
             step, stopped = step + 1, stop.is_set()
             pending.append(value)
-            save = stopped or step == recipe.steps or step % recipe.checkpoint_every == 0
-            if save or step % recipe.log_every == 0:
+            is_last = step == recipe.steps
+            if is_last or step % recipe.log_every == 0:
                 mean, rate = _mean(pending, step), float(recipe.schedule(step - 1))
                 seen = watch(step, nnx.merge(graph, state)[0]) if watch else {}
                 run.metrics.write(step=step, loss=mean, learning_rate=rate, **seen)
-                show(step, mean, rate, save)
-                pending.clear()
-            if save:
-                run.checkpoints.save(step, state, metadata or {})
+                show.numbers(step, f"loss {mean:.4f}  rate {rate:.1e}")
+                pending = []
+            if stopped or is_last or step % recipe.checkpoint_every == 0:
+                losses = [float(value) for value in pending]
+                _mean(losses or [0.0], step)
+                run.checkpoints.save(step, state, {**metadata, PENDING: losses})
+                show.saved(step)
     nnx.update(model, nnx.state(nnx.merge(graph, state)[0]))
     return not stopped or step == recipe.steps
 
 
 def _jitted(
-    graph: nnx.GraphDef, loss: Loss
+    graph: nnx.GraphDef, loss: Loss, recipe: Recipe
 ) -> Callable[[nnx.State, Any], tuple[nnx.State, jax.Array]]:
     """One optimization step on the state; modules exist only while JAX traces it."""
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: nnx.State, batch: Any) -> tuple[nnx.State, jax.Array]:
         model, optimizer = nnx.merge(graph, state)
-        value, gradients = nnx.value_and_grad(loss)(model, batch)
+        value, gradients = value_and_gradients(loss, model, batch, recipe.accumulate)
         # Optax raises floats to integer powers, which strict promotion refuses
         with jax.numpy_dtype_promotion("standard"):
             optimizer.update(model, gradients)
@@ -145,7 +177,7 @@ def _jitted(
     return update
 
 
-def _mean(losses: list[jax.Array], step: int) -> float:
+def _mean(losses: Sequence[Any], step: int) -> float:
     mean = float(np.mean([float(value) for value in losses]))
     if not np.isfinite(mean):
         raise BadInput(
@@ -184,27 +216,43 @@ class _Speed(ProgressColumn):
     """Steps per second."""
 
     def render(self, task: Task) -> Text:
-        return Text(
-            f"{task.speed:.1f} steps/s" if task.speed else "compiling …",
-            style="progress.data.speed",
-        )
+        words = "compiling …" if task.fields["compiling"] else ""
+        return Text(f"{task.speed:.1f} steps/s" if task.speed else words)
+
+
+class _Bar:
+    """The progress of a run: on a terminal a bar, elsewhere a line for each checkpoint."""
+
+    def __init__(self, console: Console, bar: Progress, steps: int, start: int):
+        self.console, self.bar, self.steps, self.start, self.text = console, bar, steps, start, ""
+        options: dict[str, Any] = {"numbers": "", "compiling": True}
+        self.task = bar.add_task("training", total=steps, completed=start, **options)
+        if start < steps and not console.is_terminal:
+            console.print("compiling …")
+
+    def step(self, step: int, losses: Sequence[jax.Array]) -> None:
+        """Show that a step begins; the one before the last must have ended."""
+        if len(losses) > 1:
+            jax.block_until_ready(losses[-2])
+        if step > self.start + 1:
+            self.bar.update(self.task, completed=step, compiling=False)
+
+    def numbers(self, step: int, text: str) -> None:
+        """Show the numbers of the last steps, which have ended."""
+        self.text = text
+        self.bar.update(self.task, completed=step, numbers=text, compiling=False)
+
+    def saved(self, step: int) -> None:
+        """Say that there is a checkpoint."""
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.steps}  {self.text}")
 
 
 @contextmanager
-def _progress(
-    console: Console, steps: int, start: int
-) -> Iterator[Callable[[int, float, float, bool], None]]:
+def _progress(console: Console, steps: int, start: int) -> Iterator[_Bar]:
     columns = (
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"), _Speed(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
-    with Progress("training", *columns, console=console) as bar:
-        task = bar.add_task("training", total=steps, completed=start, numbers="")
-
-        def show(step: int, loss: float, rate: float, saved: bool) -> None:
-            numbers = f"loss {loss:.4f}  rate {rate:.1e}"
-            bar.update(task, completed=step, numbers=numbers)
-            if saved and not console.is_terminal:
-                console.print(f"step {step}/{steps}  {numbers}")
-
-        yield show
+    with Progress("training", *columns, console=console, disable=start == steps) as bar:
+        yield _Bar(console, bar, steps, start)

@@ -54,6 +54,7 @@ def curve(
 def alignments(panels: Sequence[Alignment], path: Path, *, columns: int = 3) -> None:
     """Draw one heat map per panel: rows are the characters written, columns those read.
 
+    Columns stand as the source is written, from right to left in Arabic; rows from top to bottom.
     Darker is more weight. Long texts are cut. Panels without output are left out; without panels
     there is no picture.
     """
@@ -76,22 +77,25 @@ def alignments(panels: Sequence[Alignment], path: Path, *, columns: int = 3) -> 
 
 def _heat_map(axis: Axes, panel: Alignment, drawable: set[str]) -> Any:
     source, output = panel.source[:LONGEST], panel.output[:LONGEST]
+    order = fonts.visual_order(source)
     image = axis.imshow(
-        panel.weights[: len(output), : len(source)], cmap="Greys", vmin=0, vmax=1, aspect="auto"
+        panel.weights[: len(output), order], cmap="Greys", vmin=0, vmax=1, aspect="auto"
     )
+    read, written = fonts.cells(source, drawable), fonts.cells(output, drawable)
     width, height = 330, 190  # of a panel, in points
-    for axes, text, room in ((axis.xaxis, source, width), (axis.yaxis, output, height)):
-        labels = [
-            fonts.readable("␣" if character == " " else character, drawable) for character in text
-        ]
-        axes.set_ticks(
-            range(len(text)), labels, parse_math=False, fontsize=min(10, room / len(text))
-        )
-        axes.set_ticks(np.arange(len(text) + 1) - 0.5, minor=True)
+    for axes, labels, room in (
+        (axis.xaxis, [read[i] for i in order], width),
+        (axis.yaxis, written, height),
+    ):
+        count = len(labels)
+        axes.set_ticks(range(count), labels, parse_math=False, fontsize=min(10, room / count))
+        axes.set_ticks(np.arange(count + 1) - 0.5, minor=True)
     axis.tick_params(which="both", length=0)
     axis.grid(which="minor", color="0.9", linewidth=0.5)
-    title = textwrap.shorten(panel.title, LONGEST, placeholder=" …")
-    axis.set_title(fonts.readable(title, drawable), fontsize="medium", parse_math=False)
+    title = fonts.readable(textwrap.shorten(panel.title, LONGEST, placeholder=" …"), drawable)
+    # The arrow points to the output in every script.
+    title = " → ".join(map(fonts.embedded, title.split(" → ")))
+    axis.set_title(title, fontsize="medium", parse_math=False)
     return image
 
 

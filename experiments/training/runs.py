@@ -41,8 +41,10 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def open(cls, folder: Path | None, experiment: str) -> "Run":
+    def open(cls, folder: Path | None, experiment: str, stage: str = "") -> "Run":
         """The given run, or the newest one of the experiment that has a checkpoint.
+
+        Of a run of several stages, `stage` is the first.
 
         Raises:
           BadInput: there is no such run.
@@ -53,7 +55,7 @@ class Run:
             else sorted(_numbered(RUNS / experiment), key=lambda path: int(path.name))
         )
         for found in reversed(folders):
-            if cls(found).checkpoints.steps():
+            if cls(found / stage).checkpoints.steps():
                 return cls(found)
         raise BadInput(
             f"no checkpoint in {folder or RUNS / experiment}:"
@@ -89,6 +91,7 @@ class Metrics:
 
     def write(self, **values: Any) -> None:
         """Append one line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
 

@@ -49,12 +49,12 @@ class TextSettings(command.Settings):
         """What a checkpoint keeps of the settings; the file by its absolute path."""
         return {**super().metadata(), "data": self._path()}
 
-    def check_continues(self, before: Self, folder: Path) -> None:
+    def check_continues(self, before: Self, folder: Path, *, finished: bool) -> None:
         """Refuse other settings than the checkpoint's.
 
         A resumed run may read the same texts from another file: `check_data` compares them.
         """
-        super().check_continues(before, folder)
+        super().check_continues(before, folder, finished=finished)
         if not self.resume and self._path() != before._path():
             raise BadInput(
                 f"--data {self.data} differs from the checkpoint's, {before.data}, in {folder}"

@@ -16,6 +16,7 @@ from jattn.nn.positions import LearnedPositions as LearnedPositions
 from jattn.nn.positions import RelativePositions as RelativePositions
 from jattn.nn.positions import SinusoidalPositions as SinusoidalPositions
 from jattn.nn.pytorch import TorchMultiheadAttention as TorchMultiheadAttention
+from jattn.nn.recompute import remat as remat
 from jattn.nn.recurrent import GRU as GRU
 from jattn.nn.recurrent import LSTM as LSTM
 from jattn.nn.recurrent import RNN as RNN

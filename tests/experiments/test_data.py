@@ -82,7 +82,10 @@ def test_other_names_in_other_languages(tmp_path, capsys):
         (b" \n\n", "empty file"),
         (b"a\tb\nno tab\nc\td\n", r":2: expected source<TAB>target, got 0 tabs"),
         (b"a\tb\tc\n", r":1: expected source<TAB>target, got 2 tabs"),
-        (b"a\tb\n\nc\td\n", r":2: expected source<TAB>target, got 0 tabs"),
+        (b"\n \r\n\xe2\x80\xaf\n\n", "empty file"),
+        (b"\n \na\tb\nno tab\n", r":4: expected source<TAB>target, got 0 tabs"),
+        (b"a\tb\n\t\nc\td\n", r":2: expected a source text, got none"),
+        (b"\t\n", r":1: expected a source text, got none"),
         (b"a\tb\nc\t \n", r":2: expected a target text, got none"),
         (b"\tb\n", r":1: expected a source text, got none"),
         (b"a\tb\nc\t\xff\n", r":2: expected UTF-8 text, got byte 0xff"),
@@ -94,6 +97,12 @@ def test_bad_files_are_reported_with_the_line(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(BadInput, match=message):
         pairs.read_tsv(path)
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes(b"\n \r\na\tb\n\n\xe2\x80\xaf\nc\td\n \n\n")
+    assert pairs.read_tsv(path) == [Pair("a", "b"), Pair("c", "d")]
 
 
 def test_all_bad_lines_are_reported_together(tmp_path):

@@ -201,6 +201,27 @@ def test_compare_prints_and_draws(ready, embedder, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_a_name_the_picture_has_the_one_that_help_says(
+    ready, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    embed.main(["one", "two", "--model", str(ready)])
+    assert "picture: runs/embed.png" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "embed.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        embed.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "(default: runs/embed.png)" in shown and "(default: 5)" in shown
+
+
+def test_search_finds_five_lines_unless_another_number_is_given(ready, tmp_path, capsys):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(f"cat {i}" for i in range(9)), encoding="utf-8")
+    for options, count in ([], 5), (["--top", "3"], 3):
+        embed.main(["a cat", "--search", str(path), "--model", str(ready), *options])
+        assert capsys.readouterr().out.count("│ cat ") == count
+
+
 def test_search_finds_the_line_itself(ready, tmp_path, capsys):
     path = tmp_path / "lines.txt"
     path.write_text("\ufeff" + "\n \n".join(TEXTS[:5]) + "\n", encoding="utf-8")
@@ -225,6 +246,8 @@ def test_search_finds_the_line_itself(ready, tmp_path, capsys):
         (["one", "", "\t "], "sentence 2: expected a text, got an empty one sentence 3: expected"),
         (["one", "\udcff"], "sentence 2: expected UTF-8 text, got other bytes"),
         (["one", "two", "--top", "0"], "--top must be at least 1, got 0"),
+        (["one", "--search", "a", "--picture", "b"], "give --search or --picture, not both"),
+        (["one", "two", "--top", "3"], "give --top together with --search"),
         (["one", "two", "--model", "nothing"], "nothing is no folder"),
         (["one", "--search", "nothing.txt"], "nothing.txt: No such file"),
     ],

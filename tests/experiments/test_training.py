@@ -1,5 +1,7 @@
 """Run folders, checkpoints, the loop and the pictures, on a model of a few weights."""
 
+import dataclasses
+import io
 import itertools
 import json
 import os
@@ -7,6 +9,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
@@ -17,8 +20,9 @@ from rich.console import Console
 from experiments import BadInput
 from experiments.data import dates
 from experiments.training import fonts, pictures
-from experiments.training.checkpoints import Checkpoints, fill
-from experiments.training.loop import Recipe, train
+from experiments.training.accumulation import Sum, value_and_gradients
+from experiments.training.checkpoints import Checkpoints, fill, restore
+from experiments.training.loop import Recipe, _progress, train
 from experiments.training.runs import Metrics, Run
 
 QUIET = Console(quiet=True)
@@ -111,11 +115,11 @@ def damage(checkpoints, step, how):
 def test_training_learns_and_keeps_the_last_checkpoints(finished_run):
     _, _, run = finished_run
     rows = run.metrics.read()
-    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20, 22, 23]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 23]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     assert rows[-1]["learning_rate"] == pytest.approx(float(RECIPE.schedule(22)))
     assert run.checkpoints.steps() == [15, 20, 23]
-    assert run.checkpoints.newest().metadata == {"name": "мая"}
+    assert run.checkpoints.newest().metadata == {"name": "мая", "pending": []}
 
 
 def test_training_equals_a_loop_without_any_of_it(finished_run):
@@ -164,6 +168,7 @@ def test_stop_signal_leaves_a_checkpoint_that_continues_to_the_same_bits(
     finished, resumed, _ = run_to_the_end(tmp_path, run.checkpoints.newest())
     assert finished
     assert_same_bits(finished_run[1], resumed)
+    assert run.metrics.read() == finished_run[2].metrics.read()
 
 
 @pytest.fixture
@@ -318,3 +323,97 @@ def test_pictures_are_drawn_without_a_missing_glyph(tmp_path):
     assert dict(matplotlib.rcParams) == before
     for name in ("alignment.png", "curve.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def tokens_of(step):
+    """Batches of which the first part has no target."""
+    for number in itertools.count(step):
+        random = np.random.default_rng(number)
+        inputs = random.normal(size=(12, 3)).astype(np.float32)
+        yield inputs, inputs.sum(axis=1), (random.random(12) < (np.arange(12) - 4) / 8)
+
+
+def means(model, batch):
+    inputs, targets, real = batch
+    errors = (model(inputs)[:, 0] - targets) ** 2
+    return [
+        Sum(jnp.sum(errors, where=real), real.sum()),
+        Sum(jnp.sum(jnp.abs(errors)), len(errors)),
+    ]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(parts):
+    model = Network(nnx.Rngs(0))
+    model.eval()
+    batch = next(tokens_of(0))
+    step = nnx.jit(value_and_gradients, static_argnums=(0, 3))
+    whole, gradients = step(means, model, batch, 1)
+    total, others = step(means, model, batch, parts)
+    np.testing.assert_allclose(total, whole, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(other, one, rtol=2e-5, atol=1e-6)
+
+
+def test_accumulated_steps_continue_to_the_same_bits(tmp_path):
+    recipe = dataclasses.replace(RECIPE, accumulate=3)
+
+    def rows(step):
+        return ((inputs, targets[:, None]) for inputs, targets, _ in tokens_of(step))
+
+    _, whole, _ = run_to_the_end(tmp_path / "whole", batches=rows, recipe=recipe)
+    _, _, run = run_to_the_end(
+        tmp_path / "parts", batches=rows, recipe=dataclasses.replace(recipe, steps=10)
+    )
+    _, resumed, _ = run_to_the_end(
+        tmp_path / "parts", run.checkpoints.newest(), batches=rows, recipe=recipe
+    )
+    assert_same_bits(whole, resumed)
+    with pytest.raises(BadInput, match="--accumulate 3 must divide the batch of 11"):
+        run_to_the_end(tmp_path / "uneven", recipe=recipe)
+
+
+def test_layers_that_compute_again_train_alike_and_their_checkpoints_fit_the_model(tmp_path):
+    recipe = dataclasses.replace(RECIPE, remat=(Network,))
+    _, whole, _ = run_to_the_end(tmp_path / "whole")
+    _, again, run = run_to_the_end(tmp_path / "again", recipe=recipe)
+    for one, other in zip(weights(whole), weights(again), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-7)
+    restore(Network(nnx.Rngs(0)), run.checkpoints.newest())
+
+
+def test_the_rate_of_an_extended_run_begins_anew():
+    schedule = Recipe.adam([20, 50], 1.0).schedule
+    first, second = Recipe.adam(20, 1.0).schedule, Recipe.adam(30, 1.0).schedule
+    assert [schedule(i) for i in range(20)] == [first(i) for i in range(20)]
+    assert [schedule(20 + i) for i in range(31)] == [second(i) for i in range(31)]
+
+
+def shown(console, steps, start=0, each=1):
+    """What a terminal shows of the bar, after a step and at the end."""
+    seen = []
+    with _progress(console, steps, start) as show:
+        for step in range(start, steps):
+            show.step(step, [])
+            if step - start == each:
+                seen.append(text_of(show))
+        if steps > start:
+            show.numbers(steps, "loss 0.5000")
+            seen.append(text_of(show))
+    return seen
+
+
+def text_of(show):
+    console = Console(width=120, file=io.StringIO())
+    console.print(show.bar.make_tasks_table(show.bar.tasks))
+    return console.file.getvalue()
+
+
+def test_the_bar_says_that_it_compiles_until_a_step_has_ended_and_then_how_long_it_took():
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    with _progress(console, 30, 0) as show:
+        assert "compiling …" in text_of(show)
+    running, finished = shown(console, 30, each=3)
+    assert "compiling" not in running and "3/30" in running
+    assert "compiling" not in finished and "30/30" in finished and "0:00:00" in finished
+    assert shown(console, 30, start=30) == []

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -152,9 +153,10 @@ def test_ctrl_c_leaves_a_checkpoint_that_continues_to_the_same_bits(finished_run
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "continue with --resume" in output
-    assert 20 <= run.checkpoints.newest().step < 240
-    translate.main(["--resume", "--run-dir", str(run.folder)])
+    assert run.checkpoints.newest().step < 240
+    program, *line = shlex.split(output.splitlines()[-1])  # it can be pasted
+    assert [program, *line[:2]] == ["python", *COMMAND[1:]]
+    translate.main(line[2:])
     assert_same_weights(finished_run, run)
 
 
@@ -288,3 +290,26 @@ def test_help_reads():
         "--steps INT",
     ):
         assert option in done.stdout
+
+
+def test_more_steps_extend_a_finished_run(finished_run, copied_run, capsys):
+    resume = ["--resume", "--run-dir", str(copied_run.folder)]
+    translate.main([*resume, "--steps", "260"])
+    rows = copied_run.metrics.read()
+    assert rows[: len(finished_run.metrics.read())] == finished_run.metrics.read()
+    assert [row["step"] for row in rows[-2:]] == [240, 260]
+    newest = copied_run.checkpoints.newest()
+    assert (newest.step, newest.metadata["ends"]) == (260, [240, 260])
+    assert newest.metadata["settings"]["steps"] == 260
+
+
+@pytest.mark.parametrize("steps", ["100", "300"])
+def test_a_run_that_has_not_finished_keeps_its_steps(copied_run, capsys, steps):
+    shutil.rmtree(copied_run.checkpoints.folder / "240")
+    message = fails(capsys, "--resume", "--run-dir", copied_run.folder, "--steps", steps)
+    assert f"--steps {steps} differs from the checkpoint's, 240" in message
+
+
+def test_fewer_steps_than_the_checkpoints_are_refused(finished_run, capsys):
+    message = fails(capsys, "--resume", "--run-dir", finished_run.folder, "--steps", "100")
+    assert "--steps 100 differs from the checkpoint's, 240" in message
