@@ -75,6 +75,7 @@ class Settings(text_command.TextSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         command.check_at_least(self, layers=1)
+        command.check_fraction(self, "dropout")
 
 
 @dataclass(frozen=True)

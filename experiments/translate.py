@@ -61,14 +61,16 @@ class Settings(text_command.TextSettings):
     steps: int = 1000
     learning_rate: float = 4e-3
     dropout: float = 0.0
-    """Fraction dropped in training: bahdanau: of attention weights; luong: of the decoder's
-    outputs; transformer: wherever the paper drops."""
+    """Fraction dropped in training.
+    bahdanau: of attention weights; luong: of the decoder's outputs;
+    transformer: wherever the paper drops."""
     beam: int = 1
     """Hypotheses that beam search keeps; 1 is greedy decoding."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         command.check_at_least(self, beam=1)
+        command.check_fraction(self, "dropout")
         if self.model == "transformer" and self.features % HEADS:
             raise BadInput(f"--features must be a multiple of {HEADS}, got {self.features}")
 

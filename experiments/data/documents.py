@@ -15,7 +15,7 @@ from experiments import BadInput
 from experiments.data.pairs import read_utf8
 
 Document = tuple[str, ...]
-UNDERLINE = re.compile(r"([*=~^#+-])\1{2,}")
+RULE = re.compile(r"[*=~^#+|\s-]{3,}")
 SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[\"“(\[]?[A-Z0-9])")
 SECTION = 1500  # characters of a section, at least
 
@@ -51,7 +51,7 @@ def paragraphs(text: str) -> Document:
     """The paragraphs of a text, between blank lines.
 
     One that begins at the margin becomes one line; an indented one, such as a program, keeps its
-    lines. Underlines of headings are left out.
+    lines. Underlines of headings and rules of tables are left out.
 
     Example:
       >>> paragraphs("Loops\\n*****\\n\\nA loop\\nruns.\\n\\n   while x:\\n       x -= 1\\n")
@@ -60,7 +60,7 @@ def paragraphs(text: str) -> Document:
     found = []
     for block in re.split(r"\n\s*\n", text.expandtabs().replace("\r\n", "\n")):
         lines = [line.rstrip() for line in block.split("\n")]
-        lines = [line for line in lines if line and not UNDERLINE.fullmatch(line.strip())]
+        lines = [line for line in lines if line and not RULE.fullmatch(line.strip())]
         if lines:
             is_program = lines[0].startswith(" ")
             found.append("\n".join(lines) if is_program else " ".join(map(str.strip, lines)))

@@ -44,8 +44,7 @@ class Settings:
     ] = None
     """Folder of the run."""
     resume: bool = False
-    """Continue the run after a kill or Ctrl-C, with its options; with more --steps extend one that
-    has finished."""
+    """Continue a run after a kill or Ctrl-C; with more --steps, also one that has finished."""
     steps: int = 1000
     """Optimization steps."""
     learning_rate: float = 4e-3
@@ -200,6 +199,13 @@ def check_at_least(settings: Any, **least: float) -> None:
             raise BadInput(
                 f"{option(name)} must be at least {value}, got {getattr(settings, name)}"
             )
+
+
+def check_fraction(settings: Any, *names: str) -> None:
+    """Refuse options outside 0 ≤ x < 1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise BadInput(f"{option(name)} must lie in [0, 1), got {getattr(settings, name)}")
 
 
 def option(name: str) -> str:

@@ -36,7 +36,10 @@ class Fit(NamedTuple):
 def curve(
     metrics: Sequence[dict[str, Any]], path: Path, *, title: str = "", per: str = "token"
 ) -> None:
-    """Draw the loss `per` unit (logarithmic) and the learning rate against the step."""
+    """Draw the loss `per` unit (logarithmic) and the learning rate against the step.
+
+    Where rows have a validation loss, it is drawn, too.
+    """
     rows = [row for row in metrics if "loss" in row]
     steps = [row["step"] for row in rows]
     with matplotlib.rc_context({"font.family": fonts.family()}):
@@ -44,6 +47,11 @@ def curve(
         loss = figure.add_subplot(xlabel="step", title=title, yscale="log")
         loss.set_ylabel(f"training loss (nats per {per})", color="C0")
         loss.plot(steps, [row["loss"] for row in rows], color="C0")
+        seen = [row for row in rows if "validation" in row]
+        if seen:
+            values = [row["validation"]["loss"] for row in seen]
+            loss.plot([row["step"] for row in seen], values, "o-", color="C2", label="validation")
+            loss.legend()
         loss.grid(alpha=0.3)
         rate = loss.twinx()
         rate.plot(steps, [row["learning_rate"] for row in rows], color="C1", alpha=0.7)
@@ -163,4 +171,54 @@ def spellings(
             axis.grid(alpha=0.3)
             axis.set_ylim(bottom=0)
         axes[0].set_ylabel("loss (nats per character)")
+        figure.savefig(path, dpi=110)
+
+
+def curves(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path, *, per: str = "token") -> None:
+    """Draw the losses of several models against the step; points are losses of validation."""
+    with matplotlib.rc_context({"font.family": fonts.family()}):
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        axis = figure.add_subplot(xlabel="step", ylabel=f"loss (nats per {per})", yscale="log")
+        for i, (name, rows) in enumerate(runs.items()):
+            colour = f"C{i}"
+            steps = [row["step"] for row in rows]
+            axis.plot(steps, [row["loss"] for row in rows], color=colour, alpha=0.35)
+            seen = [row for row in rows if "validation" in row]
+            values = [row["validation"]["loss"] for row in seen]
+            axis.plot([row["step"] for row in seen], values, "o-", color=colour, label=name)
+        axis.grid(alpha=0.3, which="both")
+        axis.set_title("training (lines) and validation (points)", fontsize="medium")
+        axis.legend()
+        figure.savefig(path, dpi=120)
+
+
+def attention_maps(weights: Sequence[np.ndarray], tokens: Sequence[str], path: Path) -> None:
+    """Draw where each head of each layer looks: a row of panels is a layer, a column a head.
+
+    Args:
+      weights: of each layer `[N, T, T]`, the token that looks, then the one that is looked at.
+      tokens: T texts.
+      path: file of the picture.
+    """
+    drawable, T = fonts.glyphs(), len(tokens)
+    labels = [
+        fonts.readable(token.replace(" ", "␣").replace("\n", "⏎"), drawable) for token in tokens
+    ]
+    layers, heads = len(weights), len(weights[0])
+    with matplotlib.rc_context({"font.family": fonts.family()}):
+        figure = Figure(figsize=(2.3 * heads + 1.4, 2.3 * layers + 1), layout="constrained")
+        axes = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
+        norm = PowerNorm(0.5, vmin=0, vmax=1)
+        for (layer, head), axis in np.ndenumerate(axes):
+            image = axis.imshow(weights[layer][head], cmap="Blues", norm=norm)
+            axis.tick_params(length=0)
+            if layer == 0:
+                axis.set_title(f"head {head + 1}", fontsize="medium")
+            if head == 0:
+                axis.set_ylabel(f"layer {layer + 1}")
+        size = min(8, 150 / T)
+        axes[0, 0].set_yticks(range(T), labels, fontsize=size, parse_math=False)
+        axes[0, 0].set_xticks(range(T), labels, fontsize=size, rotation=90, parse_math=False)
+        figure.suptitle("Where each token (row) looks (column)")
+        figure.colorbar(image, ax=list(axes.ravel()), label="attention weight", shrink=0.5)
         figure.savefig(path, dpi=110)

@@ -28,16 +28,11 @@ class TextSettings(command.Settings):
     batch_size: int = 128
     """Examples in a step."""
     features: int = 128
-    """Width of a recurrent layer in each of its directions, with embeddings of half of it; or of a
-    transformer's layers."""
-    dropout: float = 0.0
-    """Fraction dropped in training."""
+    """Width of a layer; of a recurrent one in each direction, with embeddings of half of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         command.check_at_least(self, batch_size=1, features=1)
-        if not 0 <= self.dropout < 1:
-            raise BadInput(f"--dropout must lie in [0, 1), got {self.dropout}")
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Self:
@@ -78,6 +73,23 @@ def check_data(data: Any, checkpoint: Checkpoint | None, what: str) -> None:
         raise BadInput(f"--data gives other {what} than those that the checkpoint was trained on")
 
 
+def check_trained(settings: command.Settings, checkpoint: Checkpoint) -> None:
+    """Warn if the model is half trained.
+
+    Raises:
+      BadInput: it is not trained at all.
+    """
+    if checkpoint.step == 0:
+        raise BadInput(
+            "the only checkpoint is of step 0, before any training:"
+            " train first, or continue with --resume"
+        )
+    if checkpoint.step < settings.steps:
+        command.warn(
+            f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}"
+        )
+
+
 def asked_text(settings: TextSettings, checkpoint: Checkpoint, characters: str) -> str:
     """The text that the command line gives the trained model.
 
@@ -91,15 +103,7 @@ def asked_text(settings: TextSettings, checkpoint: Checkpoint, characters: str) 
         raise BadInput(
             f"--{settings.asks} must be a text of 1 to {MAX_CHARACTERS} characters, got {len(text)}"
         )
-    if checkpoint.step == 0:
-        raise BadInput(
-            "the only checkpoint is of step 0, before any training:"
-            " train first, or continue with --resume"
-        )
-    if checkpoint.step < settings.steps:
-        command.warn(
-            f"half trained: this is the checkpoint of step {checkpoint.step} of {settings.steps}"
-        )
+    check_trained(settings, checkpoint)
     if unknown := sorted(set(text) - set(characters)):
         command.warn(f"never seen in training: {' '.join(unknown)}")
     return text

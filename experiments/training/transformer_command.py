@@ -1,0 +1,82 @@
+"""What the experiments on documents share: options, the documents, and checks of a checkpoint."""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+import tyro
+
+from experiments import BadInput
+from experiments.data import documents
+from experiments.data.documents import Parts
+from experiments.training import command, text_command
+
+
+@dataclass(frozen=True)
+class TransformerSettings(text_command.TextSettings):
+    """The options of a transformer that learns from documents."""
+
+    data: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: Python's documentation)"),
+    ] = None
+    """Train on your own text in UTF-8, with blank lines between its paragraphs.
+    A tenth is held out to choose settings with, another to report on."""
+    length: int = 128
+    """Tokens of a sequence."""
+    vocabulary: int = 1000
+    """Tokens that the tokenizer knows, at most."""
+    layers: int = 4
+    """Layers."""
+    heads: int = 8
+    """Query heads of each layer."""
+    features: int = 128
+    """Width of a layer."""
+    bfloat16: bool = False
+    """Multiply in bfloat16; parameters, statistics and sums stay float32."""
+    accumulate: int = 1
+    """Parts of a batch, taken one after the other: less memory, the same step."""
+    remat: bool = False
+    """Compute layers again in the backward pass, but for their attention: less memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        command.check_at_least(self, length=8, layers=1, heads=1, accumulate=1)
+        if self.features % self.heads or (self.features // self.heads) % 2:
+            raise BadInput(
+                f"--features must be an even multiple of --heads {self.heads}, got {self.features}"
+            )
+        if self.batch_size % self.accumulate:
+            raise BadInput(
+                f"--accumulate {self.accumulate} must divide --batch-size {self.batch_size}"
+            )
+
+    @property
+    def dtype(self) -> Any:
+        """To compute in; None: that of the parameters."""
+        return jnp.bfloat16 if self.bfloat16 else None
+
+    def recipe(self, *layers: Any) -> dict[str, Any]:
+        """Options of a `Recipe`, for a model of these classes of layers."""
+        if self.remat and version("jaxlib").startswith("0.10."):
+            # Else XLA computes again on CPUs long before the result is needed (`nn.remat`)
+            flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+        return {"accumulate": self.accumulate, "remat": layers if self.remat else ()}
+
+
+def load(settings: TransformerSettings) -> Parts:
+    """The documents of `--data`, or the Python documentation, in three parts.
+
+    Raises:
+      BadInput: the file cannot be read, or is too short.
+    """
+    found = (
+        documents.python_documentation()
+        if settings.data is None
+        else documents.read_documents(settings.data)
+    )
+    return documents.split(found, seed=settings.seed)
