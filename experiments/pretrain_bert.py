@@ -335,7 +335,7 @@ def hidden_words(
         words = texts[i].split()
         known = [
             j for j, word in enumerate(words)
-            if len(word) > 3 and word.isalpha() and word.islower()
+            if len(word) > 1 and word.isalpha() and word.islower()
             and reader.tokenizer.token_to_id(word) is not None
         ]  # fmt: skip
         if known and 8 <= len(words) <= 20 and len(found) < count:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from experiments.training import fonts
 
@@ -53,10 +54,19 @@ def curve(
             loss.plot([row["step"] for row in seen], values, "o-", color="C2", label="validation")
             loss.legend()
         loss.grid(alpha=0.3)
+        _plain_numbers(loss)
         rate = loss.twinx()
         rate.plot(steps, [row["learning_rate"] for row in rows], color="C1", alpha=0.7)
         rate.set_ylabel("learning rate", color="C1")
         figure.savefig(path, dpi=120)
+
+
+def _plain_numbers(axis: Axes) -> None:
+    """Write 4 rather than 4 · 10⁰ at a logarithmic axis of about one decade."""
+    low, high = axis.get_ylim()
+    if high < 20 * low:
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(StrMethodFormatter("{x:g}"))
 
 
 def alignments(panels: Sequence[Alignment], path: Path, *, columns: int = 3) -> None:
@@ -187,6 +197,7 @@ def curves(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path, *, per: str
             values = [row["validation"]["loss"] for row in seen]
             axis.plot([row["step"] for row in seen], values, "o-", color=colour, label=name)
         axis.grid(alpha=0.3, which="both")
+        _plain_numbers(axis)
         axis.set_title("training (lines) and validation (points)", fontsize="medium")
         axis.legend()
         figure.savefig(path, dpi=120)

@@ -15,6 +15,8 @@ from experiments import (
     embed,
     exits_on_bad_input,
     kernel_regression,
+    language_model,
+    pretrain_bert,
     spell_hello,
     translate,
 )

@@ -1,0 +1,145 @@
+"""A run end to end, on a language in which counts of neighbours do not tell a hidden word."""
+
+import json
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import pretrain_bert
+from experiments.training.runs import Run
+from jattn.models.pretraining import IGNORED
+
+SETTINGS = "--steps 400 --features 32 --layers 2 --heads 2 --length 48 --vocabulary 120 --seed 3"
+SETTINGS += " --learning-rate 0.006 --dropout 0 --batch-size 32"
+
+
+def sentence(words, draw):
+    """Four words, and the same again: the other half tells what is hidden."""
+    half = " ".join(draw.choices(words, k=4))
+    return f"{half.capitalize()} then {half}."
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Each section is about one of five subjects, so that a sentence tells what may follow."""
+    draw, path = random.Random(0), tmp_path_factory.mktemp("data") / "text.txt"
+    subjects = [[a + b + c for b in "aeiou" for c in "lm"] for a in "bdfgk"]
+    sections = [" ".join(sentence(subjects[i % 5], draw) for _ in range(45)) for i in range(40)]
+    path.write_text("\n\n".join(sections), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished_run(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "bert"
+    pretrain_bert.main(["--data", str(text), "--run-dir", str(folder), *SETTINGS.split()])
+    return Run(folder)
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        pretrain_bert.main([str(argument) for argument in arguments])
+    return f"{stopped.value.code}{capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+def test_it_guesses_more_than_counts_and_tells_what_follows(finished_run):
+    scores = json.loads((finished_run.folder / "scores.json").read_text())
+    assert scores["words"] > scores["neighbours"] + 0.1 > scores["most_frequent"] + 0.1
+    assert scores["next"] > max(scores["always_next"], 1 - scores["always_next"]) + 0.1
+    rows = finished_run.metrics.read()
+    assert [row["step"] for row in rows if "validation" in row] == [200, 400]
+    assert (finished_run.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_checkpoint_fills_in_a_hidden_word(finished_run, capsys):
+    run = ["--run-dir", str(finished_run.folder)]
+    pretrain_bert.main(["--fill", "Bal bem bil bol then bal [MASK] bil bol.", *run])
+    first = capsys.readouterr().out.splitlines()[0].split("\t")
+    assert first[:2] == ["1", "bem"] and float(first[2]) > 0.5
+    assert "expected a text with [MASK] in it" in fails(capsys, "--fill", "bal", *run)
+    assert "48 are the most" in fails(capsys, "--fill", "[MASK]" + " bal" * 60, *run)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_in_the_same_bits(finished_run, tmp_path):
+    copy = Run(tmp_path / "copy")
+    shutil.copytree(finished_run.folder, copy.folder)
+    shutil.rmtree(copy.checkpoints.folder / "400")
+    pretrain_bert.main(["--resume", "--run-dir", str(copy.folder)])
+    one, other = finished_run.checkpoints.newest(), copy.checkpoints.newest()
+    assert all(
+        array.tobytes() == other.arrays[path].tobytes() for path, array in one.arrays.items()
+    )
+    assert copy.metrics.read() == finished_run.metrics.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--bfloat16", "--accumulate 4 --remat"])
+def test_it_learns_in_half_precision_and_in_less_memory(text, tmp_path, options):
+    arguments = ["--data", str(text), "--run-dir", str(tmp_path / "run"), *SETTINGS.split()]
+    pretrain_bert.main([*arguments, *options.split(), "--steps", "100"])
+    rows = Run(tmp_path / "run").metrics.read()
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+
+
+SENTENCES = [[[7, 8, 9], [8, 9], [9, 7, 8, 10]], [[10, 7], [11, 12, 7, 8]], [[8] * 30, [9] * 30]]
+SMALL = pretrain_bert.Settings(length=16, batch_size=4, heads=2, features=8)
+
+
+def test_batches_of_a_step_are_the_same_wherever_one_begins():
+    batches = pretrain_bert.Batches(SENTENCES, SMALL, 13)
+    whole = [next(stream) for stream in [batches(0)] for _ in range(5)]
+    for step in range(5):
+        again = next(batches(step))
+        assert all(np.array_equal(a, b) for a, b in zip(whole[step], again, strict=True))
+    assert not np.array_equal(whole[0].words, whole[1].words)
+
+
+def test_hidden_words_are_those_that_stood_there():
+    batches = pretrain_bert.Batches(SENTENCES, SMALL, 13)
+    pairs = [([7, 8, 9], [10, 11])]
+    batch = batches.hidden(pairs, np.array([1], np.int32), jax.random.key(0))
+    packed = [2, 7, 8, 9, 3, 10, 11, 3]
+    for place, word in zip(batch.places[0], batch.words[0], strict=True):
+        if word != IGNORED:
+            assert packed[place] == word
+            packed[place] = batch.tokens[0, place]
+    assert batch.tokens[0, :8].tolist() == packed
+    assert batch.types[0, :8].tolist() == [0] * 5 + [1] * 3
+
+
+def test_what_is_evaluated_does_not_change():
+    one, other = (pretrain_bert.Batches(SENTENCES, SMALL, 13).evaluation() for _ in range(2))
+    assert len(one) == 3
+    for left, right in zip(one, other, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_baselines_count_with_the_same_gaps():
+    batches = pretrain_bert.Batches(SENTENCES, SMALL, 13).evaluation()
+    found = pretrain_bert.baselines(SENTENCES, batches)
+    assert 0 <= found["most_frequent"] <= found["neighbours"] <= 1
+    assert found["always_next"] == np.mean([batch.follows == 0 for batch in batches])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--hide 0", "--hide must be more than 0"),
+        ("--dropout 1", "--dropout must lie in [0, 1), got 1.0"),
+        ("--features 30", "--features must be an even multiple of --heads 4, got 30"),
+        ("--accumulate 5", "--accumulate 5 must divide --batch-size 32"),
+        ("--length 7", "--length must be at least 8, got 7"),
+        ("--fill x --resume", "give --resume or --fill, not both"),
+        ("--data no.txt", "no.txt: No such file"),
+    ],
+)
+def test_bad_options(capsys, tmp_path, monkeypatch, option, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *option.split())
+    assert not list(tmp_path.iterdir())
