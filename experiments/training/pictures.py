@@ -218,18 +218,19 @@ def attention_maps(weights: Sequence[np.ndarray], tokens: Sequence[str], path: P
     layers, heads = len(weights), len(weights[0])
     with matplotlib.rc_context({"font.family": fonts.family()}):
         figure = Figure(figsize=(2.3 * heads + 1.4, 2.3 * layers + 1), layout="constrained")
-        axes = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
+        axes = figure.subplots(layers, heads, squeeze=False)
         norm = PowerNorm(0.5, vmin=0, vmax=1)
         for (layer, head), axis in np.ndenumerate(axes):
             image = axis.imshow(weights[layer][head], cmap="Blues", norm=norm)
             axis.tick_params(length=0)
+            columns, rows = (labels if layer == layers - 1 else []), (labels if head == 0 else [])
+            options: dict[str, Any] = {"fontsize": min(8, 160 / T), "parse_math": False}
+            axis.set_xticks(range(len(columns)), columns, rotation=90, **options)
+            axis.set_yticks(range(len(rows)), rows, **options)
             if layer == 0:
                 axis.set_title(f"head {head + 1}", fontsize="medium")
             if head == 0:
                 axis.set_ylabel(f"layer {layer + 1}")
-        size = min(8, 150 / T)
-        axes[0, 0].set_yticks(range(T), labels, fontsize=size, parse_math=False)
-        axes[0, 0].set_xticks(range(T), labels, fontsize=size, rotation=90, parse_math=False)
         figure.suptitle("Where each token (row) looks (column)")
         figure.colorbar(image, ax=list(axes.ravel()), label="attention weight", shrink=0.5)
         figure.savefig(path, dpi=110)

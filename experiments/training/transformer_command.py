@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 import tyro
+from tokenizers import Tokenizer
 
 from experiments import BadInput
 from experiments.data import documents
@@ -66,6 +67,32 @@ class TransformerSettings(text_command.TextSettings):
             flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
         return {"accumulate": self.accumulate, "remat": layers if self.remat else ()}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a model learns from: documents, the tokenizer of those to train on, and ids.
+
+    `train`, `validation` and `test` are the ids of the documents of each part, as the experiment
+    has them.
+    """
+
+    parts: Parts
+    tokenizer: Tokenizer
+    train: list[Any]
+    validation: list[Any]
+    test: list[Any]
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        digest = text_command.digest(self.parts)
+        return {"digest": digest, "tokenizer": self.tokenizer.to_str()}
+
+    def describe(self) -> str:
+        """The sizes of its parts."""
+        sizes = [sum(len(text) for document in part for text in document) for part in self.parts]
+        train, validation, test = (f"{size:,}" for size in sizes)
+        return f"{train} characters to train on, {validation} to validate, {test} to test"
 
 
 def load(settings: TransformerSettings) -> Parts:

@@ -15,8 +15,6 @@ from experiments import (
     embed,
     exits_on_bad_input,
     kernel_regression,
-    language_model,
-    pretrain_bert,
     spell_hello,
     translate,
 )

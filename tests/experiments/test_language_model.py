@@ -208,6 +208,7 @@ def test_a_text_is_printed_as_it_comes(capsys):
         ("--groups 3", "--groups 3 must divide --heads 8"),
         ("--model x", "--model continues a text: give it by --prompt"),
         ("--model x --prompt a", "x is no folder"),
+        ("--model x --prompt a --resume", "give --resume or --model, not both"),
         ("--model . --prompt a", ". holds no tokenizer.json"),
         ("--prompt a", "no checkpoint in runs/language_model"),
         ("--prompt a --temperature -1", "--temperature must be at least 0, got -1.0"),

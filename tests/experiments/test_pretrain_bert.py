@@ -127,6 +127,14 @@ def test_baselines_count_with_the_same_gaps():
     assert found["always_next"] == np.mean([batch.follows == 0 for batch in batches])
 
 
+def test_a_text_without_sentences(capsys, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(" ".join([word] * 400) for word in ("some", "more", "words")))
+    message = fails(capsys, "--data", path, "--run-dir", tmp_path / "run")
+    assert "expected sections of several passages of 16 tokens" in message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
