@@ -58,7 +58,7 @@ class Settings(transformer_command.TransformerSettings):
     """Guess each [MASK] of this text with the trained checkpoint instead of training."""
     steps: int = 2000
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     length: int = 64
     vocabulary: int = 1500
     layers: int = 3

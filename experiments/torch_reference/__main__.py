@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from experiments.torch_reference.ports import all_ports
 from experiments.torch_reference.record import record
 from experiments.torch_reference.training import all_trainings, train
 from jattn.parity.fixtures import Fixture, save
@@ -22,9 +23,8 @@ def recordings() -> Mapping[str, Callable[[], Fixture]]:
         for family in FAMILIES
         for case in _recorded(family).cases()
     }
-    return cases | {
-        training.file_name: functools.partial(train, training) for training in all_trainings()
-    }
+    trainings = {each.file_name: functools.partial(train, each) for each in all_trainings()}
+    return {**cases, **trainings, **all_ports()}
 
 
 def _recorded(family: Any) -> Any:

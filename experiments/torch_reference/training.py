@@ -10,8 +10,8 @@ from torch import nn
 
 from experiments.torch_reference import bahdanau, bert, causal_lm, char_rnn, pooling, transformer
 from experiments.torch_reference.cases import Case
-from experiments.torch_reference.record import versions
 from jattn.parity.fixtures import Fixture
+from jattn.parity.record import versions
 
 Tensors = dict[str, torch.Tensor]
 STEPS = 50

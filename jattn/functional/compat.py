@@ -171,6 +171,57 @@ def on_automatic_axes(
     return on_mesh
 
 
+CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call",
+         "custom_vjp_call", "custom_vjp_call_jaxpr")  # fmt: skip
+
+
+def step_by_step(
+    closed: ClosedJaxpr, arguments: Sequence[Any], apply: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[Any]:
+    """Evaluate a jaxpr, calls within it included, by a function of equation and inputs.
+
+    Example:
+      >>> closed = jax.make_jaxpr(jax.jit(lambda x: x + 1))(1.0)
+      >>> step_by_step(closed, [2.0], lambda equation, inputs: [equation.primitive.name])
+      ['add']
+    """
+    jaxpr = closed.jaxpr
+    env = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True)
+    )
+
+    def value(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else env[variable]
+
+    for equation in jaxpr.eqns:
+        inputs = [value(variable) for variable in equation.invars]
+        inner = list(core.jaxprs_in_params(equation.params))
+        if equation.primitive.name in CALLS and len(inner) == 1:
+            consts = next(
+                (each.consts for each in equation.params.values() if isinstance(each, ClosedJaxpr)),
+                (),
+            )
+            results: Sequence[Any] = step_by_step(ClosedJaxpr(inner[0], consts), inputs, apply)
+        else:
+            results = apply(equation, inputs)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [value(variable) for variable in jaxpr.outvars]
+
+
+def apply_equation(equation: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The results of one equation of a jaxpr.
+
+    Example:
+      >>> (equation,) = jax.make_jaxpr(lambda x: x + 1)(1.0).eqns
+      >>> [float(result) for result in apply_equation(equation, [2.0, 1.0])]
+      [3.0]
+    """
+    bound = equation.primitive.get_bind_params(equation.params)
+    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # JAX 0.10.0
+    results = equation.primitive.bind(*functions, *inputs, **bound)
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
 def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     names = (*jaxpr.constvars, *jaxpr.invars)
     env = dict(zip(names, (*consts, *arguments), strict=True))

@@ -118,6 +118,19 @@ def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = No
                 " with what the fixture gives"
             )
             raise FixtureError(f"{message}: {error!r}") from error
+    return Comparison(
+        fixture.title, system.title, dtype.name, compare_tensors(fixture, found, dtype)
+    )
+
+
+def compare_tensors(fixture: Fixture, found: Tensors, dtype: np.dtype) -> tuple[Row, ...]:
+    """A row for each output and gradient of a fixture, by the rule of `run`.
+
+    Args:
+      fixture: what PyTorch did.
+      found: what the port gives, under the names of the fixture's tensors.
+      dtype: that the port computed in.
+    """
     expected = _expected(fixture)
     largest = max(
         (_largest(array) for name, array in expected.items() if name.startswith("grad/")),
@@ -135,8 +148,7 @@ def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = No
         )
         for name in expected
     ]
-    rows += [_wrong(name) for name in sorted(extra)]
-    return Comparison(fixture.title, system.title, dtype.name, tuple(rows))
+    return (*rows, *(_wrong(name) for name in sorted(extra)))
 
 
 def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) -> Tensors:

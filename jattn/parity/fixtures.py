@@ -18,6 +18,8 @@ _GROUPS = {
     "inputs": "input/",
     "outputs": "output/",
     "modules": "module/",
+    "module_inputs": "module_input/",
+    "module_gradients": "module_gradient/",
     "cotangents": "cotangent/",
     "parameter_gradients": "grad/param/",
     "input_gradients": "grad/input/",
@@ -30,6 +32,7 @@ _FACTS = {
     "versions": dict,
     "float32_errors": dict,
 }
+_ORDER = "order"
 
 
 class FixtureError(ValueError):
@@ -53,6 +56,8 @@ class Fixture:
       outputs: every output.
       modules: every submodule's output, as `NAME[CALL]`, and `NAME[CALL][ITEM]` where it returns
         several.
+      module_inputs: every submodule's inputs, as `NAME[CALL][PLACE]`; or none.
+      module_gradients: gradients with respect to the submodules' outputs; or none.
       cotangents: for every output that has a gradient, the vector that is pulled back through it.
       parameter_gradients: gradients of Σ ⟨cotangent, output⟩ with respect to the parameters.
       input_gradients: the same with respect to the floating inputs.
@@ -72,6 +77,8 @@ class Fixture:
     inputs: Tensors = dataclasses.field(default_factory=dict)
     outputs: Tensors = dataclasses.field(default_factory=dict)
     modules: Tensors = dataclasses.field(default_factory=dict)
+    module_inputs: Tensors = dataclasses.field(default_factory=dict)
+    module_gradients: Tensors = dataclasses.field(default_factory=dict)
     cotangents: Tensors = dataclasses.field(default_factory=dict)
     parameter_gradients: Tensors = dataclasses.field(default_factory=dict)
     input_gradients: Tensors = dataclasses.field(default_factory=dict)
@@ -114,7 +121,10 @@ def save(path: str | os.PathLike[str], fixture: Fixture) -> None:
       'pooling/mean'
     """
     _check(str(path), fixture)
-    facts = json.dumps({name: getattr(fixture, name) for name in _FACTS}, sort_keys=True)
+    kept: dict[str, Any] = {name: getattr(fixture, name) for name in _FACTS}
+    if fixture.module_inputs:  # the order of calls, which the file's own order of names loses
+        kept[_ORDER] = list(fixture.tensors)
+    facts = json.dumps(kept, sort_keys=True)
     arrays = {name: np.array(array, order="C") for name, array in fixture.tensors.items()}
     pathlib.Path(path).write_bytes(safetensors.numpy.save(arrays, {"fixture": facts}))
 
@@ -144,7 +154,12 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 2**28) -> Fixture:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
         raise FixtureError(f"{path}: not an intact safetensors file: {error}") from error
-    contents: dict[str, Any] = _read_facts(str(path), metadata) | _read_groups(str(path), arrays)
+    facts = _read_facts(str(path), metadata)
+    order = facts.pop(_ORDER, sorted(arrays))
+    if not isinstance(order, list) or sorted(map(str, order)) != sorted(arrays):
+        raise FixtureError(f"{path}: metadata {_ORDER!r}: expected the names of all tensors")
+    arrays = {name: arrays[name] for name in order}
+    contents: dict[str, Any] = facts | _read_groups(str(path), arrays)
     fixture = Fixture(**contents)
     _check(str(path), fixture)
     return fixture
@@ -157,7 +172,7 @@ def _read_facts(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         facts = json.loads(metadata["fixture"])
     except (json.JSONDecodeError, RecursionError) as error:
         raise FixtureError(f"{path}: its metadata is no JSON: {error}") from error
-    if not isinstance(facts, dict) or facts.keys() != _FACTS.keys():
+    if not isinstance(facts, dict) or facts.keys() - {_ORDER} != _FACTS.keys():
         raise FixtureError(
             f"{path}: expected metadata with {', '.join(_FACTS)}, got {metadata['fixture']:.200}"
         )
@@ -171,7 +186,7 @@ def _read_facts(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _read_groups(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     groups: dict[str, Tensors] = {group: {} for group in _GROUPS}
-    for name in sorted(arrays):
+    for name in arrays:
         group = next((group for group, prefix in _GROUPS.items() if name.startswith(prefix)), None)
         if group is None:
             raise FixtureError(

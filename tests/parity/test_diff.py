@@ -1,0 +1,164 @@
+"""A port that is wrong in a known way: the report names the layer, and what would mend it."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jattn.parity.diff import assert_matches, diff
+from jattn.parity.fixtures import load
+
+FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "ports" / "tagger" / "whole.safetensors"
+N, H = 2, 4
+D = N * H
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load(FIXTURE)
+
+
+class Attention(nnx.Module):
+    def __init__(self, wrong, rngs):
+        self.wrong = wrong
+        use_bias = wrong != "no bias"
+        self.query, self.key, self.value = (nnx.Linear(D, D, rngs=rngs) for _ in range(3))
+        self.out = nnx.Linear(D, D, use_bias=use_bias, rngs=rngs)
+
+    def __call__(self, x, mask):
+        query, key, value = (self.split(each(x)) for each in (self.query, self.key, self.value))
+        scale = D if self.wrong == "scale" else H
+        scores = jnp.einsum("bnth,bnsh->bnts", self.turn(query), self.turn(key)) / scale**0.5
+        mask = ~mask if self.wrong == "mask" else mask
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=0 if self.wrong == "softmax" else -1)
+        output = weights @ value
+        if self.wrong == "merge":
+            return self.out(output.reshape(x.shape))
+        return self.out(output.swapaxes(1, 2).reshape(x.shape))
+
+    def split(self, x):
+        B, T, _ = x.shape
+        if self.wrong == "heads":
+            return x.reshape(B, N, T, H)
+        return x.reshape(B, T, N, H).swapaxes(1, 2)
+
+    def turn(self, x):
+        angles = jnp.arange(x.shape[-2])[:, None] * 100.0 ** (-jnp.arange(0, H, 2) / H)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        if self.wrong == "rotary":
+            a, b = x[..., ::2], x[..., 1::2]
+            return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Block(nnx.Module):
+    def __init__(self, wrong, rngs):
+        self.wrong = wrong
+        epsilon = 1e-6 if wrong == "eps" else 1e-5
+        self.attention = Attention(wrong, rngs)
+        self.up, self.down = nnx.Linear(D, 2 * D, rngs=rngs), nnx.Linear(2 * D, D, rngs=rngs)
+        self.norm1, self.norm2 = (nnx.LayerNorm(D, epsilon=epsilon, rngs=rngs) for _ in range(2))
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x, mask):
+        if self.wrong == "norm order":
+            x = x + self.attention(self.norm1(x), mask)
+            return x + self.mlp(self.norm2(x))
+        x = self.norm1(x + self.dropout(self.attention(x, mask)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+    def mlp(self, x):
+        return self.down(jax.nn.gelu(self.up(x), approximate=self.wrong == "gelu"))
+
+
+class LSTM(nnx.Module):
+    def __init__(self, wrong, rngs):
+        self.wrong = wrong
+        self.weight_ih, self.weight_hh = (
+            nnx.Param(jax.random.normal(rngs.params(), (size, 4 * D))) for size in (6, D)
+        )
+        self.bias_ih, self.bias_hh = (nnx.Param(jnp.zeros(4 * D)) for _ in range(2))
+
+    def __call__(self, x):
+        def step(state, x):
+            h, c = state
+            gates = x @ self.weight_ih[...] + self.bias_ih[...]
+            gates = gates + h @ self.weight_hh[...] + self.bias_hh[...]
+            i, f, g, o = jnp.split(gates, 4, axis=-1)
+            if self.wrong == "gates":
+                f, g = g, f
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        zeros = jnp.zeros((len(x), D), x.dtype)
+        return jax.lax.scan(step, (zeros, zeros), x.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+
+class Tagger(nnx.Module):
+    """The port; `wrong` names what is wrong with its second block, or with its LSTM."""
+
+    def __init__(self, wrong=None):
+        rngs = nnx.Rngs(0)
+        self.lstm = LSTM(wrong, rngs)
+        self.blocks = nnx.List([Block(None, rngs), Block(wrong, rngs)])
+        self.head = nnx.Linear(D, 3, rngs=rngs)
+
+    def __call__(self, x, mask):
+        x = self.lstm(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x)
+
+
+def port(wrong=None):
+    model = Tagger(wrong)
+    if wrong != "dropout":
+        model.eval()
+    return model
+
+
+def test_a_right_port_is_equal_in_every_layer_forward_and_backward(recorded):
+    report = diff(recorded, port())
+    assert report.passed, str(report)
+    assert report.first is None and report.first_backward is None and report.hints == ()
+    assert len(report.rows) == 1 + 1 + len(recorded.parameters)
+    assert report.pairs["blocks.1.attention.query"] == "blocks.1.attention.query"
+    assert report.pairs["lstm"] == "lstm"
+    for row in report.layers:
+        assert row.alone is not None and row.alone < 1e-12 and row.error < 1e-12
+    assert sum(row.gradient is not None for row in report.layers) > 15
+    assert_matches(recorded, port())
+
+
+HINTS = {
+    "gates": ("lstm[0]", "blocks (gates)"),
+    "gelu": ("blocks.1[0]", "matches with erf GELU instead of the other form"),
+    "eps": ("blocks.1.norm1[0]", "matches with eps 1e-05"),
+    "mask": ("blocks.1.attention[0]", "matches if the mask is inverted"),
+    "scale": ("blocks.1.attention[0]", "matches with scale 1/√4"),
+    "rotary": ("blocks.1.attention[0]", "rotary positions are interleaved"),
+    "heads": ("blocks.1.attention[0]", "heads were split without one"),
+    "merge": ("blocks.1.attention[0]", "heads were split without one"),
+    "softmax": ("blocks.1.attention[0]", "matches with the softmax over axis -1"),
+    "dropout": ("blocks.0[0]", "dropout was on"),
+    "norm order": ("blocks.1[0]", None),
+}
+
+
+@pytest.mark.parametrize("wrong", HINTS)
+def test_a_fault_is_found_in_its_layer_and_what_mends_it_is_said(recorded, wrong):
+    label, hint = HINTS[wrong]
+    report = diff(recorded, port(wrong))
+    assert not report.passed
+    assert report.first.torch == label, str(report)
+    if hint is None:
+        assert report.hints == ()
+    else:
+        assert any(hint in each for each in report.hints), str(report)
+    with pytest.raises(AssertionError, match="differs from PyTorch"):
+        assert_matches(recorded, port(wrong))
