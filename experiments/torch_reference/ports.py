@@ -1,4 +1,4 @@
-"""A module of somebody else's, which jattn does not have: what `parity.diff` holds ports against."""
+"""A module that jattn does not have: what the tests of `parity.diff` hold ports against."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from jattn.parity.fixtures import Fixture
-from jattn.parity.record import record
+from jattn.parity.recording import record
 
 T, N, H = 7, 2, 4
 D = N * H
@@ -39,9 +39,7 @@ def rotary(x: torch.Tensor) -> torch.Tensor:
     frequencies = 100.0 ** (-torch.arange(0, H, 2, dtype=x.dtype) / H)
     angles = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * frequencies
     a, b = x.chunk(2, dim=-1)
-    return torch.cat(
-        [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1
-    )
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
 class Block(nn.Module):

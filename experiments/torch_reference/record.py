@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from experiments.torch_reference.cases import Case
-from jattn.parity import record as recording
+from jattn.parity import recording
 from jattn.parity.fixtures import Fixture
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from experiments.torch_reference import bahdanau, bert, causal_lm, char_rnn, pooling, transformer
 from experiments.torch_reference.cases import Case
 from jattn.parity.fixtures import Fixture
-from jattn.parity.record import versions
+from jattn.parity.recording import versions
 
 Tensors = dict[str, torch.Tensor]
 STEPS = 50

@@ -1,8 +1,11 @@
-"""The `jattn` command: hold jattn against PyTorch's recorded numbers, without PyTorch.
+"""The `jattn` command: hold ports against PyTorch's recorded numbers.
 
-jattn parity [FOLDER]            every fixture of a folder, a line each
-jattn parity run FIXTURE...      the given fixtures, tensor by tensor
+jattn parity [FOLDER]                            every fixture of a folder, a line each
+jattn parity run FIXTURE...                      the given fixtures, tensor by tensor
+jattn parity record MODULE:FACTORY -o FILE       run a PyTorch module, and record all it does
+jattn parity diff FILE MODULE:FACTORY            which layer of a port differs first, and why
 
+Only `record` needs PyTorch. Each has a --help of its own.
 Exit code: 0 where all is equal, 1 where some tensor differs, 2 where the input is bad.
 """
 
@@ -13,14 +16,16 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jattn.parity import ports
 from jattn.parity.compare import Comparison, run
 from jattn.parity.fixtures import load
 
 _FOLDER = pathlib.Path("tests/fixtures")
 _WHERE = "jattn's own are found from the top folder of a clone; or give a path to fixtures"
+_DTYPES = ("float64", "float32")
 _COLUMNS = """\
 columns, each the worst of a tensor:
   max |Δ|    the largest difference from PyTorch's numbers
@@ -30,8 +35,6 @@ columns, each the worst of a tensor:
   / allowed  over what is allowed; a tensor passes up to 1
 
 Exit code: 0 where all is equal, 1 where some tensor differs, 2 for bad input."""
-_OPTIONS = "[--dtype …] [--json FILE]"
-_USAGE = f"jattn parity [FOLDER] {_OPTIONS}\n       jattn parity run FIXTURE... {_OPTIONS}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,35 +47,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0 where all is equal, 1 where some tensor differs, 2 where the input is bad.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    one_by_one = words[:2] == ["parity", "run"]
-    options = _run_parser().parse_args(words[2:]) if one_by_one else _parser().parse_args(words)
+    named = next((name for name in _COMMANDS if words[: len(name)] == [*name]), ())
+    parser, action = _COMMANDS[named]
+    options = parser().parse_args(words[len(named) :])
     try:
-        if one_by_one:
-            paths = [path for pattern in options.fixture for path in _matching(pattern)]
-        else:
-            paths = _fixtures(options.folder)
-        comparisons = []
-        for path in paths:
-            comparisons.append(run(load(path), options.dtype))
-            print(_rows(comparisons[-1]) if one_by_one else _line(comparisons[-1]), flush=True)
-        if options.json:
-            options.json.write_text(
-                json.dumps([_report(each) for each in comparisons], indent=2) + "\n"
-            )
-    except (OSError, ValueError) as error:
+        return action(options)
+    except (OSError, ValueError, ImportError) as error:
         print(f"jattn: {error}", file=sys.stderr)
         return 2
-    passed = sum(comparison.passed for comparison in comparisons)
-    print(f"{passed} of {len(comparisons)} fixtures are equal to PyTorch in {options.dtype}")
-    return 0 if passed == len(comparisons) else 1
+
+
+def _table(options: argparse.Namespace) -> int:
+    paths = _fixtures(options.folder)
+    print(f"{'':4}  {'fixture':{_WIDTH}}  " + "  ".join(map(_title, options.dtype)))
+    return _compared(paths, options, _line)
+
+
+def _run(options: argparse.Namespace) -> int:
+    paths = [path for pattern in options.fixture for path in _matching(pattern)]
+    return _compared(paths, options, _rows)
+
+
+def _compared(
+    paths: Sequence[pathlib.Path],
+    options: argparse.Namespace,
+    shown: Callable[[Sequence[Comparison]], str],
+) -> int:
+    """Compare fixtures in each dtype, and print each as it comes."""
+    comparisons: list[Comparison] = []
+    passed = 0
+    for path in paths:
+        fixture = load(path)
+        each = [run(fixture, dtype) for dtype in options.dtype]
+        comparisons += each
+        passed += all(comparison.passed for comparison in each)
+        print(shown(each), flush=True)
+    if options.json:
+        reports = json.dumps([_report(each) for each in comparisons], indent=2)
+        options.json.write_text(reports + "\n")
+    dtypes = " and ".join(options.dtype)
+    print(f"{passed} of {len(paths)} fixtures are equal to PyTorch in {dtypes}")
+    return 0 if passed == len(paths) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="jattn",
-        usage=_USAGE,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="jattn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["parity"])
     parser.add_argument(
@@ -102,7 +122,11 @@ def _run_parser() -> argparse.ArgumentParser:
 
 def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
-        "--dtype", choices=["float64", "float32"], default="float64", help="type of the port"
+        "--dtype",
+        choices=_DTYPES,
+        nargs="+",
+        default=list(_DTYPES),
+        help="types of the port; default: both",
     )
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="also write every row to FILE"
@@ -141,33 +165,52 @@ def _report(comparison: Comparison) -> dict[str, Any]:
     return dataclasses.asdict(comparison) | {"passed": comparison.passed, "rows": rows}
 
 
-def _line(comparison: Comparison) -> str:
-    numbers = (
-        f"outputs {comparison.worst('max_error', 'output/'):7.1e}",
-        f"gradients {comparison.worst('max_error', 'grad/'):7.1e}",
-        f"of allowed {comparison.worst('share'):7.1e}",
-    )
-    return "  ".join([_word(comparison.passed), f"{comparison.fixture:42}", *numbers])
+_WIDTH = 42
 
 
-def _rows(comparison: Comparison) -> str:
-    titles = ("max |Δ|", "relative", "ulps", "/ float32", "/ allowed")
-    lines = [
-        f"{comparison.fixture}: {comparison.system}, {comparison.dtype}",
-        "  ".join([f"{'':4}", f"{'tensor':42}", *(f"{title:>9}" for title in titles)]),
+def _title(dtype: str) -> str:
+    return f"{dtype + ': outputs':>17}  {'gradients':>9}  {'/ allowed':>9}"
+
+
+def _line(comparisons: Sequence[Comparison]) -> str:
+    numbers = [
+        f"{each.worst('max_error', 'output/'):17.1e}  {each.worst('max_error', 'grad/'):9.1e}"
+        f"  {each.worst('share'):9.1e}"
+        for each in comparisons
     ]
-    for row in comparison.rows:
-        numbers = (row.max_error, row.relative_error, row.ulps, row.float32_ratio, row.share)
-        lines.append(
-            "  ".join(
-                [_word(row.passed), f"{row.name:42}", *(f"{number:9.1e}" for number in numbers)]
-            )
-        )
-    return "\n".join(lines) + "\n"
+    word = _word(all(each.passed for each in comparisons))
+    return "  ".join([word, f"{comparisons[0].fixture:{_WIDTH}}", *numbers])
+
+
+def _rows(comparisons: Sequence[Comparison]) -> str:
+    titles = ("max |Δ|", "relative", "ulps", "/ float32", "/ allowed")
+    names = [row.name for each in comparisons for row in each.rows]
+    width = max(map(len, names), default=0)
+    lines = []
+    for each in comparisons:
+        lines += [
+            f"{each.fixture}: {each.system}, {each.dtype}",
+            "  ".join([f"{'':4}", f"{'tensor':{width}}", *(f"{title:>9}" for title in titles)]),
+        ]
+        for row in each.rows:
+            found = (row.max_error, row.relative_error, row.ulps, row.float32_ratio, row.share)
+            numbers = (f"{number:9.1e}" for number in found)
+            lines.append("  ".join([_word(row.passed), f"{row.name:{width}}", *numbers]))
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _word(passed: bool) -> str:
     return "pass" if passed else "FAIL"
+
+
+Command = tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
+_COMMANDS: Mapping[tuple[str, ...], Command] = {
+    ("parity", "run"): (_run_parser, _run),
+    ("parity", "record"): (ports.record_parser, ports.record_port),
+    ("parity", "diff"): (ports.diff_parser, ports.diff_port),
+    (): (_parser, _table),
+}
 
 
 if __name__ == "__main__":

@@ -276,23 +276,25 @@ def _heads(program: Program) -> Iterator[Trial]:
     for step in program.steps:
         if step.name == "reshape":
             before, after = step.inputs[0].shape, step.outputs[0].shape
-            if (
-                len(after) == len(before) + 1
-                and after[-2] == before[-2]
-                and after[:-3] == before[:-2]
-            ):
+            if _splits(before, after):
                 changes[step.number] = _split_heads
-            elif (
-                len(before) == len(after) + 1
-                and before[-2] == after[-2]
-                and before[:-3] == after[:-2]
-            ):
+            elif _splits(after, before):
                 changes[step.number] = _merged_heads
     if changes:
         words = "matches with a transpose: heads were split without one"
         yield words, _later(program.run, changes)
         for number, change in changes.items():
             yield words, _later(program.run, {number: change})
+
+
+def _splits(whole: tuple[int, ...], parts: tuple[int, ...]) -> bool:
+    """Whether [..., T, N · H] becomes [..., N, T, H]."""
+    return (
+        len(parts) == len(whole) + 1 > 2
+        and parts[-2] == whole[-2]
+        and parts[:-3] == whole[:-2]
+        and parts[-3] > 1
+    )
 
 
 def _split_heads(step: Step) -> Any:

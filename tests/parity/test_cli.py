@@ -25,8 +25,8 @@ def test_run_shows_every_tensor(capsys, tmp_path):
         "1 of 1",
     ):
         assert text in shown
-    (comparison,) = json.loads(report.read_text())
-    assert comparison["passed"]
+    comparison, single = json.loads(report.read_text())
+    assert comparison["passed"] and single["passed"] and single["dtype"] == "float32"
     assert {row["name"] for row in comparison["rows"]} == {"output/weights", "grad/input/scores"}
     assert all(row["max_error"] < 1e-15 and row["passed"] for row in comparison["rows"])
 
@@ -39,9 +39,9 @@ def test_a_folder_gives_a_line_for_each_fixture_and_a_failure_is_exit_code_one(c
     report = tmp_path / "report.json"
     assert main(["parity", str(tmp_path), "--json", str(report)]) == 1
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("pass") and shown[1].startswith("FAIL")
-    assert "1 of 2" in shown[2]
-    rows = {row["name"]: row for row in json.loads(report.read_text())[1]["rows"]}
+    assert shown[1].startswith("pass") and shown[2].startswith("FAIL")
+    assert "1 of 2 fixtures are equal to PyTorch in float64 and float32" in shown[3]
+    rows = {row["name"]: row for row in json.loads(report.read_text())[2]["rows"]}
     assert rows["output/weights"]["max_error"] is None and not rows["output/weights"]["passed"]
 
 
@@ -158,3 +158,79 @@ def test_in_a_process_of_its_own_without_torch():
     )
     assert done.returncode == 0, done.stderr
     assert "1 of 1 fixtures are equal to PyTorch in float64" in done.stdout
+
+
+PORT = """
+import jax
+import numpy as np
+from flax import nnx
+
+
+class Net(nnx.Module):
+    def __init__(self, approximate):
+        self.first, self.second = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
+        self.approximate = approximate
+
+    def __call__(self, x):
+        return self.second(jax.nn.gelu(self.first(x), approximate=self.approximate))
+
+
+def right():
+    return Net(False)
+
+
+def wrong():
+    return Net(True), {"pairs": {"0": "first", "2": "second"}}
+
+
+def torch_net():
+    import torch
+
+    layers = torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.Linear(4, 4)
+    return torch.nn.Sequential(*layers), [np.arange(12.0).reshape(3, 4) / 12]
+
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "my_port.py"
+    path.write_text(PORT)
+    return path
+
+
+@pytest.mark.torch
+def test_a_module_is_recorded_once_and_ports_are_held_against_it(program, tmp_path, capsys):
+    fixture, report = str(tmp_path / "net.safetensors"), tmp_path / "report.json"
+    assert main(["parity", "record", f"{program}:torch_net", "-o", fixture]) == 0
+    assert "4 parameters" in capsys.readouterr().out
+    assert main(["parity", "diff", fixture, f"{program}:right"]) == 0
+    assert "Sequential: equal to PyTorch" in capsys.readouterr().out
+    words = ["parity", "diff", fixture, f"{program}:wrong", "--json", str(report)]
+    assert main(words) == 1
+    assert "matches with erf GELU instead of the other form" in capsys.readouterr().out
+    found = json.loads(report.read_text())
+    assert not found["passed"] and found["pairs"] == {"0": "first", "2": "second"}
+    assert found["first"]["torch"] == ""
+    assert {rule["torch"][0] for rule in found["rules"]} >= {"0.weight", "2.bias"}
+
+
+TAGGER = str(FOLDER / "ports" / "tagger" / "whole.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("my_port.py", "expected MODULE:FACTORY"),
+        ("nowhere.py:right", "no such file: nowhere.py"),
+        ("no_such_package:right", "No module named 'no_such_package'"),
+        ("{}:absent", "has no function 'absent'"),
+        ("{}:nothing", "has no function 'nothing'"),
+        ("{}:right", "the port cannot be called with the inputs x, mask"),
+    ],
+)
+def test_a_port_that_cannot_be_made_or_filled(program, capsys, factory, message):
+    assert main(["parity", "diff", TAGGER, factory.format(program)]) == 2
+    assert message in capsys.readouterr().err

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jattn.parity.diff import assert_matches, diff
+from jattn.parity.diffing import assert_matches, diff
 from jattn.parity.fixtures import load
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "ports" / "tagger" / "whole.safetensors"

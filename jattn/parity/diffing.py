@@ -17,7 +17,7 @@ from jattn.parity.compare import Row, compare_tensors
 from jattn.parity.fixtures import Fixture
 from jattn.parity.hints import Layer, hints
 from jattn.parity.layers import Call
-from jattn.parity.record import record
+from jattn.parity.recording import record
 
 ALLOWED = 1e-9  # of the largest number of a tensor
 
@@ -175,8 +175,13 @@ def _diff(
 ) -> Report:
     inputs = {name: jnp.asarray(array) for name, array in fixture.inputs.items()}
     whole = functools.partial(call, inputs=inputs)
-    if pairs is None:
+    try:
         _, before = layers.calls(module, lambda copy: whole(copy))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the port cannot be called with the inputs {', '.join(inputs)}: {error}"
+        ) from error
+    if pairs is None:
         pairs = pairing.guess_pairs(fixture, before)
     rules = tuple(pairing.guess_rules(fixture, module, pairs) if rules is None else rules)
     nnx.update(module, to_flax(fixture.parameters, module, rules))
