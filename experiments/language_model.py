@@ -11,9 +11,11 @@ the training makes good what that costs.
 """
 
 import functools
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -32,20 +34,20 @@ from experiments.data import bytepair, packing
 from experiments.data.documents import Document
 from experiments.data.packing import Rows
 from experiments.training import command, pictures, text_command, transformer_command
-from experiments.training.accumulation import Sum
+from experiments.training.accumulation import Sum, cross_entropies
 from experiments.training.checkpoints import Checkpoint, restore
 from experiments.training.command import Job
 from experiments.training.loop import Recipe
+from experiments.training.runs import Run
 from experiments.training.transformer_command import Corpus
 from jattn import attend, interop, masks, nn
 from jattn.models import causal_lm
 from jattn.models.pretraining import IGNORED
-from jattn.models.tokens import cross_entropy
 
 STAGES = ("multi-head", "grouped-query", "multi-query")
 WATCH = 100  # steps between evaluations
 EVALUATION_BATCH = 16
-LONG, AT_ONCE, WRITTEN, ROUNDS = 1024, 16, 32, 5  # of the measurement of decoding
+LONG, AT_ONCE, WRITTEN, ROUNDS = 1024, 16, 128, 5  # of the measurement of decoding
 WAYS: Mapping[str, Mapping[str, float]] = {
     "greedy": {},
     "temperature 0.8": {"temperature": 0.8},
@@ -61,7 +63,7 @@ class Settings(transformer_command.TransformerSettings):
     """Train a language model with multi-head, grouped-query and multi-query attention."""
 
     experiment: ClassVar[str] = "language_model"
-    first: ClassVar[str] = STAGES[0]
+    stages: ClassVar[tuple[str, ...]] = STAGES
     asks: ClassVar[str] = "prompt"
     free: ClassVar[tuple[str, ...]] = ("model", "temperature", "new_tokens")
 
@@ -74,8 +76,8 @@ class Settings(transformer_command.TransformerSettings):
         tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: the newest checkpoint)"),
     ] = None
     """Continue --prompt with a Llama, Mistral or Qwen as `transformers` saves it."""
-    new_tokens: int = 100
-    """Tokens to write, at most."""
+    new_tokens: int = 60
+    """Tokens to write, at most, of each sample too."""
     temperature: float = 0.8
     """Of what is drawn for --prompt; 0 always takes the likeliest token."""
     steps: int = 500
@@ -89,12 +91,27 @@ class Settings(transformer_command.TransformerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         command.check_at_least(self, groups=1, new_tokens=1, temperature=0)
-        if self.heads % self.groups:
-            raise BadInput(f"--groups {self.groups} must divide --heads {self.heads}")
+        trains = self.prompt is None
+        if trains and (self.heads % self.groups or self.groups in (1, self.heads)):
+            raise BadInput(
+                f"--groups must divide --heads {self.heads} and be neither 1 nor all, which are"
+                f" multi-query and multi-head attention, got {self.groups}"
+            )
+        if not math.isfinite(self.temperature):
+            raise BadInput(f"--temperature must be finite, got {self.temperature}")
+        text_command.check_utf8("prompt", self.prompt or "")
+        self._check_meaning()
+
+    def _check_meaning(self) -> None:
+        """Refuse options that mean nothing beside others."""
         if self.model and self.prompt is None:
             raise BadInput("--model continues a text: give it by --prompt")
-        if self.model and self.resume:
-            raise BadInput("give --resume or --model, not both")
+        changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        if self.prompt is None and "temperature" in changed:
+            raise BadInput("--temperature is for --prompt: samples are drawn in every way")
+        meaning = {"prompt", "model", "new_tokens", "temperature", "seed"}
+        if self.model and (others := sorted(changed - meaning)):
+            raise BadInput(f"{command.option(others[0])} means nothing with --model")
 
     @property
     def asked(self) -> str | None:
@@ -158,9 +175,7 @@ def loss(model: causal_lm.CausalLM, batch: Any) -> list[Sum]:
     options: dict[str, Any] = {}
     if batch.segments is not None:
         options = {"mask": masks.segments(batch.segments), "positions": batch.positions}
-    number = (batch.targets != IGNORED).sum().astype(jnp.float32)
-    mean = cross_entropy(model(batch.tokens, **options), batch.targets, ignored=IGNORED)
-    return [Sum(mean * number, number)]
+    return [cross_entropies(model(batch.tokens, **options), batch.targets, ignored=IGNORED)]
 
 
 def evaluate(model: causal_lm.CausalLM, rows: Rows) -> float:
@@ -190,11 +205,14 @@ def unigram(train: Sequence[Sequence[int]], test: Rows, vocabulary: int) -> floa
 Models = Mapping[str, causal_lm.CausalLM]
 
 
-def read(settings: Settings) -> Corpus:
-    """The documents as ids, and a tokenizer that is trained on them."""
+def read(settings: Settings, checkpoint: Checkpoint | None = None) -> Corpus:
+    """The documents as ids, and a tokenizer trained on them, or the checkpoint's."""
     parts = transformer_command.load(settings)
     texts = ["\n\n".join(document) for document in parts.train]
-    tokenizer = bytepair.train(texts, settings.vocabulary)
+    if checkpoint:
+        tokenizer = Tokenizer.from_str(checkpoint.metadata["tokenizer"])
+    else:
+        tokenizer = bytepair.train(texts, settings.vocabulary)
     return Corpus(parts, tokenizer, *(encode(tokenizer, part) for part in parts))
 
 
@@ -354,13 +372,12 @@ def report(models: Models, corpus: Corpus, job: Job[Settings]) -> None:
     """Score the part that was not looked at; print and draw the results; save the first model."""
     settings, run, console = job.settings, job.run, job.console
     tokenizer, first = corpus.tokenizer, models[STAGES[0]]
-    samples(first, corpus, console, min(settings.new_tokens, 60), settings.seed)
+    samples(first, corpus, console, settings.new_tokens, settings.seed)
     with console.status("reading the part that was not looked at …"):
         scores = scores_of(models, corpus, settings.length)
     run.write_scores(scores)
     folder = run.folder / "model"
-    interop.save_pretrained(first, folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _save(first, tokenizer, folder)
     _draw(first, corpus, job)
     console.print(_table(scores))
     console.print(
@@ -379,11 +396,21 @@ def report(models: Models, corpus: Corpus, job: Job[Settings]) -> None:
     )  # fmt: skip
 
 
+def _save(model: causal_lm.CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the folder, in place of that of an earlier report."""
+    new = folder.with_name(f"{folder.name}.new")
+    for each in (new, folder):
+        shutil.rmtree(each, ignore_errors=True)
+    interop.save_pretrained(model, new)
+    tokenizer.save(str(new / "tokenizer.json"))
+    new.rename(folder)
+
+
 def _draw(first: causal_lm.CausalLM, corpus: Corpus, job: Job[Settings]) -> None:
     """Draw the losses, and where the heads of the first model look."""
     run, steps = job.run, job.settings.steps
-    metrics = {stage: job.stage(stage).run.metrics.read() for stage in STAGES}
-    converted = job.stage(f"converted-{steps}").run.metrics.read()
+    metrics = {stage: Run(run.folder / stage).metrics.read() for stage in STAGES}
+    converted = Run(run.folder / f"converted-{steps}").metrics.read()
     metrics["converted, trained on"] = [{**row, "step": row["step"] + steps} for row in converted]
     pictures.curves(metrics, run.folder / "curve.png")
     text = corpus.tokenizer.encode(opening(corpus.parts.test)).ids
@@ -450,6 +477,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     job = Job.parse(Settings(), arguments)
     settings = job.settings
+    transformer_command.before_jax_starts(settings)
     if settings.prompt is not None:
         if settings.model:
             model, tokenizer = of_folder(settings.model)
@@ -458,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         continue_prompt(model, tokenizer, settings, job.console)
         return
     with job.console.status("reading the text, training the tokenizer …"):
-        corpus = read(settings)
+        corpus = read(settings, job.checkpoint)
         batches = Batches(corpus.train, settings)
     text_command.check_data(corpus.parts, job.checkpoint, "documents")
     job.announce(corpus.describe())

@@ -27,20 +27,20 @@ from experiments.data import documents, wordpiece
 from experiments.data.documents import Document
 from experiments.data.ngrams import Neighbours
 from experiments.training import command, pictures, text_command, transformer_command
-from experiments.training.accumulation import Sum
+from experiments.training.accumulation import Sum, cross_entropies
 from experiments.training.checkpoints import Checkpoint, restore
 from experiments.training.command import Job
 from experiments.training.loop import Recipe
 from experiments.training.transformer_command import Corpus
 from jattn import models
 from jattn.models import bert, pretraining
-from jattn.models.tokens import cross_entropy
 
 SPECIAL = pretraining.Special(pad=0, cls=2, sep=3, mask=4)
 PASSAGE = 16  # tokens, at least
 LIKELY = 3  # words that --fill prints
 SHOWN = 6  # sentences with a hidden word
 RATE = 0.15  # of words that are hidden in evaluation
+EVALUATION_BATCH = 32
 DRAWS = 3  # pairs of each passage in evaluation
 WATCH = 200  # steps between evaluations
 
@@ -73,6 +73,7 @@ class Settings(transformer_command.TransformerSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         command.check_fraction(self, "dropout", "hide")
+        text_command.check_utf8("fill", self.fill or "")
         if not self.hide:
             raise BadInput("--hide must be more than 0: hidden words are what BERT learns from")
 
@@ -128,19 +129,21 @@ class Batches:
         tokens, places, words = map(np.asarray, hidden)
         return Batch(tokens, packed.types, packed.lengths, follows, places, words)
 
-    def evaluation(self) -> list[Batch]:
-        """Each passage in several pairs, with the same hidden words in every call."""
+    def evaluation(self) -> list[tuple[Batch, int]]:
+        """Each passage in several pairs, with the same hidden words in every call.
+
+        Batches have one size, and each comes with the number of its pairs that count.
+        """
         drawn = [self._pairs(epoch) for epoch in range(DRAWS)]
         pairs = [pair for each, _ in drawn for pair in each]
         follows = np.concatenate([each for _, each in drawn])
-        size = min(self.size, len(pairs))  # what is left of the last batch is left out
-        key = jax.random.key(self.settings.seed)
-        return [
-            self.hidden(
-                pairs[i : i + size], follows[i : i + size], jax.random.fold_in(key, i), RATE
-            )
-            for i in range(0, len(pairs) - size + 1, size)
-        ]
+        key, size, found = jax.random.key(self.settings.seed), EVALUATION_BATCH, []
+        for start in range(0, len(pairs), size):
+            rows = np.arange(start, start + size) % len(pairs)
+            key_of = jax.random.fold_in(key, start)
+            batch = self.hidden([pairs[row] for row in rows], follows[rows], key_of, RATE)
+            found.append((batch, min(size, len(pairs) - start)))
+        return found
 
 
 @functools.partial(jax.jit, static_argnames=("vocabulary", "rate"))
@@ -229,57 +232,103 @@ def _outputs(model: Any, batch: Any, **options: Any) -> Any:
 def loss(model: models.BertForPreTraining, batch: Any) -> list[Sum]:
     """Negative log-likelihoods of the hidden words, and of what follows; a traced `Batch`."""
     words, follows = _outputs(model, batch)
-    number = (batch.words != pretraining.IGNORED).sum().astype(jnp.float32)
-    of_words = cross_entropy(words, batch.words, ignored=pretraining.IGNORED)
-    of_next = cross_entropy(follows[:, None], batch.follows[:, None])
-    rows = float(len(batch.follows))
-    return [Sum(of_words * number, number), Sum(of_next * rows, rows)]
+    return [
+        cross_entropies(words, batch.words, ignored=pretraining.IGNORED),
+        cross_entropies(follows, batch.follows, ignored=pretraining.IGNORED),
+    ]
 
 
 @nnx.jit
 def _right(model: models.BertForPreTraining, batch: Any) -> Any:
     """The losses, the guessed words [B, M], and which passages are said to follow [B]."""
     words, follows = _outputs(model, batch, deterministic=True)
-    value = pretraining.pretraining_loss(words, follows, batch.words, batch.follows)
-    return value, jnp.argmax(words, -1), jnp.argmax(follows, -1)
+    of_words = cross_entropies(words, batch.words, ignored=pretraining.IGNORED)
+    of_next = cross_entropies(follows, batch.follows, ignored=pretraining.IGNORED)
+    return (of_words, of_next), jnp.argmax(words, -1), jnp.argmax(follows, -1)
 
 
-def evaluate(model: models.BertForPreTraining, batches: Sequence[Batch]) -> dict[str, float]:
-    """The loss, and the fractions of hidden words and of pairs that are guessed right."""
-    found: dict[str, list[np.ndarray]] = {"loss": [], "words": [], "next": []}
-    for batch in batches:
-        value, guessed, next_guessed = map(np.asarray, _right(model, batch))
-        is_hidden = batch.words != pretraining.IGNORED
-        found["loss"].append(value[None])
-        found["words"].append((guessed == batch.words)[is_hidden])
-        found["next"].append(next_guessed == batch.follows)
-    return {name: float(np.mean(np.concatenate(values))) for name, values in found.items()}
+Evaluation = Sequence[tuple[Batch, int]]
+
+
+def evaluate(model: models.BertForPreTraining, batches: Evaluation) -> dict[str, float]:
+    """The loss, and the fractions of hidden words and of pairs that are guessed right.
+
+    A word counts where [MASK] stands, not where it was left or another put in its place.
+    """
+    found: dict[str, list[np.ndarray]] = {"words": [], "next": []}
+    losses = []
+    for batch, count in batches:
+        sums, words, follows = _right(model, _counted(batch, count))
+        losses.append([[float(total), float(number)] for total, number in sums])
+        found["words"].append((np.asarray(words) == batch.words)[masked(batch, count)])
+        found["next"].append((np.asarray(follows) == batch.follows)[:count])
+    (words_loss, words_number), (next_loss, next_number) = np.sum(losses, axis=0)
+    fractions = {name: float(np.mean(np.concatenate(each))) for name, each in found.items()}
+    return {"loss": words_loss / words_number + next_loss / next_number, **fractions}
+
+
+def _counted(batch: Batch, count: int) -> Batch:
+    """The batch without targets in the rows that fill it up."""
+    words, follows = batch.words.copy(), batch.follows.copy()
+    words[count:] = follows[count:] = pretraining.IGNORED
+    return batch._replace(words=words, follows=follows)
+
+
+def masked(batch: Batch, count: int) -> np.ndarray:
+    """Which places [B, M] of the rows that count hold [MASK]."""
+    held = np.take_along_axis(batch.tokens, batch.places, axis=1) == SPECIAL.mask
+    real = np.arange(len(held)) < count
+    return held & (batch.words != pretraining.IGNORED) & real[:, None]
 
 
 def baselines(
-    train: Sequence[Sequence[Sequence[int]]], batches: Sequence[Batch]
+    train: Sequence[Sequence[Sequence[int]]], batches: Evaluation, of_training: Evaluation
 ) -> dict[str, float]:
-    """The fractions that counting guesses right; it sees the same texts with the same gaps."""
+    """The fractions that counting guesses right; it sees the same texts with the same gaps.
+
+    Whether a passage follows it tells by how many different words both have; `of_training` are
+    pairs to choose the least number with.
+    """
+    ends = SPECIAL.cls, SPECIAL.sep  # either may stand before a passage
     rows = [row for document in train for row in document]
-    guess = Neighbours(rows)
+    guess = Neighbours(([end, *row, SPECIAL.sep] for row in rows for end in ends), ends)
     right: dict[str, list[bool]] = {"most_frequent": [], "neighbours": []}
-    for batch in batches:
-        for tokens, places, words in zip(batch.tokens, batch.places, batch.words, strict=True):
-            for place, word in zip(places, words, strict=True):
-                if word != pretraining.IGNORED:
-                    around = int(tokens[place - 1]), int(tokens[place + 1])
-                    right["most_frequent"].append(word == guess.most_frequent)
-                    right["neighbours"].append(word == guess(*around))
+    for batch, count in batches:
+        for row, column in np.argwhere(masked(batch, count)):
+            tokens, place = batch.tokens[row], batch.places[row, column]
+            word = batch.words[row, column]
+            guessed = guess(int(tokens[place - 1]), int(tokens[place + 1]))
+            right["most_frequent"].append(word == guess.most_frequent)
+            right["neighbours"].append(word == guessed)
     found = {name: float(np.mean(values)) for name, values in right.items()}
-    follows = np.concatenate([batch.follows for batch in batches])
-    return {**found, "always_next": float(np.mean(follows == 0))}
+    (common, follows), (of_train, train_follows) = map(in_common, (batches, of_training))
+    least = max(range(1, 33), key=lambda n: np.mean((of_train >= n) == (train_follows == 0)))
+    share = float(np.mean(follows == 0))
+    in_words = float(np.mean((common >= least) == (follows == 0)))
+    return {**found, "in_common": in_words, "same_answer": max(share, 1 - share)}
 
 
-def read(settings: Settings) -> Corpus:
-    """The documents as passages of ids, and a tokenizer that is trained on them."""
+def in_common(batches: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """How many different ids both passages of each pair have, and whether the second follows."""
+    common, follows = [], []
+    for batch, count in batches:
+        for row in range(count):
+            tokens, is_second = batch.tokens[row, : batch.lengths[row]], batch.types[row]
+            second = is_second[: batch.lengths[row]] == 1
+            both = set(tokens[~second].tolist()) & set(tokens[second].tolist())
+            common.append(len(both - {*SPECIAL}))
+            follows.append(batch.follows[row])
+    return np.array(common), np.array(follows)
+
+
+def read(settings: Settings, checkpoint: Checkpoint | None = None) -> Corpus:
+    """The documents as passages of ids, and a tokenizer trained on them, or the checkpoint's."""
     parts = transformer_command.load(settings)
     sentences = [each for document in parts.train for each in documents.sentences(document)]
-    tokenizer = wordpiece.train(sentences, settings.vocabulary)
+    if checkpoint:
+        tokenizer = Tokenizer.from_str(checkpoint.metadata["tokenizer"])
+    else:
+        tokenizer = wordpiece.train(sentences, settings.vocabulary)
     return Corpus(parts, tokenizer, *(passages(tokenizer, part) for part in parts))
 
 
@@ -292,6 +341,8 @@ def fit(job: Job[Settings], corpus: Corpus) -> Reader:
         C = corpus.tokenizer.get_vocab_size()
         batches = Batches(corpus.train, settings, C)
         validation = Batches(corpus.validation, settings, C).evaluation()
+    if settings.remat and jax.default_backend() == "cpu":
+        command.warn("--remat: on CPUs XLA needs as much memory for BERT with it as without")
 
     def watch(step: int, model: Any) -> dict[str, Any]:
         if step % WATCH and step != settings.steps:
@@ -309,7 +360,9 @@ def report(reader: Reader, corpus: Corpus, job: Job[Settings]) -> None:
     run, console, C = job.run, job.console, reader.tokenizer.get_vocab_size()
     with console.status("reading the part that was not looked at …"):
         batches = Batches(corpus.test, job.settings, C).evaluation()
-        scores = evaluate(reader.model, batches) | baselines(corpus.train, batches)
+        of_training = Batches(corpus.train, job.settings, C).evaluation()
+        counted = baselines(corpus.train, batches, of_training)
+        scores = {**evaluate(reader.model, batches), **counted}
     run.write_scores(scores)
     title = f"held out: {scores['words']:.1%} of hidden words right"
     pictures.curve(run.metrics.read(), run.folder / "curve.png", title=title, per="word and pair")
@@ -318,7 +371,8 @@ def report(reader: Reader, corpus: Corpus, job: Job[Settings]) -> None:
     table.add_row("BERT", f"{scores['words']:.1%}", f"{scores['next']:.1%}")
     table.add_row("counts of neighbouring words", f"{scores['neighbours']:.1%}", "")
     table.add_row("the most frequent word", f"{scores['most_frequent']:.1%}", "")
-    table.add_row("always: it follows", "", f"{scores['always_next']:.1%}")
+    table.add_row("the number of words in common", "", f"{scores['in_common']:.1%}")
+    table.add_row("always the same answer", "", f"{scores['same_answer']:.1%}")
     console.print(table)
     console.print(f"picture: {run.folder / 'curve.png'}", highlight=False, markup=False)
 
@@ -350,7 +404,10 @@ def hidden_words(
         ]  # fmt: skip
         if known and 8 <= len(words) <= 20 and len(found) < count:
             j = int(random.choice(known))
-            found.append((" ".join([*words[:j], "[MASK]", *words[j + 1 :]]), words[j]))
+            text = " ".join([*words[:j], "[MASK]", *words[j + 1 :]])
+            ids = reader.tokenizer.encode(text).ids
+            if len(ids) <= reader.model.config.max_length and ids.count(SPECIAL.mask) == 1:
+                found.append((text, words[j]))
     return found
 
 
@@ -366,13 +423,14 @@ def fill_text(settings: Settings, checkpoint: Checkpoint) -> list[list[tuple[str
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     job = Job.parse(Settings(), arguments)
+    transformer_command.before_jax_starts(job.settings)
     if job.checkpoint and job.settings.fill is not None:
         for number, guesses in enumerate(fill_text(job.settings, job.checkpoint), 1):
             for word, probability in guesses:
                 print(f"{number}\t{word}\t{probability:.3f}")
         return
     with job.console.status("reading the text, training the tokenizer …"):
-        corpus = read(job.settings)
+        corpus = read(job.settings, job.checkpoint)
     text_command.check_data(corpus.parts, job.checkpoint, "documents")
     job.announce(corpus.describe())
     report(fit(job, corpus), corpus, job)

@@ -16,7 +16,7 @@ from experiments.data.pairs import read_utf8
 
 Document = tuple[str, ...]
 RULE = re.compile(r"[*=~^#+|\s-]{3,}")
-SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[\"“(\[]?[A-Z0-9])")
+SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[\"“«(\[]?(\w))")
 SECTION = 1500  # characters of a section, at least
 
 
@@ -58,7 +58,7 @@ def paragraphs(text: str) -> Document:
       ('Loops', 'A loop runs.', '   while x:\\n       x -= 1')
     """
     found = []
-    for block in re.split(r"\n\s*\n", text.expandtabs().replace("\r\n", "\n")):
+    for block in re.split(r"\n\s*\n", "\n".join(text.expandtabs().splitlines())):
         lines = [line.rstrip() for line in block.split("\n")]
         lines = [line for line in lines if line and not RULE.fullmatch(line.strip())]
         if lines:
@@ -104,7 +104,7 @@ def split(documents: Sequence[Document], *, seed: int, fraction: float = 0.1) ->
     if len(sections) < 3:
         raise BadInput(
             f"expected a text of at least 3 sections of {SECTION} characters, to train, to validate"
-            f" and to test, got {len(sections)}"
+            f" and to test, got {len(sections)}: blank lines part the paragraphs of a section"
         )
     held_out = max(1, round(fraction * len(sections)))
     order = random.Random(seed).sample(range(len(sections)), len(sections))
@@ -140,5 +140,13 @@ def sentences(document: Document) -> list[str]:
         if paragraph.startswith(" "):
             found.append(" ".join(paragraph.split()))
         else:
-            found += SENTENCE_END.split(paragraph)
+            found += _split(paragraph)
     return found
+
+
+def _split(paragraph: str) -> list[str]:
+    """Sentences end at marks before a number, or a letter of a script that is no small one."""
+    ends = [match for match in SENTENCE_END.finditer(paragraph) if not match[1].islower()]
+    starts = [0, *(match.end() for match in ends)]
+    stops = [*(match.start() for match in ends), len(paragraph)]
+    return [paragraph[start:stop] for start, stop in zip(starts, stops, strict=True)]

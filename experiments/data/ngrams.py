@@ -72,6 +72,7 @@ class Neighbours:
 
     Args:
       texts: token ids of the training texts.
+      ends: ids that are no words, such as those of the ends of a text; never guessed alone.
 
     Example:
       >>> guess = Neighbours([[1, 5, 2, 9, 1, 5, 2, 8], [1, 6, 3]])
@@ -79,7 +80,7 @@ class Neighbours:
       (5, 6, 5, 1)
     """
 
-    def __init__(self, texts: Iterable[Sequence[int]]):
+    def __init__(self, texts: Iterable[Sequence[int]], ends: Sequence[int] = ()):
         words: Counter[int] = Counter()
         after: dict[int, Counter[int]] = defaultdict(Counter)
         between: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
@@ -89,6 +90,8 @@ class Neighbours:
                 after[before][word] += 1
             for before, word, next_word in zip(text, text[1:], text[2:], strict=False):
                 between[before, next_word][word] += 1
+        for end in ends:
+            del words[end]
         self.most_frequent = _most_frequent(words)
         self.after = {before: _most_frequent(counts) for before, counts in after.items()}
         self.between = {both: _most_frequent(counts) for both, counts in between.items()}

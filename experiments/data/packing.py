@@ -80,15 +80,16 @@ def packed(documents: Sequence[Sequence[int]], length: int) -> Rows:
 [[0, 1, 2], [0, 1, 0], [0, 1, 0]])
     """
     rows: list[list[tuple[list[int], list[int]]]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}  # of the rows that are not full
     for piece in sorted(_pieces(documents, length), key=lambda piece: -len(piece[0])):
         size = len(piece[0])
-        row = next((i for i, free in enumerate(room) if free >= size), len(rows))
+        row = next((i for i, free in room.items() if free >= size), len(rows))
         if row == len(rows):
             rows.append([])
-            room.append(length)
         rows[row].append(piece)
-        room[row] -= size
+        room[row] = room.get(row, length) - size
+        if not room[row]:
+            del room[row]
     return _filled(rows, length)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from einops import rearrange
 from flax import nnx
 
@@ -20,6 +21,18 @@ class Sum(NamedTuple):
 
     total: jax.Array
     number: jax.Array | float
+
+
+def cross_entropies(logits: jax.Array, targets: jax.Array, *, ignored: int) -> Sum:
+    """The negative log-likelihoods of targets [..., T] by logits [..., T, C], in float32.
+
+    Where a target is `ignored` there is none; there may be none at all.
+    """
+    real = targets != ignored
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), jnp.where(real, targets, 0)
+    )
+    return Sum(jnp.sum(losses, where=real), real.sum().astype(jnp.float32))
 
 
 Loss = Callable[[Any, Any], jax.Array | Sequence[Sum]]

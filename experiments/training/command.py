@@ -31,12 +31,12 @@ class Settings:
     """The options that every experiment has; each adds its own and its defaults.
 
     `experiment` is the name of its module. `asks` is the option that gives the trained model a text
-    instead of training it. `free` are the options that may differ from the checkpoint's. `first` is
-    the stage that a run of several begins with.
+    instead of training it. `free` are the options that may differ from the checkpoint's. `stages`
+    are the folders of the models that a run trains one after the other; `""` is the run's own.
     """
 
     experiment: ClassVar[str]
-    first: ClassVar[str] = ""
+    stages: ClassVar[tuple[str, ...]] = ("",)
     asks: ClassVar[str | None] = None
     free: ClassVar[tuple[str, ...]] = ()
 
@@ -122,13 +122,14 @@ class Job(Generic[S]):
         began, settings = time.perf_counter(), _parse(default, arguments)
         if not settings.resume and settings.asked is None:
             return cls(settings, began=began)
-        run = Run.open(settings.run_dir, settings.experiment, settings.first)
-        checkpoint = Run(run.folder / settings.first).checkpoints.newest(say=warn)
+        run = Run.open(settings.run_dir, settings.experiment, settings.stages[0])
+        stages = [Run(run.folder / name).checkpoints for name in settings.stages]
+        checkpoint = stages[0].newest(say=warn)
         if checkpoint.metadata.get("experiment") != settings.experiment:
             raise BadInput(f"{run.folder} is not a run of this experiment, {settings.experiment}")
         before = type(default).of(checkpoint.metadata)
         settings = _parse(before, arguments)
-        finished = checkpoint.step == before.steps
+        finished = all(stage.steps()[-1:] == [before.steps] for stage in stages)
         settings.check_continues(before, run.folder, finished=finished)
         return cls(settings, run, checkpoint, began=began)
 

@@ -81,7 +81,9 @@ class Recipe:
             for steps in np.diff(ends, prepend=0).tolist()
         ]
         schedule = optax.join_schedules(cosines, ends[:-1])
-        adam = optax.adamw(schedule, weight_decay=decay, mask=_matrices)
+        adam = optax.adam(schedule)
+        if decay:
+            adam = optax.adamw(schedule, weight_decay=decay, mask=_matrices)
         transform = optax.chain(optax.clip_by_global_norm(clip), adam)
         return cls(ends[-1], schedule, transform, **options)
 
@@ -121,8 +123,8 @@ def train(
       console: shows the progress bar.
 
     Returns:
-      True at the last step; False if Ctrl-C (or SIGTERM) stopped it earlier. It then finishes the
-      step and saves a checkpoint; a second Ctrl-C stops at once.
+      True at the last step; False after Ctrl-C (or SIGTERM), which lets the step end and saves a
+      checkpoint; a second Ctrl-C stops at once.
     """
     console, metadata = console or Console(), metadata or {}
     trained = remat(model, *recipe.remat) if recipe.remat else model
@@ -157,7 +159,7 @@ def train(
                 run.checkpoints.save(step, state, {**metadata, PENDING: losses})
                 show.saved(step)
     nnx.update(model, nnx.state(nnx.merge(graph, state)[0]))
-    return not stopped or step == recipe.steps
+    return not stopped
 
 
 def _jitted(

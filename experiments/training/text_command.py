@@ -70,7 +70,20 @@ def digest(data: Any) -> str:
 def check_data(data: Any, checkpoint: Checkpoint | None, what: str) -> None:
     """Refuse data that the checkpoint was not trained on; `what` names its elements."""
     if checkpoint and checkpoint.metadata["digest"] != digest(data):
-        raise BadInput(f"--data gives other {what} than those that the checkpoint was trained on")
+        source = (
+            "--data gives"
+            if checkpoint.metadata["data"]
+            else "--data, or another version of Python, gives"
+        )
+        raise BadInput(f"{source} other {what} than those that the checkpoint was trained on")
+
+
+def check_utf8(name: str, text: str) -> None:
+    """Refuse an option's text that no UTF-8 can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{command.option(name)} must be UTF-8 text, got other bytes") from None
 
 
 def check_trained(settings: command.Settings, checkpoint: Checkpoint) -> None:

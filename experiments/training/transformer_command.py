@@ -39,9 +39,9 @@ class TransformerSettings(text_command.TextSettings):
     bfloat16: bool = False
     """Multiply in bfloat16; parameters, statistics and sums stay float32."""
     accumulate: int = 1
-    """Parts of a batch, taken one after the other: less memory, the same step."""
+    """Parts of a batch, taken one after the other: less memory, the same step but for dropout."""
     remat: bool = False
-    """Compute layers again in the backward pass, but for their attention: less memory."""
+    """Compute layers again in the backward pass: less memory, more time (see nn.remat on CPUs)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,11 +62,16 @@ class TransformerSettings(text_command.TextSettings):
 
     def recipe(self, *layers: Any) -> dict[str, Any]:
         """Options of a `Recipe`, for a model of these classes of layers."""
-        if self.remat and version("jaxlib").startswith("0.10."):
-            # Else XLA computes again on CPUs long before the result is needed (`nn.remat`)
-            flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
         return {"accumulate": self.accumulate, "remat": layers if self.remat else ()}
+
+
+def before_jax_starts(settings: TransformerSettings) -> None:
+    """Let layers that are computed again save memory on CPUs, too."""
+    if settings.remat and version("jaxlib").startswith("0.10."):
+        flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"  # as `nn.remat` says
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}"
 
 
 @dataclass(frozen=True)

@@ -186,9 +186,7 @@ def step_by_step(
       ['add']
     """
     jaxpr = closed.jaxpr
-    env = dict(
-        zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True)
-    )
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True))
 
     def value(variable: Any) -> Any:
         return variable.val if isinstance(variable, Literal) else env[variable]

@@ -9,11 +9,14 @@ from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
 Policy = Callable[..., bool]
+_ORIGINAL = "_computed_once"  # the class of a layer before it was changed
 
 KEEP_ATTENTION: Policy = jax.checkpoint_policies.save_only_these_names(
     "attend_output", "attend_lse"
 )
-"""Keep what `jattn.attend` gives, of size T, so that no attention is computed twice."""
+"""Keep what `jattn.attend` gives, of size T: all that the backward pass of `blockwise` needs of it.
+
+The kernel `dense` computes its scores again."""
 
 
 def remat(
@@ -23,9 +26,10 @@ def remat(
 
     Outputs and gradients are the same, and so are the paths of the parameters. The memory of
     training falls from all that the layers compute to their inputs, what the policy keeps, and the
-    inside of one layer; the time grows by about one forward pass. (With jaxlib 0.10 on CPUs XLA
-    computes again too early, unless `XLA_FLAGS` in the environment say
-    `--xla_cpu_enable_concurrency_optimized_scheduler=false`.)
+    inside of one layer; the time grows by about one forward pass. On GPUs and TPUs XLA orders
+    operations for memory. On CPUs it may compute again too early: with jaxlib 0.10 always, unless
+    `XLA_FLAGS` in the environment say `--xla_cpu_enable_concurrency_optimized_scheduler=false`, and
+    for some models, such as BERT, even so.
 
     Args:
       module: such as a `models.CausalLM`.
@@ -37,7 +41,7 @@ def remat(
       A new module, whose layers are of subclasses of their classes.
 
     Raises:
-      ValueError: the module holds no such layer.
+      ValueError: the module holds no such layer; or, in a call, a layer adds to its own state.
 
     Paper: Chen et al. 2016, https://arxiv.org/abs/1604.06174
 
@@ -55,7 +59,7 @@ def remat(
         names = " or ".join(layer.__name__ for layer in layers)
         raise ValueError(f"a {type(module).__name__} holds no {names or 'layer: name a class'}")
     for each in found:
-        each.__class__ = _recomputed(type(each), policy)
+        each.__class__ = _recomputed(getattr(each, _ORIGINAL, type(each)), policy)
     return module
 
 
@@ -73,6 +77,11 @@ def _recomputed(kind: type[nnx.Module], policy: Policy | None) -> Any:
             layer = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
             output = kind.__call__(layer, *arrays, **options)
             after = jax.tree.leaves(nnx.state(layer))
+            if len(after) != len(before):
+                raise ValueError(
+                    f"a {kind.__name__} whose call adds state to it, as sow does, cannot be"
+                    " computed again"
+                )
             changed[:] = [i for i, leaf in enumerate(after) if leaf is not leaves[i]]
             return output, [after[i] for i in changed]
 
@@ -83,5 +92,6 @@ def _recomputed(kind: type[nnx.Module], policy: Policy | None) -> Any:
             nnx.update(self, jax.tree.unflatten(structure, before))
         return output
 
-    names = {"__call__": __call__, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    names: dict[str, Any] = {_ORIGINAL: kind}
+    names |= {"__call__": __call__, "__doc__": kind.__doc__, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), names)

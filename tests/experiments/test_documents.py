@@ -64,6 +64,16 @@ def test_sentences_end_at_marks_that_a_capital_follows():
     assert documents.sentences(("See e.g. this. It ends! Is it? 3 follow: (Yes)",)) == [
         "See e.g. this.", "It ends!", "Is it?", "3 follow:", "(Yes)",
     ]  # fmt: skip
+    assert documents.sentences(("Это текст. Это ещё один. Élan vital.",)) == [
+        "Это текст.", "Это ещё один.", "Élan vital.",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_in_every_way(end):
+    assert documents.paragraphs(end.join(["One", "line.", "", "Another."])) == (
+        "One line.", "Another.",
+    )  # fmt: skip
 
 
 TEXTS = [[5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15]]

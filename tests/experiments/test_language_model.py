@@ -99,7 +99,7 @@ def test_a_prompt_is_continued_by_the_checkpoint_and_by_the_folder_alike(finishe
     one = capsys.readouterr().out
     language_model.main([*ask, "--model", str(finished_run.folder / "model")])
     assert capsys.readouterr().out == one
-    assert one.startswith("Ban met a friend of Ban")
+    assert one.startswith("Ban met a friend of ") and len(one) > 21
 
 
 @pytest.mark.slow
@@ -114,6 +114,24 @@ def test_a_run_that_stopped_in_its_last_stage_ends_in_the_same_bits(finished_run
         assert one.step == other.step
         for path, array in one.arrays.items():
             assert array.tobytes() == other.arrays[path].tobytes()
+
+
+@pytest.mark.slow
+def test_more_steps_extend_every_model_and_write_the_folder_anew(finished_run, tmp_path, capsys):
+    copy = Run(tmp_path / "copy")
+    shutil.copytree(finished_run.folder, copy.folder)
+    shutil.rmtree(copy.folder / "multi-query" / "checkpoints" / "120")
+    resume = ["--resume", "--run-dir", str(copy.folder)]
+    assert "--steps 130 differs" in fails(capsys, *resume, "--steps", "130")  # one is unfinished
+    language_model.main(resume)
+    language_model.main([*resume, "--steps", "130"])
+    for stage in language_model.STAGES:
+        newest = Run(copy.folder / stage).checkpoints.newest()
+        assert (newest.step, newest.metadata["ends"]) == (130, [120, 130])
+    assert Run(copy.folder / "converted-130").checkpoints.newest().step == 13
+    model, _ = language_model.of_folder(copy.folder / "model")
+    old, _ = language_model.of_folder(finished_run.folder / "model")
+    assert not np.array_equal(model.embedding.embedding[...], old.embedding.embedding[...])
 
 
 @pytest.mark.slow
@@ -139,13 +157,13 @@ def test_transformers_reads_the_model_of_a_run(tmp_path):
     np.testing.assert_allclose(model(tokens), expected, atol=2e-5)
 
 
-SMALL = language_model.Settings(length=8, batch_size=3, heads=2, features=8)
+SMALL = language_model.Settings(length=8, batch_size=3, heads=4, features=8)
 TEXTS = [list(range(5, 20)), [7, 8], list(range(9, 30))]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_of_a_step_are_the_same_wherever_one_begins(packed):
-    settings = language_model.Settings(length=8, batch_size=2, heads=2, features=8, packed=packed)
+    settings = language_model.Settings(length=8, batch_size=2, heads=4, features=8, packed=packed)
     batches = language_model.Batches(TEXTS, settings)
     stream = batches(0)
     whole = [next(stream) for _ in range(5)]
@@ -205,10 +223,16 @@ def test_a_text_is_printed_as_it_comes(capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--groups 3", "--groups 3 must divide --heads 8"),
+        ("--groups 3", "--groups must divide --heads 8"),
         ("--model x", "--model continues a text: give it by --prompt"),
         ("--model x --prompt a", "x is no folder"),
-        ("--model x --prompt a --resume", "give --resume or --model, not both"),
+        ("--model x --prompt a --resume", "--resume means nothing with --model"),
+        ("--model x --prompt a --layers 9", "--layers means nothing with --model"),
+        ("--model x --prompt a --run-dir x", "--run-dir means nothing with --model"),
+        ("--temperature 0.5", "--temperature is for --prompt"),
+        ("--prompt a --temperature inf", "--temperature must be finite, got inf"),
+        ("--prompt \udcff", "--prompt must be UTF-8 text"),
+        ("--groups 8", "neither 1 nor all"),
         ("--model . --prompt a", ". holds no tokenizer.json"),
         ("--prompt a", "no checkpoint in runs/language_model"),
         ("--prompt a --temperature -1", "--temperature must be at least 0, got -1.0"),

@@ -20,7 +20,7 @@ from rich.console import Console
 from experiments import BadInput
 from experiments.data import dates
 from experiments.training import fonts, pictures
-from experiments.training.accumulation import Sum, value_and_gradients
+from experiments.training.accumulation import Sum, cross_entropies, value_and_gradients
 from experiments.training.checkpoints import Checkpoints, fill, restore
 from experiments.training.loop import Recipe, _progress, train
 from experiments.training.runs import Metrics, Run
@@ -340,6 +340,20 @@ def means(model, batch):
         Sum(jnp.sum(errors, where=real), real.sum()),
         Sum(jnp.sum(jnp.abs(errors)), len(errors)),
     ]
+
+
+def test_a_part_without_targets_adds_nothing():
+    model = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    inputs = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
+    targets = np.array([[-1, -1], [-1, -1], [3, -1], [4, 0]])
+
+    def loss(model, batch):
+        return [cross_entropies(model(batch[0]), batch[1], ignored=-1)]
+
+    whole = value_and_gradients(loss, model, (inputs, targets), 1)
+    parts = value_and_gradients(loss, model, (inputs, targets), 2)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 12])

@@ -116,6 +116,23 @@ def test_a_model_that_computes_again_writes_the_same_text_and_has_the_same_weigh
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
+def test_a_copy_of_a_copy_computes_its_layers_again_once():
+    model = language_model()
+    twice = nn.remat(nn.remat(model, causal_lm.Block, policy=None), causal_lm.Block)
+    assert type(twice.layers[0]) is type(nn.remat(model, causal_lm.Block).layers[0])
+
+
+def test_a_layer_that_adds_to_its_state_is_refused():
+    class Sowing(nnx.Linear):
+        def __call__(self, x):
+            self.seen = nnx.Intermediate(x)
+            return super().__call__(x)
+
+    model = nn.remat(nnx.Sequential(Sowing(3, 3, rngs=nnx.Rngs(0))), Sowing)
+    with pytest.raises(ValueError, match="a Sowing whose call adds state to it, as sow does"):
+        model(jnp.ones(3))
+
+
 def test_a_module_without_such_layers_is_refused():
     with pytest.raises(ValueError, match="a CausalLM holds no LSTM"):
         nn.remat(language_model(), nn.LSTM)
