@@ -31,8 +31,10 @@ _FACTS = {
     "seed": int,
     "versions": dict,
     "float32_errors": dict,
+    "bfloat16_errors": dict,
 }
 _ORDER = "order"
+_LATER = {_ORDER, "bfloat16_errors"}  # facts that older fixtures do not have
 
 
 class FixtureError(ValueError):
@@ -51,6 +53,8 @@ class Fixture:
       versions: package → version that recorded it.
       float32_errors: PyTorch's own error in float32 against this float64 truth: tensor → root mean
         square.
+      bfloat16_errors: the same in bfloat16, of weights and inputs that were rounded to it; none
+        where PyTorch cannot compute it.
       parameters: every parameter, under its PyTorch name.
       inputs: every input; floating ones in float64, integers and booleans as they are.
       outputs: every output.
@@ -73,6 +77,7 @@ class Fixture:
     seed: int = 0
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     float32_errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    bfloat16_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     parameters: Tensors = dataclasses.field(default_factory=dict)
     inputs: Tensors = dataclasses.field(default_factory=dict)
     outputs: Tensors = dataclasses.field(default_factory=dict)
@@ -172,11 +177,13 @@ def _read_facts(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         facts = json.loads(metadata["fixture"])
     except (json.JSONDecodeError, RecursionError) as error:
         raise FixtureError(f"{path}: its metadata is no JSON: {error}") from error
-    if not isinstance(facts, dict) or facts.keys() - {_ORDER} != _FACTS.keys():
+    if not isinstance(facts, dict) or facts.keys() | _LATER != _FACTS.keys() | _LATER:
         raise FixtureError(
             f"{path}: expected metadata with {', '.join(_FACTS)}, got {metadata['fixture']:.200}"
         )
     for name, kind in _FACTS.items():
+        if name in _LATER:
+            facts.setdefault(name, kind())
         if type(facts[name]) is not kind:
             raise FixtureError(
                 f"{path}: metadata {name!r}: expected {kind.__name__}, got {facts[name]!r:.200}"

@@ -80,7 +80,8 @@ def _fixture(
     return Fixture(
         **facts,
         versions=versions(),
-        float32_errors=_float32_errors(copy.deepcopy(module), inputs, cotangents, arrays(truth)),
+        float32_errors=_errors("float32", module, inputs, cotangents, arrays(truth)),
+        bfloat16_errors=_errors("bfloat16", module, inputs, cotangents, arrays(truth)),
         parameters=arrays(parameters),
         inputs=arrays(inputs),
         outputs=arrays(outputs),
@@ -201,19 +202,33 @@ def _gradients(
     return dict(zip(leaves, gradients, strict=True))
 
 
-def _float32_errors(
-    module: Any, inputs: Tensors, cotangents: Tensors, truth: Mapping[str, np.ndarray]
+def _errors(
+    dtype: str, module: Any, inputs: Tensors, cotangents: Tensors, truth: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Root mean square error of each output and gradient when PyTorch computes in float32."""
+    """Root mean square error of each output and gradient when PyTorch computes in a narrower type.
 
-    def single(tensors: Tensors) -> Tensors:
-        return {n: t.detach().float() if t.is_floating_point() else t for n, t in tensors.items()}
+    None where it has no kernel for it.
+    """
+    torch = _torch()
+    narrow = getattr(torch, dtype)
 
-    module.float()
-    inputs = single(inputs)
-    outputs = _run(module, inputs)
-    gradients = _gradients(dict(module.named_parameters()), inputs, outputs, single(cotangents), {})
-    found = arrays({f"output/{name}": output for name, output in outputs.items()} | gradients)
+    def narrowed(tensors: Tensors) -> Tensors:
+        return {
+            name: tensor.detach().to(narrow) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+
+    module, inputs = copy.deepcopy(module).to(narrow), narrowed(inputs)
+    try:
+        outputs = _run(module, inputs)
+        parameters = dict(module.named_parameters())
+        gradients = _gradients(parameters, inputs, outputs, narrowed(cotangents), {})
+    except (RuntimeError, NotImplementedError):
+        if dtype == "float32":
+            raise
+        return {}
+    computed = {f"output/{name}": output for name, output in outputs.items()} | gradients
+    found = arrays({name: tensor.double() for name, tensor in computed.items()})
     return {
         name: float(np.sqrt(np.mean(np.square(found[name] - expected))))
         for name, expected in truth.items()

@@ -40,7 +40,7 @@ def test_a_folder_gives_a_line_for_each_fixture_and_a_failure_is_exit_code_one(c
     assert main(["parity", str(tmp_path), "--json", str(report)]) == 1
     shown = capsys.readouterr().out.splitlines()
     assert shown[1].startswith("pass") and shown[2].startswith("FAIL")
-    assert "1 of 2 fixtures are equal to PyTorch in float64 and float32" in shown[3]
+    assert "1 of 2 fixtures are equal to PyTorch in float64, float32" in shown[3]
     rows = {row["name"]: row for row in json.loads(report.read_text())[2]["rows"]}
     assert rows["output/weights"]["max_error"] is None and not rows["output/weights"]["passed"]
 
