@@ -140,7 +140,9 @@ def test_the_rule_of_float32():
 
 def test_bad_requests():
     truth = fixture("pooling/average")
-    with pytest.raises(ValueError, match="dtype: expected one of float64, float32, bfloat16, got float16"):
+    with pytest.raises(
+        ValueError, match="dtype: expected one of float64, float32, bfloat16, got float16"
+    ):
         run(truth, np.float16)
     with pytest.raises(ValueError, match=r"expected a system of .*got 'pooling/none'"):
         run(dataclasses.replace(truth, system="pooling/none"))

@@ -150,7 +150,13 @@ HINTS = {
 }
 
 
-@pytest.mark.parametrize("wrong", HINTS)
+QUICK = ("eps", "mask")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [wrong if wrong in QUICK else pytest.param(wrong, marks=pytest.mark.slow) for wrong in HINTS],
+)
 def test_a_fault_is_found_in_its_layer_and_what_mends_it_is_said(recorded, wrong):
     label, hint = HINTS[wrong]
     report = diff(recorded, port(wrong))
