@@ -124,7 +124,8 @@ class Job(Generic[S]):
             return cls(settings, began=began)
         run = Run.open(settings.run_dir, settings.experiment, settings.stages[0])
         stages = [Run(run.folder / name).checkpoints for name in settings.stages]
-        checkpoint = stages[0].newest(say=warn)
+        first = stages[0] if stages[0].steps() else run.checkpoints
+        checkpoint = first.newest(say=warn)
         if checkpoint.metadata.get("experiment") != settings.experiment:
             raise BadInput(f"{run.folder} is not a run of this experiment, {settings.experiment}")
         before = type(default).of(checkpoint.metadata)

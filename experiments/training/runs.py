@@ -55,7 +55,8 @@ class Run:
             else sorted(_numbered(RUNS / experiment), key=lambda path: int(path.name))
         )
         for found in reversed(folders):
-            if cls(found / stage).checkpoints.steps():
+            # One without stages is found, too: of another experiment, as its metadata will tell
+            if any(cls(found / each).checkpoints.steps() for each in (stage, "")):
                 return cls(found)
         raise BadInput(
             f"no checkpoint in {folder or RUNS / experiment}:"

@@ -244,6 +244,13 @@ def test_bad_options(capsys, tmp_path, monkeypatch, option, message):
     assert message in fails(capsys, *option.split())
 
 
+def test_a_run_of_another_experiment(tmp_path, capsys):
+    state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    Run(tmp_path).checkpoints.save(3, state, {"experiment": "pretrain_bert"})
+    message = fails(capsys, "--prompt", "a", "--run-dir", tmp_path)
+    assert "is not a run of this experiment, language_model" in message
+
+
 def test_a_folder_of_another_model(tmp_path, capsys):
     bytepair.train(["a b"], 260).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"model_type": "bert", "vocab_size": 30}')
