@@ -19,8 +19,9 @@ from jattn.parity.program import Change, Program, Step
 Arrays = Sequence[Any]
 Weights = Mapping[str, Any]
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-8, 1e-7)
-TOLERANCE = 1e-7
+TOLERANCE = 1e-9
 ROTARY = "matches if rotary positions are interleaved: pairs of neighbours for halves, or back"
+NARROW = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
 MOST_TRIALS = 60  # of one kind
 
 
@@ -70,7 +71,7 @@ def hints(layer: Layer) -> list[str]:
         kinds: list[Iterator[Trial]] = [
             _transposed(layer), _blocks(layer), _halves(layer), _inputs(layer),
             _gelu(program), _epsilon(program), _softmax(program), _heads(program),
-            _masks(program), _scale(program),
+            _masks(program), _scale(program), _precision(program),
         ]  # fmt: skip
         found = dict.fromkeys(hint for kind in kinds if (hint := _first(layer, kind)))
         return list(found) or _bias(layer, program.results)
@@ -304,6 +305,28 @@ def _split_heads(step: Step) -> Any:
 
 def _merged_heads(step: Step) -> Any:
     return rearrange(step.inputs[0], "... n t h -> ... t (n h)")
+
+
+def _precision(program: Program) -> Iterator[Trial]:
+    """Products and sums in a narrower type, which the layer chooses for itself."""
+    changes: dict[int, Change] = {}
+    for step in program.steps:
+        if step.name == "dot_general" and step.inputs[0].dtype != step.outputs[0].dtype:
+            changes[step.number] = _product
+        elif step.name == "convert_element_type" and step.outputs[0].dtype in NARROW:
+            changes[step.number] = _unchanged
+    if changes:
+        words = "matches in float64: the layer itself computes in a narrower type"
+        yield words, _later(program.run, changes)
+
+
+def _product(step: Step) -> Any:
+    wide = {**step.params, "preferred_element_type": jnp.dtype("float64")}
+    return jax.lax.dot_general_p.bind(*step.inputs, **wide)
+
+
+def _unchanged(step: Step) -> Any:
+    return jnp.asarray(step.inputs[0], jnp.float64)
 
 
 def _scale(program: Program) -> Iterator[Trial]:

@@ -79,6 +79,8 @@ class Program:
         def apply(equation: Any, inputs: list[Any]) -> Sequence[Any]:
             nonlocal count
             number, count = count, count + 1
+            if changes:  # a wider number than the program was traced with may arrive
+                inputs = _of_one_type(inputs)
             outputs = compat.apply_equation(equation, inputs)
             if record or number in changes:
                 sources = tuple(made.get(id(each)) for each in inputs)
@@ -96,3 +98,16 @@ class Program:
 
         kept: list[Any] = []
         return compat.step_by_step(self.closed, self.arguments, apply)
+
+
+def _of_one_type(inputs: Sequence[Any]) -> list[Any]:
+    """Floating inputs in the widest type of them; all others as they are."""
+    floating = [np.issubdtype(getattr(each, "dtype", int), np.floating) for each in inputs]
+    types = {each.dtype for each, is_float in zip(inputs, floating, strict=True) if is_float}
+    if len(types) < 2:
+        return list(inputs)
+    widest = max(types, key=lambda dtype: dtype.itemsize)
+    return [
+        jax.numpy.asarray(each, widest) if is_float else each
+        for each, is_float in zip(inputs, floating, strict=True)
+    ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from jattn.parity.cli import main
 from jattn.parity.diffing import assert_matches, diff
 from jattn.parity.fixtures import load
 
@@ -168,3 +169,28 @@ def test_a_fault_is_found_in_its_layer_and_what_mends_it_is_said(recorded, wrong
         assert any(hint in each for each in report.hints), str(report)
     with pytest.raises(AssertionError, match="differs from PyTorch"):
         assert_matches(recorded, port(wrong))
+
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.torch
+def test_the_walk_through_of_the_readme_finds_what_it_says(tmp_path, capsys):
+    text = README.read_text(encoding="utf-8").partition("## Port a module, prove it")[2]
+    program = text.partition("```python\n")[2].partition("```")[0]
+    changes = (
+        ("decode=False, ", "decode=False, attention_fn=attention_fn(), "),
+        ("LayerNorm(24, ", "LayerNorm(24, epsilon=1e-5, "),
+        ("self.linear1(x)", "self.linear1(x), approximate=False"),
+    )
+    source, fixture = tmp_path / "my_port.py", str(tmp_path / "layer.safetensors")
+    source.write_text("from jattn.nn import attention_fn\n" + program)
+    assert main(["parity", "record", f"{source}:original", "-o", fixture]) == 0
+    said = [line for line in text.splitlines() if line.startswith("  matches ")]
+    assert len(said) == 3
+    for hint, (before, after) in zip(said, changes, strict=True):
+        assert main(["parity", "diff", fixture, f"{source}:port"]) == 1
+        assert capsys.readouterr().out.rstrip().endswith(hint)
+        source.write_text(source.read_text().replace(before, after))
+    assert main(["parity", "diff", fixture, f"{source}:port"]) == 0
+    assert "14 of 14 outputs and gradients are equal" in capsys.readouterr().out
