@@ -4,6 +4,7 @@ from jattn.interop.convert import load_torch as load_torch
 from jattn.interop.convert import to_torch as to_torch
 from jattn.interop.convert import torch_rules as torch_rules
 from jattn.interop.errors import ConversionError as ConversionError
+from jattn.interop.errors import FileError as FileError
 from jattn.interop.huggingface.files import load_pretrained as load_pretrained
 from jattn.interop.huggingface.files import save_pretrained as save_pretrained
 from jattn.interop.rules import IDENTITY as IDENTITY

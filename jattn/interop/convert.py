@@ -49,12 +49,17 @@ def load_torch(
 ) -> None:
     """Load the weights of a PyTorch module into a Flax module, in place.
 
-    The module is one of jattn, of a class derived from one, or a `nnx.Linear`, `Embed`, `LayerNorm`
-    or `RMSNorm`. Where PyTorch has several names for it, those of the tensors tell which: a
-    `MultiHeadAttention` takes the weights of a `torch.nn.MultiheadAttention`, with or without
-    `kdim` and `vdim`, or Linears `W_q`, `W_k`, `W_v`, `W_o`, or `q_proj`, `k_proj`, `v_proj` and
-    `out_proj` or `o_proj`. Parameters keep their dtype, and nothing is rounded: narrower floats are
-    widened, wider ones refused.
+    The module is one of jattn, of a class derived from one, or Flax's `nnx.Linear`, `Embed`,
+    `LayerNorm`, `RMSNorm` or `MultiHeadAttention`. Where PyTorch has several names for it, those of
+    the tensors tell which: a `MultiHeadAttention` takes the weights of a
+    `torch.nn.MultiheadAttention`, with or without `kdim` and `vdim`; that of jattn also Linears
+    `W_q`, `W_k`, `W_v`, `W_o`, or `q_proj`, `k_proj`, `v_proj` and `out_proj` or `o_proj`.
+    Parameters keep their dtype, and nothing is rounded: narrower floats are widened, wider ones
+    refused.
+
+    Where weights do not fit, the error also says which names are near, and which other layout would
+    fit. A tensor that the module has no use for is ignored by a rule without a path,
+    `Rule("rotary.inv_freq", ())`, and by no other means.
 
     Args:
       module: filled in place, or after an error left as it was.
@@ -86,6 +91,8 @@ def load_torch(
             errors.append(caught)
     error, (table, named) = min(zip(errors, fitting, strict=True), key=_names_and_problems)
     hint = _hint(module, named, table) or _without_biases(error, named)
+    if hint:  # which explains more than what single tensors may be
+        error.suggestions = ()
     raise ConversionError(**vars(error) | {"hint": hint})
 
 
@@ -118,10 +125,26 @@ def to_torch(
     """
     if rules is not None:
         return from_flax(module, rules)
+    return part_to_torch(module, nnx.state(module, nnx.Param), names=names)
+
+
+def part_to_torch(
+    module: nnx.Module, state: nnx.State, *, names: str | None = None
+) -> dict[str, np.ndarray]:
+    """Some parameters of a module under PyTorch's names, as `to_torch` gives all of them.
+
+    Args:
+      module: whose class has the table.
+      state: of its parameters, or of some.
+      names: as for `to_torch`.
+
+    Raises:
+      As `to_torch`.
+    """
     failed = []
     for table in _named(module, names):
         try:
-            return from_flax(module, table.rules)
+            return from_flax(state, table.rules)
         except ConversionError as caught:
             failed.append(caught)
     wrapped = _wrapped(module)

@@ -2,17 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jattn.interop.errors import ConversionError
-from jattn.interop.tensors import read
+from jattn.interop.steps import Inverse, Step, converted, expression, placeholders
+from jattn.interop.tensors import Stored, read
 
 
 class Layout(Protocol):
@@ -33,27 +32,55 @@ class Rearrange:
     splits heads (`"(n h) d -> d n h"` with `sizes={"n": 8}`) or takes a packed projection apart
     (`"(parts o) i -> parts i o"` with `sizes={"parts": 3}`, for a rule with three targets).
 
+    Where the module knows a length, such as its number of heads, the size is None: `"(n h) d -> d n
+    h"` with `sizes={"n": None}` takes n from the shape of the parameter.
+
     Args:
       pattern: an einops pattern in which both sides name the same axes.
-      sizes: lengths of those axes that the shape alone does not tell.
+      sizes: lengths of those axes that the shape alone does not tell; None: that of the axis in the
+        Flax parameter, where it stands alone.
+
+    Raises:
+      ValueError: an axis whose size is None does not stand alone on the right side.
 
     Example:
       >>> transpose = Rearrange("o i -> i o")
       >>> transpose.forward(np.zeros((5, 3))).shape, transpose.inverse(np.zeros((3, 5))).shape
       ((3, 5), (5, 3))
+      >>> heads = Rearrange("(n h) d -> d n h", {"n": None})
+      >>> heads.like((3, 2, 5)).forward(np.zeros((10, 3))).shape
+      (3, 2, 5)
     """
 
     pattern: str
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        alone = re.sub(r"\(.*?\)", "", self.pattern.partition("->")[2]).split()
+        for name, size in self.sizes.items():
+            if size is None and name not in alone:
+                raise ValueError(f"{name} must stand alone on the right side of {self.pattern!r}")
+
+    def like(self, shape: tuple[int, ...]) -> "Rearrange":
+        """The layout with each size of None as long as in the shape of the right side."""
+        right = re.sub(r"\(.*?\)", "()", self.pattern.partition("->")[2]).split()
+        if None not in self.sizes.values() or len(right) != len(shape):
+            return self
+        lengths = dict(zip(right, shape, strict=True))
+        known = {name: lengths.get(name, size) for name, size in self.sizes.items()}
+        return dataclasses.replace(self, sizes={**self.sizes, **known})
 
     def forward(self, array: np.ndarray) -> np.ndarray:
         """Left side of the pattern → right side."""
-        return einops.rearrange(array, self.pattern, **self.sizes)
+        return einops.rearrange(array, self.pattern, **self._known())
 
     def inverse(self, array: np.ndarray) -> np.ndarray:
         """Right side of the pattern → left side."""
         left, right = self.pattern.split("->")
-        return einops.rearrange(array, f"{right} -> {left}", **self.sizes)
+        return einops.rearrange(array, f"{right} -> {left}", **self._known())
+
+    def _known(self) -> dict[str, int]:
+        return {name: size for name, size in self.sizes.items() if size is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +101,8 @@ class Tied:
     def forward(self, array: np.ndarray) -> np.ndarray:
         """The array, if all are equal."""
         first = array[0]
+        if array.strides[0] == 0:  # one array under several names
+            return first
         if not all(np.array_equal(first, other, equal_nan=True) for other in array[1:]):
             raise ValueError("the tied tensors differ")
         return first
@@ -94,11 +123,13 @@ class Rule:
     A placeholder in braces (`{layer}`) matches a whole number and stands for the same number on
     both sides. Several names on one side are one array with a leading axis: they are stacked before
     the layout, or unstacked after it; so a packed tensor, or one that is tied to another, is an
-    ordinary rule.
+    ordinary rule. No path at all ignores a tensor: a buffer, say, or a parameter that PyTorch holds
+    and never uses. It is not written on the way back.
 
     Args:
       torch: name of a PyTorch tensor, or a tuple of names that make up one array.
-      flax: dotted path of a Flax parameter, or a tuple of paths that make up one array.
+      flax: dotted path of a Flax parameter, or a tuple of paths that make up one array; `()`: the
+        tensor is ignored.
       layout: how the array changes on the way.
 
     Raises:
@@ -108,6 +139,12 @@ class Rule:
       >>> rule = Rule("rnn.weight_ih_l{layer}", "layers.{layer}.input_kernel", TRANSPOSE)
       >>> rule.torch, rule.flax
       ('rnn.weight_ih_l{layer}', 'layers.{layer}.input_kernel')
+      >>> rules = [Rule("weight", "kernel", TRANSPOSE), Rule("unused.{layer}.scale", ())]
+      >>> tensors = {"weight": np.ones((2, 3), np.float32), "unused.7.scale": np.ones(5)}
+      >>> linear = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
+      >>> nnx.update(linear, to_flax(tensors, linear, rules))
+      >>> [*from_flax(linear, rules)]
+      ['weight']
     """
 
     torch: str | tuple[str, ...]
@@ -116,14 +153,14 @@ class Rule:
 
     def __post_init__(self) -> None:
         patterns = (*names(self.torch), *names(self.flax))
-        if len({_placeholders(pattern) for pattern in patterns}) != 1:
+        if len({placeholders(pattern) for pattern in patterns}) != 1:
             raise ValueError(
                 f"all names of a rule have the same placeholders; got {self.torch} ↔ {self.flax}"
             )
 
     def takes(self, name: str) -> bool:
         """Whether a PyTorch tensor of that name is the rule's."""
-        return any(re.fullmatch(_expression(pattern), name) for pattern in names(self.torch))
+        return any(re.fullmatch(expression(pattern), name) for pattern in names(self.torch))
 
 
 def names(side: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -192,13 +229,16 @@ def to_flax(
       (3, 2)
     """
     variables = _variables(target)
-    steps = [_Step(names(rule.torch), names(rule.flax), rule.layout.forward) for rule in rules]
-    problems = _Problems()
+    steps = [Step(names(rule.torch), names(rule.flax), rule.layout) for rule in rules]
     targets = {name: variable for name, (_, variable) in variables.items()}
-    arrays = _convert(read(tensors), steps, targets, problems)
-    problems.raise_any()
+    arrays = read(tensors)
+    if any(isinstance(each, Stored) for each in arrays.values()):
+        # All but the numbers is checked before the first of a file is read
+        shapes = {name: _without_numbers(each) for name, each in arrays.items()}
+        converted(shapes, steps, targets, dry=True)
+    found = converted(arrays, steps, targets)
     return nnx.from_flat_state(
-        (path, variable.replace(jnp.asarray(arrays[name], variable.dtype)))
+        (path, variable.replace(jnp.asarray(found.pop(name), variable.dtype)))
         for name, (path, variable) in variables.items()
     )
 
@@ -224,76 +264,13 @@ def from_flax(source: nnx.Module | nnx.State, rules: Iterable[Rule]) -> dict[str
     arrays = {
         name: np.asarray(variable.get_value()) for name, (_, variable) in _variables(source).items()
     }
-    steps = [_Step(names(rule.flax), names(rule.torch), rule.layout.inverse) for rule in rules]
-    problems = _Problems()
-    tensors = _convert(arrays, steps, None, problems)
-    problems.raise_any()
-    return tensors
+    steps = [Step(names(rule.flax), names(rule.torch), Inverse(rule.layout)) for rule in rules]
+    return converted(arrays, steps, None)
 
 
-@dataclasses.dataclass
-class _Problems:
-    missing: list[str] = dataclasses.field(default_factory=list)
-    unused: list[str] = dataclasses.field(default_factory=list)
-    ambiguous: list[str] = dataclasses.field(default_factory=list)
-    unfit: list[str] = dataclasses.field(default_factory=list)
-
-    def raise_any(self) -> None:
-        found = vars(self)
-        if any(found.values()):
-            raise ConversionError(**found)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """A rule in one direction; once its placeholders are bound, the names are literal."""
-
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    change: Callable[[np.ndarray], np.ndarray]
-
-    def bound_by(self, name: str) -> Iterator["_Step"]:
-        for pattern in self.sources:
-            if match := re.fullmatch(_expression(pattern), name):
-                numbers = match.groupdict()
-                yield dataclasses.replace(
-                    self,
-                    sources=tuple(source.format(**numbers) for source in self.sources),
-                    targets=tuple(target.format(**numbers) for target in self.targets),
-                )
-
-    def __str__(self) -> str:
-        return f"{' + '.join(self.sources)} → {' + '.join(self.targets)}"
-
-    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        parts = [arrays[source] for source in self.sources]
-        if len({(part.shape, part.dtype) for part in parts}) > 1:
-            raise ValueError("the parts differ in shape or dtype")
-        changed = self.change(parts[0] if len(parts) == 1 else np.stack(parts))
-        if len(self.targets) == 1:
-            return {self.targets[0]: np.array(changed, order="C")}
-        if changed.ndim == 0 or len(changed) != len(self.targets):
-            raise ValueError(
-                f"{changed.shape} is not {len(self.targets)} parts along the first axis"
-            )
-        return {
-            target: np.array(part, order="C")
-            for target, part in zip(self.targets, changed, strict=True)
-        }
-
-
-def _expression(pattern: str) -> str:
-    """The regular expression of a name with placeholders; a repeated one is the same number."""
-    expression = re.escape(pattern)
-    for placeholder in _placeholders(pattern):
-        written = re.escape(f"{{{placeholder}}}")
-        expression = expression.replace(written, f"(?P<{placeholder}>0|[1-9][0-9]*)", 1)
-        expression = expression.replace(written, f"(?P={placeholder})")
-    return expression
-
-
-def _placeholders(pattern: str) -> frozenset[str]:
-    return frozenset(re.findall(r"{(\w+)}", pattern))
+def _without_numbers(tensor: Any) -> np.ndarray:
+    """An array of the shape and the dtype that takes no memory."""
+    return np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
 
 
 def _variables(target: nnx.Module | nnx.State) -> dict[str, tuple[tuple[Any, ...], nnx.Variable]]:
@@ -301,79 +278,3 @@ def _variables(target: nnx.Module | nnx.State) -> dict[str, tuple[tuple[Any, ...
     return {
         ".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)
     }
-
-
-def _convert(
-    arrays: Mapping[str, np.ndarray],
-    steps: Sequence[_Step],
-    targets: Mapping[str, nnx.Variable] | None,
-    problems: _Problems,
-) -> dict[str, np.ndarray]:
-    """Run every step that the names call for; `targets` are the parameters, where known."""
-    found: dict[str, np.ndarray] = {}
-    filled: set[str] = set()
-    for step in _bind(arrays, steps, problems):
-        absent = [source for source in step.sources if source not in arrays]
-        problems.missing += [f"{source} (for {step})" for source in absent]
-        unknown = [name for name in step.targets if targets is not None and name not in targets]
-        if unknown:
-            problems.unused += [f"{step} (the module has no {', '.join(unknown)})"]
-        twice = [target for target in step.targets if target in filled]
-        problems.ambiguous += [
-            f"{target} is filled more than once, last by {step}" for target in twice
-        ]
-        if not (absent or unknown or twice):
-            found |= _run(step, arrays, targets, problems)
-        filled.update(step.targets)
-    problems.missing += [name for name in targets or () if name not in filled]
-    return found
-
-
-def _bind(
-    arrays: Mapping[str, np.ndarray], steps: Sequence[_Step], problems: _Problems
-) -> list[_Step]:
-    """The steps with their placeholders bound, each once, in the order of the names."""
-    chosen: list[_Step] = []
-    for name in arrays:
-        matches = [bound for step in steps for bound in step.bound_by(name)]
-        if not matches:
-            problems.unused.append(name)
-        elif len(matches) > 1:
-            problems.ambiguous.append(f"{name} matches {'; '.join(map(str, matches))}")
-        chosen += [match for match in matches if match not in chosen]
-    return chosen
-
-
-def _run(
-    step: _Step,
-    arrays: Mapping[str, np.ndarray],
-    targets: Mapping[str, nnx.Variable] | None,
-    problems: _Problems,
-) -> dict[str, np.ndarray]:
-    got = ", ".join(str(arrays[source].shape) for source in step.sources)
-    try:
-        changed = step.run(arrays)
-    except (ValueError, einops.EinopsError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        problems.unfit.append(f"{step}: {got} does not fit the layout: {reason}")
-        return {}
-    for name, array in changed.items():
-        if targets is None:
-            break
-        fault = _misfit(array.dtype, targets[name].dtype)
-        if array.shape != targets[name].shape:
-            fault = f"{got} gives {array.shape}; {name} is {targets[name].shape}"
-        if fault:
-            problems.unfit.append(f"{step}: {fault}")
-    return changed
-
-
-def _misfit(got: np.dtype, dtype: np.dtype) -> str:
-    """Why a parameter of a dtype cannot hold every number of a tensor; empty: it can."""
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        return f"JAX has no {dtype} unless jax_enable_x64 is set"
-    floating = all(jnp.issubdtype(each, jnp.floating) for each in (got, dtype))
-    if got == dtype or (floating and np.can_cast(got, dtype)):
-        return ""
-    rounded = " without being rounded" if floating else ""
-    return f"{got} does not fit a parameter of {dtype}{rounded}"

@@ -1,7 +1,9 @@
 """Tensors of a state dict, NumPy's or PyTorch's, as NumPy arrays."""
 
+import dataclasses
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,48 @@ import numpy as np
 from jattn.interop.errors import ConversionError
 
 
-def read(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor of a file, which is read when it is needed, and only then.
+
+    Args:
+      shape, dtype: of the array.
+      load: reads it.
+
+    Example:
+      >>> zeros = Stored((2,), np.dtype("float32"), functools.partial(np.zeros, 2, "float32"))
+      >>> zeros.astype("float16").load()
+      array([0., 0.], dtype=float16)
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    def astype(self, dtype: Any) -> "Stored":
+        """The same tensor, rounded to a dtype when it is read."""
+        return Stored(self.shape, np.dtype(dtype), functools.partial(_rounded, self.load, dtype))
+
+    def watched(self, see: Callable[[np.ndarray], None]) -> "Stored":
+        """The same tensor, which is shown to a function when it is read."""
+        return dataclasses.replace(self, load=functools.partial(_seen, self.load, see))
+
+
+def _rounded(load: Callable[[], np.ndarray], dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # who watches the result sees the infinity
+        return load().astype(dtype, copy=False)
+
+
+def _seen(load: Callable[[], np.ndarray], see: Callable[[np.ndarray], None]) -> np.ndarray:
+    array = load()
+    see(array)
+    return array
+
+
+def read(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Every tensor as an array of the same dtype and bits; bfloat16 is that of ml_dtypes.
 
-    A tensor of PyTorch may need gradients or lie on a device.
+    A tensor of PyTorch may need gradients or lie on a device. One of a file stays `Stored`.
 
     Args:
       tensors: name → array or PyTorch tensor.
@@ -34,10 +74,11 @@ def read(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
             "the weights must be a mapping of names to tensors, such as module.state_dict(),"
             f" got {type(tensors).__name__}"
         )
-    arrays, unreadable = {}, []
+    arrays: dict[str, Any] = {}
+    unreadable = []
     for name, tensor in tensors.items():
         try:
-            arrays[name] = _array(tensor)
+            arrays[name] = tensor if isinstance(tensor, Stored) else _array(tensor)
         except ValueError as error:
             unreadable.append(f"{name}: {error}")
     if unreadable:

@@ -11,7 +11,14 @@ import safetensors.numpy
 from flax import nnx
 
 from jattn import attend, masks, models, nn
-from jattn.interop import ConversionError, load_pretrained, load_torch, save_pretrained, to_torch
+from jattn.interop import (
+    ConversionError,
+    FileError,
+    load_pretrained,
+    load_torch,
+    save_pretrained,
+    to_torch,
+)
 from jattn.interop.huggingface.bert_config import ARCHITECTURES, read_config, write_config
 from jattn.models.bert import PRESETS, Config
 
@@ -491,7 +498,7 @@ def test_an_unknown_architecture_goes_into_a_class_that_is_named(model, tensors,
 def test_folders_without_weights_say_what_they_hold(tensors, tmp_path):
     folder = written(tmp_path, tensors)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"it holds pytorch_model\.bin: save them as safe"):
+    with pytest.raises(FileError, match=r"pytorch_model\.bin is no file of PyTorch's"):
         load_pretrained(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors and no .*json$"):

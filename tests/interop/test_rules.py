@@ -264,3 +264,39 @@ def test_every_pattern_goes_both_ways(pattern, lengths, dtype):
     back = layout.inverse(layout.forward(array))
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
+
+
+def test_a_size_that_the_parameter_tells():
+    heads = Rearrange("(parts n h) i -> parts i n h", {"parts": 3, "n": None})
+    rule = Rule("packed", ("query", "key", "value"), heads)
+    packed = np.arange(90.0, dtype=np.float32).reshape(18, 5)
+    for n, h in ((2, 3), (3, 2), (1, 6)):
+        shape = jnp.zeros((5, n, h))
+        target = nnx.State({name: nnx.Param(shape) for name in ("query", "key", "value")})
+        state = to_flax({"packed": packed}, target, [rule])
+        assert state["key"].shape == (5, n, h)
+        np.testing.assert_array_equal(state["key"][4, n - 1], packed[6 + n * h - h : 6 + n * h, 4])
+        np.testing.assert_array_equal(from_flax(state, [rule])["packed"], packed)
+    with pytest.raises(ConversionError, match=r"\(17, 5\) does not fit the layout"):
+        to_flax({"packed": packed[:17]}, target, [rule])
+    with pytest.raises(ValueError, match=r"n must stand alone on the right side of"):
+        Rearrange("n h i -> i (n h)", {"n": None})
+
+
+def test_a_rule_without_a_path_ignores_a_tensor():
+    """It says so for one name, or for those of every layer; on the way back nothing is written."""
+    source = tensors() | {"rotary.inv_freq": np.ones(3), "stack.3.position_ids": np.arange(4)}
+    with pytest.raises(ConversionError) as caught:
+        to_flax(source, block(), RULES)
+    assert caught.value.unused == ("rotary.inv_freq", "stack.3.position_ids")
+    rules = (
+        *RULES,
+        Rule("rotary.inv_freq", ()),
+        *within([Rule("position_ids", ())], "stack.{layer}", "layers.{layer}"),
+    )
+    state = to_flax(source, block(), rules)
+    back = from_flax(state, rules)
+    assert back.keys() == tensors().keys()
+    assert to_flax(tensors(), block(), rules)["scale"].shape == ()  # what is ignored may be absent
+    with pytest.raises(ConversionError, match=r"scale matches scale → scale; scale → nothing"):
+        to_flax(tensors(), block(), (*RULES, Rule("scale", ())))

@@ -69,6 +69,10 @@ MODULES = {
         lambda: nn.MultiHeadAttention(3, 15, rngs=RNGS),
         lambda: nn.MultiHeadAttention(3, 15, normalize_qk=nnx.RMSNorm, rngs=RNGS),
     ],
+    nnx.MultiHeadAttention: [
+        lambda: nnx.MultiHeadAttention(3, 15, decode=False, rngs=RNGS),
+        lambda: nnx.MultiHeadAttention(3, 15, 12, 7, use_bias=False, decode=False, rngs=RNGS),
+    ],
     nn.SharedProjectionAttention: [lambda: nn.SharedProjectionAttention(3, 15, rngs=RNGS)],
     nn.SelfAttention: [lambda: nn.SelfAttention(3, 5, rngs=RNGS)],
     nn.ResidualAttention: [
@@ -262,6 +266,45 @@ def multi_head(biases="qkvo", **options):
     return module
 
 
+def flax_attention(width, heads=3, **options):
+    return nnx.MultiHeadAttention(heads, 15, in_kv_features=width, decode=False, **options)
+
+
+@pytest.mark.parametrize(("width", "tensors"), [
+    (15, {"in_proj_weight": (45, 15)}),
+    (7, {"q_proj_weight": (15, 15), "k_proj_weight": (15, 7), "v_proj_weight": (15, 7)}),
+])  # fmt: skip
+def test_the_heads_of_flax_are_apart(width, tensors):
+    """N is that of the module; PyTorch packs the rows of query, key, value, each of all heads."""
+    module, other = flax_attention(width, rngs=RNGS), flax_attention(width, rngs=nnx.Rngs(1))
+    load_torch(module, distinct(module))
+    found = to_torch(module)
+    assert {name: found[name].shape for name in tensors} == tensors
+    assert found["in_proj_bias"].shape == (45,) and found["out_proj.weight"].shape == (15, 15)
+    if width == 15:
+        rows = found["in_proj_weight"].reshape(3, 3, 5, 15)  # part, n, h, i
+        np.testing.assert_array_equal(rows[1, 2, 4], module.key.kernel[:, 2, 4])
+    np.testing.assert_array_equal(found["out_proj.weight"][6, 7], module.out.kernel[1, 2, 6])
+    load_torch(other, found)
+    same(module, other)
+
+
+def test_heads_of_flax_that_do_not_fit_are_told():
+    module = flax_attention(15, rngs=RNGS)
+    tensors = to_torch(module)
+    five = flax_attention(15, heads=5, rngs=RNGS)
+    load_torch(five, tensors)  # the same width in five heads
+    np.testing.assert_array_equal(to_torch(five)["in_proj_weight"], tensors["in_proj_weight"])
+    tensors["in_proj_weight"] = np.ones((42, 15), np.float32)
+    with pytest.raises(ConversionError, match=r"unfit: in_proj_weight .*\(42, 15\) does not fit"):
+        load_torch(module, tensors)
+    normal = flax_attention(15, normalize_qk=True, rngs=RNGS)
+    with pytest.raises(ConversionError, match=r"missing: key_ln\.scale"):
+        load_torch(normal, to_torch(module))
+    with pytest.raises(ConversionError, match=r"unused: query_ln\.scale"):
+        to_torch(normal)
+
+
 NAMES = list(dict.fromkeys(table.names for table in TABLES[nn.MultiHeadAttention]))
 SUBSETS = ["".join(some) for n in range(5) for some in itertools.combinations("qkvo", n)]
 
@@ -388,6 +431,37 @@ def test_multihead_attention_of_torch(x64, widths, bias):
     found = module(query.numpy(), key.numpy(), value.numpy())
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     back = to_torch(module, names="torch.nn.MultiheadAttention")
+    assert back.keys() == reference.state_dict().keys()
+    for name, tensor in reference.state_dict().items():
+        assert back[name].tobytes() == tensor.numpy().tobytes(), name
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [15, 7])
+def test_the_attention_of_flax_computes_that_of_torch(x64, width, bias):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    widths = {} if width == 15 else {"kdim": width, "vdim": width}
+    reference = torch.nn.MultiheadAttention(
+        15, 3, bias=bias, batch_first=True, dtype=torch.float64, **widths
+    )
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter)
+    module = flax_attention(
+        width, use_bias=bias, attention_fn=nn.attention_fn(),  # for Flax's softmax is float32
+        param_dtype=jnp.float64, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    load_torch(module, reference.state_dict())
+    query, key, value = (
+        torch.randn(2, length, size, dtype=torch.float64)
+        for length, size in ((5, 15), (7, width), (7, width))
+    )
+    hidden = torch.rand(5, 7) < 0.3
+    expected = reference(query, key, value, attn_mask=hidden)[0].detach().numpy()
+    found = module(query.numpy(), key.numpy(), value.numpy(), mask=~hidden.numpy())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    back = to_torch(module)
     assert back.keys() == reference.state_dict().keys()
     for name, tensor in reference.state_dict().items():
         assert back[name].tobytes() == tensor.numpy().tobytes(), name

@@ -6,6 +6,9 @@ from typing import Any
 
 from flax import nnx
 
+from jattn.interop.huggingface import fields
+from jattn.interop.huggingface.config import ENDS, NAMED
+from jattn.interop.huggingface.fields import NULL
 from jattn.models import bert
 from jattn.nn.transformer_layers import gelu, gelu_tanh, relu
 
@@ -40,7 +43,27 @@ _NAMES: Mapping[str, tuple[str, Any]] = MappingProxyType(
         "pad": ("pad_token_id", 0),
     }
 )
-_OPTIONAL = {"classifier_dropout_rate", "pad"}
+_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        **NAMED, **ENDS,
+        **dict.fromkeys(
+            ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size",
+             "max_position_embeddings", "type_vocab_size"],
+            fields.SIZE,
+        ),
+        "num_hidden_layers": fields.LAYERS,
+        "num_labels": fields.SIZE + NULL,
+        "id2label": fields.OBJECT + NULL,
+        "position_embedding_type": fields.WORD,
+        **dict.fromkeys(
+            ["layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"],
+            fields.NUMBER,
+        ),
+        "classifier_dropout": fields.NUMBER + NULL,
+        "tie_word_embeddings": fields.FLAG,
+        **dict.fromkeys(["is_decoder", "add_cross_attention"], fields.FLAG + NULL),
+    }
+)  # fmt: skip
 ACTIVATIONS: Mapping[str, Callable[..., Any] | str] = MappingProxyType(
     {
         "gelu": "gelu",
@@ -59,12 +82,14 @@ def read_config(config: Json) -> bert.Config:
       config: its contents.
 
     Raises:
-      ValueError: it asks for what `Bert` has not: a decoder, another activation, other positions.
+      ValueError: a field is of another kind, or asks for what `Bert` has not: a decoder, another
+        activation, other positions.
 
     Example:
       >>> read_config({"model_type": "bert", "hidden_size": 384}).features
       384
     """
+    fields.check(config, _KINDS)
     for flag in ("is_decoder", "add_cross_attention"):
         if config.get(flag):
             raise ValueError(f"{flag}: Bert is an encoder; a decoder is not known")
@@ -72,15 +97,14 @@ def read_config(config: Json) -> bert.Config:
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     read = {ours: config.get(theirs, default) for ours, (theirs, default) in _NAMES.items()}
-    absent = [_NAMES[name][0] for name in read if read[name] is None and name not in _OPTIONAL]
-    if absent:
-        raise ValueError(f"config.json has null for {', '.join(absent)}")
-    named = config.get("id2label") or {n: "" for n in range(config.get("num_labels") or 2)}
+    named = config.get("id2label") or {}
+    if not all(str(each).isdecimal() and isinstance(label, str) for each, label in named.items()):
+        raise ValueError("id2label must hold the label of each number")
     labels = tuple(named[n] for n in sorted(named, key=int))
     unnamed = all(label in {"", f"LABEL_{n}"} for n, label in enumerate(labels))
     return bert.Config(
-        **read, activation=ACTIVATIONS[activation], classes=len(labels),
-        labels=None if unnamed else labels,
+        **read, activation=ACTIVATIONS[activation],
+        classes=len(labels) or config.get("num_labels") or 2, labels=None if unnamed else labels,
     )  # fmt: skip
 
 

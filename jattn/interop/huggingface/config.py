@@ -5,6 +5,8 @@ from types import MappingProxyType
 from typing import Any
 
 from jattn.functional import ropes
+from jattn.interop.huggingface import fields
+from jattn.interop.huggingface.fields import NULL
 from jattn.models.causal_lm import Config
 
 Json = Mapping[str, Any]
@@ -34,6 +36,54 @@ ARCHITECTURES: Mapping[str, Json] = MappingProxyType(
 )  # fmt: skip
 """Architecture → what `transformers` takes where config.json is silent."""
 
+NAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "model_type": fields.WORD + NULL, "architectures": fields.WORDS + NULL,
+        "hidden_act": fields.WORD,
+    }
+)  # fmt: skip
+ENDS: Mapping[str, str] = MappingProxyType(
+    {"eos_token_id": fields.TOKENS + NULL, "pad_token_id": fields.TOKEN + NULL}
+)
+_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        **NAMED, **ENDS,
+        **dict.fromkeys(
+            ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size",
+             "max_position_embeddings"],
+            fields.SIZE,
+        ),
+        "num_hidden_layers": fields.LAYERS,
+        **dict.fromkeys(
+            ["num_key_value_heads", "head_dim", "sliding_window",
+             "original_max_position_embeddings"],
+            fields.SIZE + NULL,
+        ),
+        "max_window_layers": fields.INDEX,
+        "rms_norm_eps": fields.NUMBER,
+        **dict.fromkeys(["rope_theta", "partial_rotary_factor"], fields.NUMBER + NULL),
+        **dict.fromkeys(
+            ["tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"],
+            fields.FLAG + NULL,
+        ),
+        **dict.fromkeys(["rope_scaling", "rope_parameters"], fields.OBJECT + NULL),
+        "layer_types": fields.WORDS + NULL,
+    }
+)  # fmt: skip
+_ROPE_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "rope_type": fields.WORD, "type": fields.WORD,
+        "original_max_position_embeddings": fields.SIZE + NULL,
+        **dict.fromkeys(["short_factor", "long_factor"], fields.NUMBERS + NULL),
+        **dict.fromkeys(
+            ["rope_theta", "partial_rotary_factor", "factor", "attention_factor", "mscale",
+             "mscale_all_dim", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"],
+            fields.NUMBER + NULL,
+        ),
+        "truncate": fields.FLAG + NULL,
+    }
+)  # fmt: skip
+
 
 def read_config(config: Json, generation: Json | None = None) -> Config:
     """The config of the `CausalLM` that a config.json describes.
@@ -46,22 +96,33 @@ def read_config(config: Json, generation: Json | None = None) -> Config:
       generation: those of generation_config.json, whose stop tokens win; None: there is none.
 
     Raises:
-      ValueError: the architecture, the activation or the type of the rope is not known, the config
-        asks for what `CausalLM` has not, or it contradicts itself.
+      ValueError: a field is of another kind; the architecture, the activation or the type of the
+        rope is not known; the config asks for what `CausalLM` has not; or it contradicts itself.
 
     Example:
       >>> read_config({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}).features
       64
     """
-    if not isinstance(config, Mapping):
-        raise ValueError(f"config.json must hold an object, got {type(config).__name__}")
+    fields.check(config, _KINDS)
     architecture = architecture_of(config)
     given = {**ARCHITECTURES[architecture], **config}
     _check_supported(given)
     qwen2 = architecture == "Qwen2ForCausalLM"
     bias = architecture != "MistralForCausalLM" and not qwen2 and bool(given.get("attention_bias"))
     ends = given if generation is None else generation
+    fields.check(ends, ENDS)
     stop, pad = ends.get("eos_token_id"), ends.get("pad_token_id")
+    stop = () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
+    last = given["vocab_size"] - 1
+    if not all(0 <= token <= last for token in (*stop, max(pad or 0, 0))):
+        where = "" if generation is None else " of generation_config.json"
+        got = f"got {stop} and {pad}"
+        raise ValueError(f"eos_token_id and pad_token_id{where} must lie in 0 … {last}, {got}")
+    rope, width = read_rope(given), given.get("head_dim")
+    width = width or given["hidden_size"] // given["num_attention_heads"]
+    if isinstance(rope, ropes.LongRope) and 2 * len(rope.short_factors) != width:
+        must = f"short_factor must have a number for each pair of {width} features"
+        raise ValueError(f"{must}, got {len(rope.short_factors)}")
     return Config(
         vocabulary=given["vocab_size"],
         features=given["hidden_size"],
@@ -70,7 +131,7 @@ def read_config(config: Json, generation: Json | None = None) -> Config:
         num_kv_heads=given.get("num_key_value_heads"),
         head_features=given.get("head_dim"),
         mlp_features=given["intermediate_size"],
-        rope=read_rope(given),
+        rope=rope,
         window=_windows(architecture, given),
         qkv_bias=bias or qwen2,
         out_bias=bias,
@@ -79,7 +140,7 @@ def read_config(config: Json, generation: Json | None = None) -> Config:
         epsilon=given["rms_norm_eps"],
         tied=bool(given["tie_word_embeddings"]),
         max_length=given["max_position_embeddings"],
-        stop=() if stop is None else tuple(stop) if isinstance(stop, list) else (stop,),
+        stop=stop,
         pad=pad if pad is not None and pad >= 0 else None,
     )
 
@@ -167,6 +228,7 @@ def read_rope(given: Json) -> ropes.Rope:
       Linear(base=1000000.0, factor=2.0)
     """
     inside = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    fields.check(inside, _ROPE_KINDS)
     kind = str(inside.get("rope_type", inside.get("type", "default")))
     theta = inside.get("rope_theta", given.get("rope_theta"))
     base = 10000.0 if theta is None else float(theta)
@@ -185,6 +247,8 @@ def read_rope(given: Json) -> ropes.Rope:
         return _READERS[kind](base, inside)
     except KeyError as error:
         raise ValueError(f"rope_type {kind!r} needs {error.args[0]}") from None
+    except OverflowError:
+        raise ValueError(f"rope_type {kind!r} has numbers that are far too large") from None
 
 
 def _read_yarn(base: float, given: Json) -> ropes.Rope:

@@ -3,31 +3,42 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import nnx
 
 from jattn.attention import attend
 from jattn.functional import checks
-from jattn.interop.convert import load_torch, to_torch
-from jattn.interop.errors import ConversionError
+from jattn.interop.convert import load_torch, part_to_torch, to_torch
+from jattn.interop.errors import ConversionError, FileError
 from jattn.interop.huggingface import bert as bert_names
-from jattn.interop.huggingface import bert_config
-from jattn.interop.huggingface.config import architectures, read_config, write_config
+from jattn.interop.huggingface import bert_config, fields
+from jattn.interop.huggingface.config import ENDS, NAMED, architectures, read_config, write_config
+from jattn.interop.huggingface.folder import (
+    INDEX,
+    WEIGHTS,
+    check_tokenizer,
+    json_of,
+    naming,
+    path_in,
+    tensors_of,
+)
+from jattn.interop.tensors import Stored
 from jattn.models import bert
 from jattn.models.causal_lm import CausalLM
 from jattn.nn.positions import RelativePositions
 
 Path = str | pathlib.Path
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 10**9
+_OF_HEADS = "words.", "next.", "out.", "pooler.", "bert.pooler."
 
 
 def load_pretrained(
@@ -42,8 +53,14 @@ def load_pretrained(
 ) -> Any:
     """The model of a folder that `transformers` has saved: Llama, Mistral, Qwen2, Qwen3, or BERT.
 
-    Weights are read from `model.safetensors`, or from the shards that its index names. Nothing is
-    fetched: `huggingface_hub.snapshot_download` brings a folder here.
+    Weights are read from `model.safetensors`, or from the shards that its index names; where there
+    is neither, from `pytorch_model.bin` by PyTorch's weights-only loader, if it is installed.
+    Nothing is fetched: `huggingface_hub.snapshot_download` brings a folder here.
+
+    The folder need not be trusted: nothing in it is run, no path of it is followed out of it, and
+    all that it says is checked before the first tensor is read. Then one tensor after the other is
+    read, so that little more memory is taken than the model needs. Weights that are NaN or infinite
+    are loaded, with a warning.
 
     A folder of BERT may be loaded into any of its classes: what belongs to other heads is left out.
     Its dropout is on, as in every new module; `model.eval()` switches it off.
@@ -69,11 +86,12 @@ def load_pretrained(
       FileNotFoundError: the folder, or a file that it needs, is not there.
       TypeError: a dtype is not floating point, the class is not one for this folder, or the config
         has no such name.
-      ValueError: the architecture or the type of the rope is not known; the tokenizer has more
-        tokens than the model has rows; a file cannot be read; or float64 is asked for where JAX
-        does not have it.
+      FileError: (a ValueError) a file is broken, leads out of the folder, or contradicts another;
+        the architecture or the type of the rope is not known; the tokenizer has more tokens than
+        the model has rows; or there are pickles alone, and no PyTorch to read them.
       ConversionError: (a ValueError) tensors are missing, unused or of another shape than the
         config says, or a tied output differs from the embeddings.
+      ValueError: float64 is asked for where JAX does not have it.
 
     Example:
       >>> import tempfile
@@ -97,56 +115,141 @@ def load_pretrained(
     # The folder's names are of its own classes
     others = {"labels": None} if is_bert and "classes" in changes else {}
     config = dataclasses.replace(config, **others | changes)
-    _check_tokenizer(folder, config.vocabulary)
-    tensors = dict(_tensors(folder))
+    check_tokenizer(folder, config.vocabulary)
+    faulty: dict[str, None] = {}
+    tensors: dict[str, Any] = _watched(tensors_of(folder), param_dtype, faulty)
     if is_bert:
-        tensors = bert_names.selected(tensors, _class_of(cls))
-    floats = {name: x for name, x in tensors.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    if not floats:
-        raise ValueError(f"{folder} holds no weights")
-    stored = jnp.result_type(*(tensor.dtype for tensor in floats.values()))
-    if param_dtype is not None:
-        tensors |= {name: tensor.astype(param_dtype) for name, tensor in floats.items()}
-    make = functools.partial(
-        cls, config, attend=attend, dtype=dtype, param_dtype=param_dtype or stored
-    )
-    model = _without_weights(make) if rngs is None else make(rngs=rngs)
+        with naming(folder):
+            tensors = bert_names.selected(tensors, _class_of(cls))
+    param_dtype = param_dtype or _widest(folder, tensors)
+    _check_sizes(folder, config, tensors)
+    make = functools.partial(cls, config, attend=attend, dtype=dtype, param_dtype=param_dtype)
+    model = _without_weights(make)
+    _check_size(folder, model, tensors)
     if is_bert:
-        tensors = _of_bert(model, tensors, new=rngs is not None)
+        tensors = _of_bert(model, tensors, {} if rngs is None else _new_heads(make, model, rngs))
     try:
         load_torch(model, tensors)
     except ConversionError as error:
-        hint = f"config.json of {folder} and its tensors contradict each other"
-        if changes:
-            hint = f"config.json of {folder} with {changes} and its tensors contradict each other"
-        elif rngs is None and is_bert and _lacks_a_head(error):
-            hint = f"{folder} holds no weights of this part: pass rngs, from which they are made"
-            if isinstance(model, bert.Bert):
-                hint += ", or make none: functools.partial(models.Bert, pooler=False)"
+        hint = _hint(folder, model, error, changes, new=rngs is not None)
         raise ConversionError(**vars(error) | {"hint": hint}) from None
+    if faulty:
+        many = f"{len(faulty)} tensors hold" if len(faulty) > 1 else "one tensor holds"
+        warnings.warn(f"{folder}: {many} NaN or infinity: {next(iter(faulty))}", stacklevel=2)
     return model
 
 
 def _described(folder: pathlib.Path, cls: Any) -> tuple[Any, Callable[..., Any]]:
     """The config of a folder, and the class to make of it."""
-    given, generation = _json(folder / "config.json"), folder / "generation_config.json"
-    if isinstance(given, dict) and _is_bert(given, cls):
-        config: Any = bert_config.read_config(given)
-        known, named = bert_config.ARCHITECTURES, architectures(given) or ["BertModel"]
-        if cls is None and (len(named) > 1 or named[0] not in known):
-            raise ValueError(
-                f"architectures must be one of {', '.join(known)}, got {', '.join(named)}: pass "
-                "the class to load it into, such as models.Bert"
-            )
-        default, fitting = known.get(named[0]), tuple(known.values())
-    else:
-        config = read_config(given, _json(generation) if generation.exists() else None)
-        default, fitting = CausalLM, (CausalLM,)
+    given, generation = json_of(folder, "config.json"), None
+    with naming(folder / "config.json"):
+        fields.check(given, NAMED)
+        is_bert, named = _is_bert(given, cls), architectures(given)
+    if path := None if is_bert else path_in(folder, "generation_config.json"):
+        generation = json_of(folder, path.name)
+        with naming(path):
+            fields.check(generation, ENDS)
+    default: Any = CausalLM
+    fitting: tuple[Any, ...] = (CausalLM,)
+    with naming(folder / "config.json"):
+        if not is_bert:
+            config: Any = read_config(given, generation)
+        else:
+            config = bert_config.read_config(given)
+            known, named = bert_config.ARCHITECTURES, named or ["BertModel"]
+            if cls is None and (len(named) > 1 or named[0] not in known):
+                raise ValueError(
+                    f"architectures must be one of {', '.join(known)}, got {', '.join(named)}: "
+                    "pass the class to load it into, such as models.Bert"
+                )
+            default, fitting = known.get(named[0]), tuple(known.values())
     made = _class_of(cls or default)
     if not (isinstance(made, type) and issubclass(made, fitting)):
         expected = ", ".join(each.__name__ for each in fitting)
         raise TypeError(f"{folder} can be loaded into {expected}, got {made!r}")
     return config, cls or made
+
+
+def _check_sizes(folder: pathlib.Path, config: Any, held: Mapping[str, Stored]) -> None:
+    """A model far larger than what is held would take time and memory before it failed."""
+    D, held_weights = config.features, sum(math.prod(each.shape) for each in held.values())
+    if config.num_layers > len(held):
+        must = f"{folder / 'config.json'} says that there are {config.num_layers} layers"
+        raise FileError(f"{must}, but the folder holds {len(held)} tensors")
+    width = getattr(config, "head_features", None) or D // config.num_heads
+    sizes = {
+        "vocab_size": config.vocabulary, "intermediate_size": config.mlp_features,
+        "num_attention_heads": config.num_heads * width,
+    }  # fmt: skip
+    if isinstance(config, bert.Config):
+        sizes |= {
+            "type_vocab_size": config.num_types, "num_labels": config.classes,
+            "max_position_embeddings": config.max_length // config.num_heads,
+        }  # fmt: skip
+    for name, size in sizes.items():
+        if size * D > held_weights:
+            must = f"{folder / 'config.json'} says hidden_size = {D}, and by {name} a matrix of"
+            raise FileError(f"{must} {size} × {D}, but the folder holds {held_weights} weights")
+
+
+def _check_size(folder: pathlib.Path, model: Any, held: Mapping[str, Stored]) -> None:
+    """The same of all layers together, before a weight is drawn."""
+    weights = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    needed = sum(
+        math.prod(variable.shape)
+        for path, variable in weights
+        if not ".".join(map(str, path)).startswith(_OF_HEADS)
+    )
+    available = sum(math.prod(each.shape) for each in held.values())
+    if needed > 4 * available:
+        must = f"{folder / 'config.json'} describes a model of {needed} weights"
+        raise FileError(f"{must}, but the folder holds {available}")
+
+
+def _watched(held: Mapping[str, Stored], dtype: Any, faulty: dict[str, None]) -> dict[str, Stored]:
+    """The tensors, those of floats rounded to a dtype where one is given.
+
+    Once read, those with NaN or infinity are added to the faulty ones.
+    """
+    tensors = dict(held)
+    for name, tensor in held.items():
+        if jnp.issubdtype(tensor.dtype, jnp.floating):
+            rounded = tensor if dtype is None else tensor.astype(dtype)
+            tensors[name] = rounded.watched(functools.partial(_note_faults, name, faulty))
+    return tensors
+
+
+def _widest(folder: pathlib.Path, tensors: Mapping[str, Stored]) -> Any:
+    floats = {x.dtype for x in tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)}
+    if not floats:
+        raise FileError(f"{folder} holds no weights of a floating dtype")
+    wide = np.dtype("float64")
+    if wide in floats and jax.dtypes.canonicalize_dtype(wide) != wide:
+        must = "float64, for which jax_enable_x64 must be set"
+        raise ValueError(f"{folder} holds weights of {must}; or pass param_dtype=jnp.float32")
+    return jnp.result_type(*floats)
+
+
+def _note_faults(name: str, faulty: dict[str, None], array: np.ndarray) -> None:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, 2**20):  # the flags of a whole tensor would take memory
+        if not np.isfinite(flat[start : start + 2**20]).all():
+            faulty[name] = None
+            return
+
+
+def _hint(
+    folder: pathlib.Path, model: Any, error: ConversionError, changes: Any, *, new: bool
+) -> str:
+    """What may help where the tensors of a folder do not fit."""
+    if changes:
+        return f"config.json of {folder} with {changes} and its tensors contradict each other"
+    if new or not _lacks_a_head(model, error):
+        return f"config.json of {folder} and its tensors contradict each other"
+    hint = f"{folder} holds no weights of this part: pass rngs, from which they are made"
+    if isinstance(model, bert.Bert):
+        hint += ", or make none: functools.partial(models.Bert, pooler=False)"
+    return hint
 
 
 def _is_bert(given: Mapping[str, Any], cls: Any) -> bool:
@@ -171,11 +274,30 @@ def _without_weights(make: Callable[..., nnx.Module]) -> nnx.Module:
 
     key = jax.random.key(0)
     model = nnx.eval_shape(of_key, key)
-    nnx.update(model, jax.jit(streams)(key))  # compiled, for then no weights are drawn
+    if nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param))):
+        nnx.update(model, jax.jit(streams)(key))  # compiled, for then no weights are drawn
     return model
 
 
-def _of_bert(model: Any, tensors: Mapping[str, np.ndarray], *, new: bool) -> dict[str, np.ndarray]:
+def _new_heads(make: Callable[..., Any], model: Any, rngs: nnx.Rngs) -> dict[str, np.ndarray]:
+    """Weights of heads and pooler drawn from the rngs, which become those of the model, too."""
+
+    def of_heads(path: Any, value: Any) -> bool:
+        return isinstance(value, nnx.Param) and ".".join(map(str, path)).startswith(_OF_HEADS)
+
+    @nnx.jit  # compiled, for then the encoder's weights are not drawn
+    def drawn(rngs: nnx.Rngs) -> tuple[nnx.State, nnx.State]:
+        made = make(rngs=rngs)
+        return nnx.state(made, of_heads), nnx.state(made, nnx.Not(nnx.Param))
+
+    heads, streams = drawn(rngs)
+    nnx.update(model, streams)
+    return part_to_torch(model, heads)
+
+
+def _of_bert(
+    model: Any, tensors: Mapping[str, Any], new: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     """Of the selected tensors those of a model, and `new` ones of heads that are not there."""
     inner, prefix = (model, "") if isinstance(model, bert.Bert) else (model.bert, "bert.")
     left_out: tuple[str, ...] = () if inner.pooler is not None else ("pooler.",)
@@ -190,17 +312,16 @@ def _of_bert(model: Any, tensors: Mapping[str, np.ndarray], *, new: bool) -> dic
     once, again = "cls.predictions.bias", "cls.predictions.decoder.bias"
     if again in found and (once not in found or not inner.config.tied):
         found[once] = found[again]  # of two that are not tied transformers adds the decoder's
-    own = to_torch(model) if new else {}
     for part in (*heads, f"{prefix}pooler."):
         if not any(name.startswith(part) for name in found):
-            found |= {name: tensor for name, tensor in own.items() if name.startswith(part)}
+            found |= {name: tensor for name, tensor in new.items() if name.startswith(part)}
     return found
 
 
-def _lacks_a_head(error: ConversionError) -> bool:
-    of_heads = "words.", "next.", "out.", "pooler.", "bert.pooler."
+def _lacks_a_head(model: Any, error: ConversionError) -> bool:
     others = error.unused, error.ambiguous, error.unfit
-    return not any(others) and all(name.startswith(of_heads) for name in error.missing)
+    known = isinstance(model, tuple(bert_config.ARCHITECTURES.values()))
+    return known and not any(others) and all(name.startswith(_OF_HEADS) for name in error.missing)
 
 
 def save_pretrained(
@@ -248,7 +369,7 @@ def save_pretrained(
     if len(dtypes) > 1:
         raise ValueError(f"the parameters must have one dtype, got {', '.join(sorted(dtypes))}")
     config = _described_by(module, architecture, dtype=dtypes.pop())
-    there = [name for name in ("config.json", _WEIGHTS, _INDEX) if (folder / name).exists()]
+    there = [name for name in ("config.json", WEIGHTS, INDEX) if (folder / name).exists()]
     if there:
         raise FileExistsError(f"{folder} holds a model already: {', '.join(there)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +414,7 @@ def _check_plain(module: Any) -> None:
 def _write_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], most: int) -> None:
     """One file of weights, or several and their index."""
     shards = list(_shards(tensors, most))
-    names = [_WEIGHTS]
+    names = [WEIGHTS]
     if len(shards) > 1:
         count = len(shards)
         names = [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
@@ -302,7 +423,7 @@ def _write_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], most
             "total_parameters": sum(tensor.size for tensor in tensors.values()),
         }
         where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        _write_json(folder / _INDEX, {"metadata": total, "weight_map": where})
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": where})
     for name, shard in zip(names, shards, strict=True):
         safetensors.numpy.save_file(shard, folder / name, metadata={"format": "pt"})
 
@@ -319,53 +440,6 @@ def _shards(tensors: Mapping[str, np.ndarray], most: int) -> Iterator[dict[str, 
     yield shard
 
 
-def _tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a folder by its name, from the files that the index names."""
-    if (folder / _WEIGHTS).exists():  # as transformers, even where there is an index, too
-        yield from _read(folder / _WEIGHTS, None)
-        return
-    if not (folder / _INDEX).exists():
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; it holds {', '.join(others)}: save them as safetensors" if others else ""
-        raise FileNotFoundError(f"{folder} holds no {_WEIGHTS} and no {_INDEX}{hint}")
-    files: dict[str, list[str]] = {}
-    index = _json(folder / _INDEX)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise ValueError(f"{folder / _INDEX} has no weight_map")
-    for name, file in index["weight_map"].items():
-        if pathlib.Path(file).name != file:
-            raise ValueError(f"{_INDEX} names {file}, which is not in the folder")
-        files.setdefault(file, []).append(name)
-    for file, names in files.items():
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{_INDEX} names {file}, which {folder} does not hold")
-        yield from _read(folder / file, names)
-
-
-def _read(path: pathlib.Path, names: list[str] | None) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file, all or those of the names."""
-    try:
-        opened = safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from None
-    with opened as file:
-        held = list(file.keys())
-        absent = sorted(set(names or ()) - set(held))
-        if absent:
-            raise ConversionError(
-                missing=absent, hint=f"{path} does not hold all that the index says"
-            )
-        halves = {name for name in held if file.get_slice(name).get_dtype() == "BF16"}
-        for name in names or held:
-            if name not in halves:
-                yield name, file.get_tensor(name)
-    if halves:  # which NumPy knows by ml_dtypes alone
-        with safetensors.safe_open(path, framework="flax") as file:
-            for name in names or held:
-                if name in halves:
-                    yield name, np.asarray(file.get_tensor(name))
-
-
 def _check_dtypes(**given: Any) -> None:
     for name, dtype in given.items():
         if dtype is None:
@@ -378,47 +452,6 @@ def _check_dtypes(**given: Any) -> None:
             raise TypeError(f"{name} must be a floating dtype of JAX or NumPy, got {dtype!r}")
         if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
             raise ValueError(f"{name} = {jnp.dtype(dtype)} needs jax_enable_x64")
-
-
-def _check_tokenizer(folder: pathlib.Path, vocabulary: int) -> None:
-    """More rows than tokens are usual; more tokens than rows would have no embedding."""
-    path, lines = folder / "tokenizer.json", folder / "vocab.txt"
-    if path.exists():
-        ids = _token_ids(path)
-    elif lines.exists():
-        path, ids = lines, list(range(len(_text(lines).removesuffix("\n").split("\n"))))
-    else:
-        return
-    if ids and max(ids) >= vocabulary:
-        must = f"vocab_size = {vocabulary} rows of embeddings"
-        raise ValueError(f"{path} has a token of id {max(ids)}, but config.json {must}")
-
-
-def _token_ids(path: pathlib.Path) -> list[int]:
-    """The ids of a tokenizer.json."""
-    tokenizer = _json(path)
-    try:
-        words = tokenizer["model"]["vocab"]
-        ids = list(words.values()) if isinstance(words, dict) else list(range(len(words)))
-        return ids + [token["id"] for token in tokenizer.get("added_tokens", [])]
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no tokenizer that the library tokenizers writes") from None
-
-
-def _json(path: pathlib.Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}")
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8: {error}") from None
 
 
 def _write_json(path: pathlib.Path, contents: Any) -> None:

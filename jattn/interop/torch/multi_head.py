@@ -1,5 +1,7 @@
 """Multi-head attention in PyTorch's several names, and the self-attentions beside it."""
 
+from flax import nnx
+
 from jattn import nn
 from jattn.interop.rules import TRANSPOSE, Rearrange, Rule, within
 from jattn.interop.torch.layers import LINEAR, NORM
@@ -47,6 +49,31 @@ MULTI_HEAD = (
     Table("torch.nn.MultiheadAttention", PACKED),
     Table("torch.nn.MultiheadAttention", WIDTHS),
 )
+# Flax keeps the heads apart: kernels [D, N, H] and [N, H, D], biases [N, H]
+_HEADS = Rearrange("(n h) i -> i n h", {"n": None})
+_HEADS_BIASES_AND_OUT = (
+    Rule(
+        "in_proj_bias",
+        ("query.bias", "key.bias", "value.bias"),
+        Rearrange("(parts n h) -> parts n h", {"parts": 3, "n": None}),
+    ),
+    Rule("out_proj.weight", "out.kernel", Rearrange("o (n h) -> n h o", {"n": None})),
+    Rule("out_proj.bias", "out.bias"),
+)
+FLAX_PACKED = (
+    Rule(
+        "in_proj_weight",
+        ("query.kernel", "key.kernel", "value.kernel"),
+        Rearrange("(parts n h) i -> parts i n h", {"parts": 3, "n": None}),
+    ),
+    *_HEADS_BIASES_AND_OUT,
+)
+FLAX_WIDTHS = (
+    Rule("q_proj_weight", "query.kernel", _HEADS),
+    Rule("k_proj_weight", "key.kernel", _HEADS),
+    Rule("v_proj_weight", "value.kernel", _HEADS),
+    *_HEADS_BIASES_AND_OUT,
+)
 RESIDUAL = tuple(
     Table(
         f"attention ({table.names}), skip, norm",
@@ -64,4 +91,8 @@ TABLES = {
     nn.SharedProjectionAttention: MULTI_HEAD[:3],
     nn.SelfAttention: MULTI_HEAD[:2],
     nn.ResidualAttention: RESIDUAL,
+    nnx.MultiHeadAttention: (
+        Table("torch.nn.MultiheadAttention", FLAX_PACKED),
+        Table("torch.nn.MultiheadAttention", FLAX_WIDTHS),
+    ),
 }
