@@ -59,7 +59,7 @@ def load_pretrained(
 
     The folder need not be trusted: nothing in it is run, no path of it is followed out of it, and
     all that it says is checked before the first tensor is read. Then one tensor after the other is
-    read, so that little more memory is taken than the model needs. Weights that are NaN or infinite
+    read, so that at most twice the memory of the model is taken. Weights that are NaN or infinite
     are loaded, with a warning.
 
     A folder of BERT may be loaded into any of its classes: what belongs to other heads is left out.
@@ -124,7 +124,7 @@ def load_pretrained(
     param_dtype = param_dtype or _widest(folder, tensors)
     _check_sizes(folder, config, tensors)
     make = functools.partial(cls, config, attend=attend, dtype=dtype, param_dtype=param_dtype)
-    model = _without_weights(make)
+    model = _without_weights(make, streams=rngs is None)
     _check_size(folder, model, tensors)
     if is_bert:
         tensors = _of_bert(model, tensors, {} if rngs is None else _new_heads(make, model, rngs))
@@ -263,36 +263,34 @@ def _class_of(cls: Any) -> Any:
     return cls.func if isinstance(cls, functools.partial) else cls
 
 
-def _without_weights(make: Callable[..., nnx.Module]) -> nnx.Module:
-    """A module of shapes, whose streams of random numbers are there."""
+def _without_weights(make: Callable[..., nnx.Module], *, streams: bool) -> nnx.Module:
+    """A module of shapes, whose streams of random numbers are there, or not."""
 
     def of_key(key: jax.Array) -> nnx.Module:
         return make(rngs=nnx.Rngs(key))
 
-    def streams(key: jax.Array) -> nnx.State:
+    def streams_of(key: jax.Array) -> nnx.State:
         return nnx.state(of_key(key), nnx.Not(nnx.Param))
 
     key = jax.random.key(0)
     model = nnx.eval_shape(of_key, key)
-    if nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param))):
-        nnx.update(model, jax.jit(streams)(key))  # compiled, for then no weights are drawn
+    if streams and nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param))):
+        nnx.update(model, jax.jit(streams_of)(key))  # compiled, for then no weights are drawn
     return model
 
 
 def _new_heads(make: Callable[..., Any], model: Any, rngs: nnx.Rngs) -> dict[str, np.ndarray]:
-    """Weights of heads and pooler drawn from the rngs, which become those of the model, too."""
+    """Weights of heads and pooler drawn from the rngs, of which the model's streams are, too.
+
+    The encoder's weights are drawn with them, and dropped again before others are read.
+    """
 
     def of_heads(path: Any, value: Any) -> bool:
         return isinstance(value, nnx.Param) and ".".join(map(str, path)).startswith(_OF_HEADS)
 
-    @nnx.jit  # compiled, for then the encoder's weights are not drawn
-    def drawn(rngs: nnx.Rngs) -> tuple[nnx.State, nnx.State]:
-        made = make(rngs=rngs)
-        return nnx.state(made, of_heads), nnx.state(made, nnx.Not(nnx.Param))
-
-    heads, streams = drawn(rngs)
-    nnx.update(model, streams)
-    return part_to_torch(model, heads)
+    drawn = make(rngs=rngs)
+    nnx.update(model, nnx.state(drawn, nnx.Not(nnx.Param)))
+    return part_to_torch(model, nnx.state(drawn, of_heads))
 
 
 def _of_bert(
