@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = next((name for name in _COMMANDS if words[: len(name)] == [*name]), ())
     parser, action = _COMMANDS[named]
     options = parser().parse_args(words[len(named) :])
+    if "dtype" in options:
+        options.dtype = options.dtype or list(_DTYPES[:2])
     try:
         return action(options)
     except (OSError, ValueError, ImportError) as error:
@@ -80,6 +82,7 @@ def _compared(
         fixture = load(path)
         each = [run(fixture, dtype) for dtype in options.dtype if is_recorded(fixture, dtype)]
         if not each:
+            print(f"{'—':4}  {fixture.title:{_WIDTH}}  nothing of PyTorch's is known in this dtype")
             continue
         comparisons += each
         compared += 1
@@ -88,6 +91,8 @@ def _compared(
     if options.json:
         reports = json.dumps([_report(each) for each in comparisons], indent=2)
         options.json.write_text(reports + "\n")
+    if not compared:
+        raise ValueError(f"no such fixture is known in {', '.join(options.dtype)}")
     dtypes = ", ".join(options.dtype)
     print(f"{passed} of {compared} fixtures are equal to PyTorch in {dtypes}")
     return 0 if passed == compared else 1
@@ -127,9 +132,8 @@ def _with_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        nargs="+",
-        default=list(_DTYPES[:2]),
-        help="types of the port; default: float64 float32",
+        action="append",
+        help="type of the port; may be given several times; default: float64 and float32",
     )
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="FILE", help="also write every row to FILE"

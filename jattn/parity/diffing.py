@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,9 @@ from jattn.interop.rules import Rule, from_flax, to_flax
 from jattn.parity import layers, pairing
 from jattn.parity.compare import Row, compare_tensors
 from jattn.parity.fixtures import Fixture
-from jattn.parity.hints import Layer, hints
-from jattn.parity.layers import Call
+from jattn.parity.hints import ALLOWED, Layer, hints
+from jattn.parity.layers import Call, is_float
 from jattn.parity.recording import record
-
-ALLOWED = 1e-9  # of the largest number of a tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +112,13 @@ def diff(
 
     Raises:
       ConversionError: (a ValueError) the weights do not fit.
+      ValueError: the port cannot be called with the inputs, or its outputs lack a name.
+
+    Example:
+      >>> x = np.array([1.0, 2.0])
+      >>> fixture = Fixture("yours/double", "double", inputs={"x": x}, outputs={"output": 2 * x})
+      >>> diff(fixture, lambda x: 2 * x).passed, diff(fixture, lambda x: 3 * x).passed
+      (True, False)
     """
     call = call or _in_order
     port = module if isinstance(module, nnx.Module) else _Function(module)
@@ -161,22 +167,22 @@ def _in_order(module: Any, inputs: Mapping[str, Any]) -> Any:
 def _double(module: nnx.Module) -> Any:
     graph, parameters, rest = layers.split(nnx.clone(module))
     doubled = jax.tree.map(
-        lambda array: jnp.asarray(array, jnp.float64) if _is_float(array) else array, parameters
+        lambda array: jnp.asarray(array, jnp.float64) if is_float(array) else array, parameters
     )
     return nnx.merge(graph, doubled, rest)
-
-
-def _is_float(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _diff(
     fixture: Fixture, module: nnx.Module, rules: Any, pairs: Any, call: Callable[..., Any]
 ) -> Report:
     inputs = {name: jnp.asarray(array) for name, array in fixture.inputs.items()}
-    whole = functools.partial(call, inputs=inputs)
+    call = functools.partial(_called, call, list(fixture.outputs))
+
+    def whole(module: nnx.Module) -> list[Any]:
+        return call(module, inputs)
+
     try:
-        _, before = layers.calls(module, lambda copy: whole(copy))
+        _, before = layers.calls(module, whole)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the port cannot be called with the inputs {', '.join(inputs)}: {error}"
@@ -185,7 +191,7 @@ def _diff(
         pairs = pairing.guess_pairs(fixture, before)
     rules = tuple(pairing.guess_rules(fixture, module, pairs) if rules is None else rules)
     nnx.update(module, to_flax(fixture.parameters, module, rules))
-    output, found = layers.calls(module, lambda copy: whole(copy))
+    output, found = layers.calls(module, whole)
     root = Call("", _Bound(module, call, tuple(inputs)), tuple(inputs.values()), {}, output)
     gradients = _layer_gradients(fixture, module, whole, output)
     rows = _layer_rows(fixture, [*found, root], {**pairs, "": ""}, gradients)
@@ -202,6 +208,18 @@ def _diff(
     )  # fmt: skip
 
 
+def _called(
+    call: Callable[..., Any], names: Sequence[str], module: nnx.Module, inputs: Mapping[str, Any]
+) -> list[Any]:
+    """What the port gives, as arrays in the order of PyTorch's outputs."""
+    output = call(module, inputs)
+    if not isinstance(output, Mapping):
+        return layers.arrays_of(output)
+    if lacking := [name for name in names if name not in output]:
+        raise ValueError(f"its outputs {', '.join(output)} lack {', '.join(lacking)}")
+    return [output[name] for name in names]
+
+
 class _Bound(nnx.Module):
     """The whole port as a layer."""
 
@@ -212,37 +230,31 @@ class _Bound(nnx.Module):
         return self.call(self.module, dict(zip(self.names, arrays, strict=True)))
 
 
-def _leaves(output: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array | np.ndarray)]
-
-
 def _layer_gradients(
-    fixture: Fixture, module: nnx.Module, whole: Callable[..., Any], output: Any
+    fixture: Fixture, module: nnx.Module, whole: Callable[..., Any], output: list[Any]
 ) -> Mapping[str, list[Any]]:
     """Gradients with respect to the outputs of the port's layers."""
     if not fixture.module_gradients:
         return {}
     cotangents = _cotangents(fixture, output)
     try:
-        return layers.gradients(module, lambda copy: whole(copy), cotangents)
+        return layers.gradients(module, whole, cotangents)
     except (TypeError, ValueError):  # a layer that is not differentiable
         return {}
 
 
-def _cotangents(fixture: Fixture, output: Any) -> Any:
-    """PyTorch's cotangents in the structure of the port's output; zeros where they do not fit."""
+def _cotangents(fixture: Fixture, output: list[Any]) -> list[Any]:
+    """PyTorch's cotangents of the port's outputs; zeros where they do not fit."""
     given = [fixture.cotangents.get(name) for name in fixture.outputs]
-    leaves, structure = jax.tree.flatten(output)
-    given += [None] * (len(leaves) - len(given))
     fitted: list[Any] = []
-    for leaf, cotangent in zip(leaves, given, strict=False):
-        if not _is_float(leaf):
+    for leaf, cotangent in itertools.zip_longest(output, given[: len(output)]):
+        if not is_float(leaf):
             fitted.append(np.zeros(leaf.shape, jax.dtypes.float0))
         elif cotangent is None or cotangent.shape != leaf.shape:
             fitted.append(jnp.zeros_like(leaf))
         else:
             fitted.append(jnp.asarray(cotangent, leaf.dtype))
-    return jax.tree.unflatten(structure, fitted)
+    return fitted
 
 
 def _layer_rows(
@@ -299,12 +311,11 @@ def _inputs(fixture: Fixture, label: str, call: Call) -> list[Any] | None:
     left = list(given)
     chosen = []
     for array in call.arrays:
-        fits = [each for each in left or given if _alike(each, array)]
-        fits = fits or [each for each in given if _alike(each, array)]
+        fits = [each for each in (*left, *given) if _alike(each, array)]
         if fits:
             left = [each for each in left if each is not fits[0]]
             chosen.append(jnp.asarray(fits[0]))
-        elif _is_float(array):
+        elif is_float(array):
             return None
         else:
             chosen.append(array)  # such as a mask that PyTorch's layer makes for itself
@@ -353,15 +364,14 @@ def _tensor_rows(
     """Outputs and gradients of inputs and parameters, held against PyTorch's."""
     graph, parameters, rest = layers.split(module)
     inputs = {name: jnp.asarray(array) for name, array in fixture.inputs.items()}
-    floating = {name: array for name, array in inputs.items() if _is_float(array)}
+    floating = {name: array for name, array in inputs.items() if is_float(array)}
 
     def outputs(parameters: Any, floating: Any) -> Any:
         fresh = jax.tree.map(jnp.asarray, rest)
         return call(nnx.merge(graph, parameters, fresh), inputs | floating)
 
     output, pull_back = jax.vjp(outputs, parameters, floating)
-    leaves = _leaves(output)
-    found = {f"output/{name}": leaf for name, leaf in zip(fixture.outputs, leaves, strict=False)}
+    found = {f"output/{name}": leaf for name, leaf in zip(fixture.outputs, output, strict=False)}
     if fixture.cotangents:
         of_parameters, of_inputs = pull_back(_cotangents(fixture, output))
         found |= {f"grad/param/{k}": each for k, each in from_flax(of_parameters, rules).items()}

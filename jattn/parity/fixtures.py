@@ -161,7 +161,8 @@ def load(path: str | os.PathLike[str], *, max_bytes: int = 2**28) -> Fixture:
         raise FixtureError(f"{path}: not an intact safetensors file: {error}") from error
     facts = _read_facts(str(path), metadata)
     order = facts.pop(_ORDER, sorted(arrays))
-    if not isinstance(order, list) or sorted(map(str, order)) != sorted(arrays):
+    is_names = isinstance(order, list) and all(isinstance(name, str) for name in order)
+    if not is_names or sorted(order) != sorted(arrays):
         raise FixtureError(f"{path}: metadata {_ORDER!r}: expected the names of all tensors")
     arrays = {name: arrays[name] for name in order}
     contents: dict[str, Any] = facts | _read_groups(str(path), arrays)

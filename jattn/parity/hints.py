@@ -19,7 +19,7 @@ from jattn.parity.program import Change, Program, Step
 Arrays = Sequence[Any]
 Weights = Mapping[str, Any]
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-8, 1e-7)
-TOLERANCE = 1e-9
+ALLOWED = 1e-9  # of the largest number of a tensor
 ROTARY = "matches if rotary positions are interleaved: pairs of neighbours for halves, or back"
 NARROW = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float16"))
 MOST_TRIALS = 60  # of one kind
@@ -92,7 +92,7 @@ def _close(found: Any, expected: Any) -> bool:
     found, expected = np.asarray(found), np.asarray(expected)
     if found.shape != expected.shape:
         return False
-    allowed = TOLERANCE * max(float(np.abs(expected).max(initial=0.0)), 1e-30)
+    allowed = ALLOWED * max(float(np.abs(expected).max(initial=0.0)), 1e-30)
     return bool(np.all(np.abs(found - expected) <= allowed))
 
 
@@ -208,8 +208,8 @@ def _other_choice(step: Step) -> Any:
 def _epsilon(program: Program) -> Iterator[Trial]:
     sites = [
         (step, found) for step in program.steps
-        if step.name in ("add", "add_any", "max") and (found := step.scalar())
-        and 0 <= found[1] < 1e-2 and step.name != "max"
+        if step.name in ("add", "add_any")
+        and (found := step.scalar()) and 0 <= found[1] < 1e-2
     ]  # fmt: skip
     for epsilon in EPSILONS:
         changes = {step.number: _adding(place, epsilon) for step, (place, _) in sites}
@@ -240,19 +240,17 @@ def _constantly(value: Any) -> Change:
 
 def _ancestors(program: Program, number: int, depth: int) -> list[Any]:
     """Arrays that a step depends on, the nearest last, each once."""
-    found: list[Any] = []
+    found: dict[int, Any] = {}
     level = [number]
     for _ in range(depth):
-        level = [
-            source
-            for each in level
-            for array, source in zip(
-                program.steps[each].inputs, program.steps[each].sources, strict=True
-            )
-            if np.size(array) > 1 and (found.append(array) or source is not None)  # type: ignore[func-returns-value]
-        ]
-    unique = {id(array): array for array in found}
-    return list(unique.values())[::-1]
+        steps = [program.steps[each] for each in level]
+        level = []
+        for step in steps:
+            for array, source in zip(step.inputs, step.sources, strict=True):
+                if np.size(array) > 1:
+                    found[id(array)] = array
+                    level += [] if source is None else [source]
+    return list(found.values())[::-1]
 
 
 def _softmax(program: Program) -> Iterator[Trial]:

@@ -34,18 +34,18 @@ class Call:
     @property
     def arrays(self) -> list[Any]:
         """The arrays among its arguments and options."""
-        return [leaf for leaf in jax.tree.leaves(self._given()) if _is_array(leaf)]
+        return arrays_of(self._given())
 
     @property
     def outputs(self) -> list[Any]:
         """The arrays of its output."""
-        return [leaf for leaf in jax.tree.leaves(self.output) if _is_array(leaf)]
+        return arrays_of(self.output)
 
     @property
     def weights(self) -> dict[str, Any]:
         """The layer's parameters by their dotted paths within it."""
         state = nnx.to_flat_state(nnx.state(self.layer, nnx.Param))
-        return {".".join(map(str, path)): variable[...] for path, variable in state}
+        return {dotted(path): variable[...] for path, variable in state}
 
     def again(self, weights: Weights, arrays: Arrays, *, evaluate: bool = False) -> list[Any]:
         """The arrays that the layer returns for other weights and arrays: a pure function.
@@ -61,13 +61,12 @@ class Call:
         graph, parameters, rest = split(self.layer)
         flat = nnx.to_flat_state(parameters)
         filled = nnx.from_flat_state(
-            (path, variable.replace(weights[".".join(map(str, path))])) for path, variable in flat
+            (path, variable.replace(weights[dotted(path)])) for path, variable in flat
         )
         layer = nnx.merge(graph, filled, jax.tree.map(jnp.asarray, rest))
         if evaluate:
             layer.eval()
-        output = layer(*arguments, **options)
-        return [leaf for leaf in jax.tree.leaves(output) if _is_array(leaf)]
+        return arrays_of(layer(*arguments, **options))
 
     def _given(self) -> tuple[Any, Any]:
         return self.arguments, dict(self.options)
@@ -76,6 +75,26 @@ class Call:
 def split(module: nnx.Module) -> Any:
     """Structure, parameters and all other state of a module."""
     return nnx.split(module, nnx.Param, ...)
+
+
+def dotted(path: Sequence[Any]) -> str:
+    """A path in a module, as rules write it.
+
+    Example:
+      >>> dotted(("blocks", 0, "norm"))
+      'blocks.0.norm'
+    """
+    return ".".join(map(str, path))
+
+
+def arrays_of(tree: Any) -> list[Any]:
+    """The arrays among the leaves of a pytree."""
+    return [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
+
+
+def is_float(array: Any) -> bool:
+    """Whether it holds floating-point numbers, of whatever width."""
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -128,10 +147,10 @@ def gradients(
             numbers[path] = numbers.get(path, 0) + 1
             leaves, structure = jax.tree.flatten(output)
             if zeros is None:
-                sizes[label] = [jnp.zeros_like(leaf) for leaf in leaves if _is_float(leaf)]
+                sizes[label] = [jnp.zeros_like(leaf) for leaf in leaves if _moves(leaf)]
                 return output
             new = iter(zeros.get(label, ()))
-            moved = [leaf + next(new) if _is_float(leaf) else leaf for leaf in leaves]
+            moved = [leaf + next(new) if _moves(leaf) else leaf for leaf in leaves]
             return jax.tree.unflatten(structure, moved)
 
         return call(_watched(module, note))
@@ -141,18 +160,16 @@ def gradients(
     return pull_back(cotangents)[0]
 
 
-def _is_float(leaf: Any) -> bool:
-    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+def _moves(leaf: Any) -> bool:
+    return _is_array(leaf) and is_float(leaf)
 
 
 def _watched(module: nnx.Module, note: Callable[..., Any]) -> nnx.Module:
     """A copy whose layers, when they are called, tell what they got and gave."""
-    originals = {
-        ".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module) if path
-    }
+    originals = {dotted(path): layer for path, layer in nnx.iter_modules(module) if path}
     copy = nnx.clone(module)
     for path, layer in nnx.iter_modules(copy):
-        name = ".".join(map(str, path))
+        name = dotted(path)
         if name in originals and callable(layer):
             told = functools.partial(note, name, originals[name])
             layer.__class__ = _telling(type(layer), told)

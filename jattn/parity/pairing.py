@@ -15,7 +15,7 @@ from flax import nnx
 from jattn.interop.convert import TABLES
 from jattn.interop.rules import IDENTITY, TRANSPOSE, Rule, within
 from jattn.parity.fixtures import Fixture
-from jattn.parity.layers import Call
+from jattn.parity.layers import Call, dotted
 
 Pairs = Mapping[str, str]
 
@@ -103,7 +103,7 @@ def _matched(names: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
 
 
 def _alike(name: str, path: str) -> float:
-    """How alike two names are; numbers in them must be the same to count."""
+    """How alike two names are, by words and numbers and by letters."""
     one, other = (re.findall(r"\d+|[a-z]+", each.lower()) for each in (name, path))
     return (
         difflib.SequenceMatcher(None, one, other).ratio()
@@ -119,7 +119,7 @@ def guess_rules(fixture: Fixture, module: nnx.Module, pairs: Pairs) -> tuple[Rul
       module: of Flax NNX.
       pairs: PyTorch's layers → the module's.
     """
-    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module)}
+    layers = {dotted(path): layer for path, layer in nnx.iter_modules(module)}
     rules: list[Rule] = []
     taken: set[str] = set()
     for name, path in sorted(pairs.items(), key=lambda pair: pair[0].count(".")):
@@ -150,9 +150,7 @@ def _by_shape(
     filled = {path for rule in rules for path in rule.flax}
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     open_ = {
-        path: variable.shape
-        for parts, variable in state
-        if (path := ".".join(map(str, parts))) not in filled
+        path: variable.shape for parts, variable in state if (path := dotted(parts)) not in filled
     }
     found = []
     for name, tensor in tensors.items():

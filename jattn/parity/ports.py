@@ -13,7 +13,7 @@ from typing import Any
 
 from jattn.parity.diffing import Report, diff
 from jattn.parity.fixtures import load, save
-from jattn.parity.recording import record
+from jattn.parity.recording import record, versions
 
 _WHERE = "MODULE:FACTORY, such as my_package.models:make or my_file.py:make"
 
@@ -36,6 +36,7 @@ def record_parser() -> argparse.ArgumentParser:
 
 def record_port(options: argparse.Namespace) -> int:
     """Run `jattn parity record`."""
+    versions()  # needs PyTorch, as the factory does, and says how to install it
     made = _made(options.factory)
     if not (isinstance(made, tuple) and len(made) == 2):
         kind = type(made).__name__
@@ -115,7 +116,10 @@ def _made(where: str) -> Any:
             sys.path.remove(os.getcwd())
     if not callable(factory := getattr(module, name, None)):
         raise ValueError(f"{source} has no function {name!r}")
-    return factory()
+    try:
+        return factory()
+    except TypeError as error:
+        raise ValueError(f"{where}() fails: {error}; expected {_WHERE}") from error
 
 
 def _of_file(path: pathlib.Path) -> Any:

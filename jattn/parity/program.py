@@ -102,7 +102,9 @@ class Program:
 
 def _of_one_type(inputs: Sequence[Any]) -> list[Any]:
     """Floating inputs in the widest type of them; all others as they are."""
-    floating = [np.issubdtype(getattr(each, "dtype", int), np.floating) for each in inputs]
+    floating = [
+        jax.numpy.issubdtype(getattr(each, "dtype", int), jax.numpy.floating) for each in inputs
+    ]
     types = {each.dtype for each, is_float in zip(inputs, floating, strict=True) if is_float}
     if len(types) < 2:
         return list(inputs)

@@ -190,6 +190,10 @@ def torch_net():
     return torch.nn.Sequential(*layers), [np.arange(12.0).reshape(3, 4) / 12]
 
 
+def needs(x):
+    return x
+
+
 nothing = 3
 """
 
@@ -229,8 +233,32 @@ TAGGER = str(FOLDER / "ports" / "tagger" / "whole.safetensors")
         ("{}:absent", "has no function 'absent'"),
         ("{}:nothing", "has no function 'nothing'"),
         ("{}:right", "the port cannot be called with the inputs x, mask"),
+        ("{}:needs", "my_port.py:needs() fails: needs() missing 1 required positional argument"),
     ],
 )
 def test_a_port_that_cannot_be_made_or_filled(program, capsys, factory, message):
     assert main(["parity", "diff", TAGGER, factory.format(program)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_recording_without_pytorch_says_how_to_install_it(program, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    output = str(tmp_path / "net.safetensors")
+    assert main(["parity", "record", f"{program}:torch_net", "-o", output]) == 2
+    assert "pip install 'jattn[torch]'" in capsys.readouterr().err
+
+
+def test_a_dtype_stands_before_or_after_a_fixture_and_may_come_again(capsys):
+    fixture = str(SOFTMAX)
+    assert main(["parity", "run", "--dtype", "bfloat16", fixture]) == 0
+    assert main(["parity", "run", fixture, "--dtype", "float32", "--dtype", "bfloat16"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("softmax, bfloat16\n") == 2 and shown.count("softmax, float32\n") == 1
+
+
+def test_what_pytorch_cannot_compute_is_not_called_equal(capsys):
+    hidden = str(FOLDER / "bert" / "hidden_words.safetensors")
+    assert main(["parity", "run", hidden, "--dtype", "bfloat16"]) == 2
+    captured = capsys.readouterr()
+    assert "bert/hidden_words" in captured.out and "equal" not in captured.out
+    assert "no such fixture is known in bfloat16" in captured.err

@@ -4,12 +4,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from jattn.parity.cli import main
 from jattn.parity.diffing import assert_matches, diff
-from jattn.parity.fixtures import load
+from jattn.parity.fixtures import Fixture, load
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "ports" / "tagger" / "whole.safetensors"
 N, H = 2, 4
@@ -149,6 +150,26 @@ HINTS = {
     "dropout": ("blocks.0[0]", "dropout was on"),
     "norm order": ("blocks.1[0]", None),
 }
+
+
+def doubled(names):
+    x = np.array([[1.0, 2.0], [3.0, 5.0]])
+    outputs = {"twice": 2 * x, "half": x / 2}
+    return Fixture(
+        "yours/both", "both", inputs={"x": x}, outputs={name: outputs[name] for name in names},
+        cotangents={"twice": x, "half": 1 + x}, input_gradients={"x": 2 * x + (1 + x) / 2},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [("twice", "half"), ("half", "twice")])
+def test_outputs_by_name_are_held_against_those_of_the_same_name(names):
+    def port(x):
+        return {"half": x / 2, "twice": 2 * x}
+
+    assert_matches(doubled(names), port)
+    assert_matches(doubled(names), port, call=lambda module, given: module(given["x"]))
+    with pytest.raises(ValueError, match="its outputs twice lack half"):
+        diff(doubled(names), lambda x: {"twice": 2 * x})
 
 
 QUICK = ("eps", "mask")

@@ -137,6 +137,8 @@ FACTS = {
     ({"fixture": json.dumps(FACTS | {"system": 1})}, "'system': expected str, got 1"),
     ({"fixture": json.dumps(FACTS | {"seed": True})}, "'seed': expected int, got True"),
     ({"fixture": json.dumps(FACTS | {"arguments": [1]})}, r"'arguments': expected dict, got \[1\]"),
+    ({"fixture": json.dumps(FACTS | {"order": [1]})}, "'order': expected the names of all tensors"),
+    ({"fixture": json.dumps(FACTS | {"order": "output"})}, "'order': expected the names of all"),
 ])  # fmt: skip
 def test_a_safetensors_file_that_is_no_fixture(tmp_path, facts, message):
     write(tmp_path / "a", {"output/output": np.zeros(2)}, facts)
