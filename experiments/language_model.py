@@ -15,9 +15,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,11 @@ from jattn import attend, interop, masks, nn
 from jattn.models import causal_lm
 from jattn.models.pretraining import IGNORED
 
+Models = Mapping[str, causal_lm.CausalLM]
 STAGES = ("multi-head", "grouped-query", "multi-query")
 WATCH = 100  # steps between evaluations
 EVALUATION_BATCH = 16
+LONGEST = 48  # characters of the beginning of samples
 LONG, AT_ONCE, WRITTEN, ROUNDS = 1024, 16, 128, 5  # of the measurement of decoding
 WAYS: Mapping[str, Mapping[str, float]] = {
     "greedy": {},
@@ -77,21 +79,26 @@ class Settings(transformer_command.TransformerSettings):
     ] = None
     """Continue --prompt with a Llama, Mistral or Qwen as `transformers` saves it."""
     new_tokens: int = 60
-    """Tokens to write, at most, of each sample too."""
+    """Tokens to write at most, after --prompt or in each sample."""
     temperature: float = 0.8
-    """Of what is drawn for --prompt; 0 always takes the likeliest token."""
+    """The higher, the less likely tokens are drawn after --prompt; 0 takes the likeliest."""
     steps: int = 500
     batch_size: int = 16
     learning_rate: float = 3e-3
     groups: int = 2
-    """Key/value heads of grouped-query attention."""
+    """Key/value heads of grouped-query attention; they divide --heads."""
     packed: bool = False
-    """Put pieces of documents side by side in a row, of which none sees another."""
+    """Train on pieces of documents, several in a row, of which none sees another."""
 
     def __post_init__(self) -> None:
+        self._check_meaning()
         super().__post_init__()
         command.check_at_least(self, groups=1, new_tokens=1, temperature=0)
         trains = self.prompt is None
+        if trains and not any(self.heads % count == 0 for count in range(2, self.heads)):
+            raise BadInput(
+                f"--heads must be no prime number, for groups share them, got {self.heads}"
+            )
         if trains and (self.heads % self.groups or self.groups in (1, self.heads)):
             raise BadInput(
                 f"--groups must divide --heads {self.heads} and be neither 1 nor all, which are"
@@ -100,7 +107,6 @@ class Settings(transformer_command.TransformerSettings):
         if not math.isfinite(self.temperature):
             raise BadInput(f"--temperature must be finite, got {self.temperature}")
         text_command.check_utf8("prompt", self.prompt or "")
-        self._check_meaning()
 
     def _check_meaning(self) -> None:
         """Refuse options that mean nothing beside others."""
@@ -117,6 +123,11 @@ class Settings(transformer_command.TransformerSettings):
     def asked(self) -> str | None:
         """The text that the trained checkpoint is given; None: train, or a model of a folder."""
         return None if self.model else self.prompt
+
+    def check_continues(self, before: Self, folder: Path, *, finished: bool) -> None:
+        """Refuse other settings than the checkpoint's; a prompt may be drawn by another seed."""
+        before = replace(before, seed=self.seed) if self.prompt is not None else before
+        super().check_continues(before, folder, finished=finished)
 
     def kv_heads(self, stage: str) -> int:
         """The key/value heads of a model."""
@@ -159,7 +170,7 @@ def encode(tokenizer: Tokenizer, part: Sequence[Document]) -> list[list[int]]:
     return [each.ids for each in tokenizer.encode_batch(["\n\n".join(text) for text in part])]
 
 
-def build(settings: Settings, vocabulary: int, stage: str, **options: Any) -> causal_lm.CausalLM:
+def build(settings: Settings, vocabulary: int, stage: str) -> causal_lm.CausalLM:
     """An untrained model."""
     config = causal_lm.Config(
         vocabulary, settings.features, settings.layers, settings.heads, settings.kv_heads(stage),
@@ -167,7 +178,7 @@ def build(settings: Settings, vocabulary: int, stage: str, **options: Any) -> ca
         stop=(packing.END,),
     )  # fmt: skip
     rngs = nnx.Rngs(settings.seed)
-    return causal_lm.CausalLM(config, dtype=settings.dtype, rngs=rngs, **options)
+    return causal_lm.CausalLM(config, dtype=settings.dtype, rngs=rngs)
 
 
 def loss(model: causal_lm.CausalLM, batch: Any) -> list[Sum]:
@@ -202,17 +213,12 @@ def unigram(train: Sequence[Sequence[int]], test: Rows, vocabulary: int) -> floa
     return float(-np.log(counts / counts.sum())[targets].mean())
 
 
-Models = Mapping[str, causal_lm.CausalLM]
-
-
 def read(settings: Settings, checkpoint: Checkpoint | None = None) -> Corpus:
     """The documents as ids, and a tokenizer trained on them, or the checkpoint's."""
     parts = transformer_command.load(settings)
     texts = ["\n\n".join(document) for document in parts.train]
-    if checkpoint:
-        tokenizer = Tokenizer.from_str(checkpoint.metadata["tokenizer"])
-    else:
-        tokenizer = bytepair.train(texts, settings.vocabulary)
+    train = functools.partial(bytepair.train, texts, settings.vocabulary)
+    tokenizer = transformer_command.tokenizer_of(checkpoint, train)
     return Corpus(parts, tokenizer, *(encode(tokenizer, part) for part in parts))
 
 
@@ -222,15 +228,13 @@ def fit(job: Job[Settings], corpus: Corpus, batches: Batches) -> Models:
     validation = packing.packed(corpus.validation, settings.length)
     known, found = corpus.metadata(), {}
 
-    def watch(steps: int, step: int, model: Any) -> dict[str, Any]:
-        if step % WATCH and step != steps:
-            return {}
-        return {"validation": {"loss": evaluate(model, validation)}}
+    def seen(model: causal_lm.CausalLM) -> dict[str, float]:
+        return {"loss": evaluate(model, validation)}
 
     def train(stage: str, model: causal_lm.CausalLM, recipe: Recipe) -> causal_lm.CausalLM:
         job.console.print(f"{stage} attention, {model.config.num_kv_heads} key/value heads")
-        seen = functools.partial(watch, recipe.steps)
-        job.stage(stage).train(model, loss, batches, recipe, watch=seen, **known)
+        watch = transformer_command.validating(WATCH, recipe.steps, seen)
+        job.stage(stage).train(model, loss, batches, recipe, watch=watch, **known)
         return model
 
     options = settings.recipe(causal_lm.Block)
@@ -265,12 +269,12 @@ def _write(model: causal_lm.CausalLM, token: jax.Array, cache: Any) -> jax.Array
     return jax.lax.scan(step, (token, cache), None, length=WRITTEN)[1]
 
 
-def decode_speed(models: Mapping[str, causal_lm.CausalLM], long: int = LONG) -> dict[str, float]:
-    """Tokens a second of 16 texts at once after `long` tokens each; the models take turns."""
+def decode_speed(models: Models) -> dict[str, float]:
+    """Tokens a second of 16 texts at once after 1,024 tokens each; the models take turns."""
     calls: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
-        prompt = jnp.ones((AT_ONCE, long), jnp.int32)
-        cache = model.empty_cache(AT_ONCE, long + WRITTEN)
+        prompt = jnp.ones((AT_ONCE, LONG), jnp.int32)
+        cache = model.empty_cache(AT_ONCE, LONG + WRITTEN)
         _, cache = nnx.jit(lambda model, prompt, cache: model(prompt, cache=cache))(
             model, prompt, cache
         )
@@ -339,8 +343,8 @@ def opening(part: Sequence[Document]) -> str:
 def samples(
     model: causal_lm.CausalLM, corpus: Corpus, console: Console, new_tokens: int, seed: int
 ) -> None:
-    """Continue the first words of a paragraph in every way of decoding."""
-    prompt = " ".join(opening(corpus.parts.test).split()[:6])
+    """Continue the first words of a paragraph, up to 48 characters, in every way of decoding."""
+    prompt = " ".join(opening(corpus.parts.test).split()[:6])[:LONGEST]
     for way, options in WAYS.items():
         console.rule(way, align="left")
         given: dict[str, Any] = dict(options)
@@ -388,8 +392,9 @@ def report(models: Models, corpus: Corpus, job: Job[Settings]) -> None:
     alone, packed = scores["alone"], scores["packed"]
     console.print(
         f"the frequencies of tokens alone: {scores['unigram']:.3f} nats a token\n"
-        f"each piece of a document in a row of its own, {alone['rows']} rows: {alone['loss']:.6f};"
-        f" packed with a mask, {packed['rows']} rows: {packed['loss']:.6f}\n"
+        f"loss where each piece of a document has a row of its own: {alone['loss']:.6f},"
+        f" in {alone['rows']} rows; where pieces share rows: {packed['loss']:.6f},"
+        f" in {packed['rows']}\n"
         f"pictures: {run.folder / 'attention.png'}, {run.folder / 'curve.png'}\n"
         f"model: {folder}, which `transformers` and --model can read",
         highlight=False, markup=False,
@@ -422,9 +427,7 @@ def _draw(first: causal_lm.CausalLM, corpus: Corpus, job: Job[Settings]) -> None
 def _table(scores: Mapping[str, Any]) -> Table:
     table = Table(title="documents that training never saw")
     table.add_column("attention", no_wrap=True)
-    for name in (
-        "heads", "weights", "nats/token", "cache", "tokens/s",
-    ):  # fmt: skip
+    for name in ("heads", "weights", "nats/token", "cache", "tokens/s"):
         table.add_column(name, justify="right")
     for name, row in scores["models"].items():
         speed = row["tokens_per_second"]

@@ -37,6 +37,7 @@ from jattn import models
 from jattn.models import bert, pretraining
 
 SPECIAL = pretraining.Special(pad=0, cls=2, sep=3, mask=4)
+MASK = wordpiece.SPECIAL[SPECIAL.mask]
 PASSAGE = 16  # tokens, at least
 LIKELY = 3  # words that --fill prints
 SHOWN = 6  # sentences with a hidden word
@@ -75,6 +76,8 @@ class Settings(transformer_command.TransformerSettings):
         super().__post_init__()
         command.check_fraction(self, "dropout", "hide")
         text_command.check_utf8("fill", self.fill or "")
+        if self.fill is not None and MASK not in self.fill:
+            raise BadInput(f"expected a text with {MASK} in it, got {self.fill!r}")
         if not self.hide:
             raise BadInput("--hide must be more than 0: hidden words are what BERT learns from")
 
@@ -200,12 +203,10 @@ class Reader:
         """For each [MASK] of a text the likeliest words and their probabilities.
 
         Raises:
-          BadInput: the text has no [MASK], or is too long.
+          BadInput: the text is too long.
         """
         ids = self.tokenizer.encode(text).ids
         longest = self.model.config.max_length
-        if SPECIAL.mask not in ids:
-            raise BadInput(f"expected a text with [MASK] in it, got {text!r}")
         if len(ids) > longest:
             raise BadInput(f"the text has {len(ids)} tokens, {longest} are the most")
         tokens = np.full((1, longest), SPECIAL.pad, np.int32)
@@ -325,11 +326,12 @@ def in_common(batches: Evaluation) -> tuple[np.ndarray, np.ndarray]:
 def read(settings: Settings, checkpoint: Checkpoint | None = None) -> Corpus:
     """The documents as passages of ids, and a tokenizer trained on them, or the checkpoint's."""
     parts = transformer_command.load(settings)
-    sentences = [each for document in parts.train for each in documents.sentences(document)]
-    if checkpoint:
-        tokenizer = Tokenizer.from_str(checkpoint.metadata["tokenizer"])
-    else:
-        tokenizer = wordpiece.train(sentences, settings.vocabulary)
+
+    def train() -> Tokenizer:
+        sentences = [each for document in parts.train for each in documents.sentences(document)]
+        return wordpiece.train(sentences, settings.vocabulary)
+
+    tokenizer = transformer_command.tokenizer_of(checkpoint, train)
     return Corpus(parts, tokenizer, *(passages(tokenizer, part) for part in parts))
 
 
@@ -344,12 +346,8 @@ def fit(job: Job[Settings], corpus: Corpus) -> Reader:
         validation = Batches(corpus.validation, settings, C).evaluation()
     if settings.remat and jax.default_backend() == "cpu":
         command.warn("--remat: on CPUs XLA needs as much memory for BERT with it as without")
-
-    def watch(step: int, model: Any) -> dict[str, Any]:
-        if step % WATCH and step != settings.steps:
-            return {}
-        return {"validation": evaluate(model, validation)}
-
+    seen = functools.partial(evaluate, batches=validation)
+    watch = transformer_command.validating(WATCH, settings.steps, seen)
     options = settings.recipe(bert.Block)
     recipe = Recipe.adam(job.ends, settings.learning_rate, decay=0.01, **options)
     job.train(reader.model, loss, batches, recipe, watch=watch, **corpus.metadata())
@@ -367,7 +365,10 @@ def report(reader: Reader, corpus: Corpus, job: Job[Settings]) -> None:
     run.write_scores(scores)
     title = f"held out: {scores['words']:.1%} of hidden words right"
     pictures.curve(run.metrics.read(), run.folder / "curve.png", title=title, per="word and pair")
-    console.print(_filled(reader, corpus.parts.test, job.settings.seed))
+    if hidden := hidden_words(reader, corpus.parts.test, job.settings.seed):
+        console.print(_filled(reader, hidden))
+    else:
+        console.print("no sentence of 8 to 20 words, to show guesses of one of them")
     table = Table("", "hidden words", "what follows", title="right, of what training never saw")
     table.add_row("BERT", f"{scores['words']:.1%}", f"{scores['next']:.1%}")
     table.add_row("counts of neighbouring words", f"{scores['neighbours']:.1%}", "")
@@ -378,10 +379,10 @@ def report(reader: Reader, corpus: Corpus, job: Job[Settings]) -> None:
     console.print(f"picture: {run.folder / 'curve.png'}", highlight=False, markup=False)
 
 
-def _filled(reader: Reader, part: Sequence[Document], seed: int) -> Table:
-    """Sentences of the held-out part in which one word is hidden, and what is guessed."""
+def _filled(reader: Reader, hidden: Sequence[tuple[str, str]]) -> Table:
+    """Sentences in which one word is hidden, that word, and what is guessed."""
     table = Table("sentence", "hidden", "guessed", title="a hidden word")
-    for sentence, word in hidden_words(reader, part, seed):
+    for sentence, word in hidden:
         (guesses,) = reader.fill(sentence)
         shown = ", ".join(f"{guess} {probability:.0%}" for guess, probability in guesses)
         colour = "green" if guesses[0][0] == word else "red"
@@ -405,7 +406,7 @@ def hidden_words(
         ]  # fmt: skip
         if known and 8 <= len(words) <= 20 and len(found) < count:
             j = int(random.choice(known))
-            text = " ".join([*words[:j], "[MASK]", *words[j + 1 :]])
+            text = " ".join([*words[:j], MASK, *words[j + 1 :]])
             ids = reader.tokenizer.encode(text).ids
             if len(ids) <= reader.model.config.max_length and ids.count(SPECIAL.mask) == 1:
                 found.append((text, words[j]))

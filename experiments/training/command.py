@@ -122,9 +122,9 @@ class Job(Generic[S]):
         began, settings = time.perf_counter(), _parse(default, arguments)
         if not settings.resume and settings.asked is None:
             return cls(settings, began=began)
-        run = Run.open(settings.run_dir, settings.experiment, settings.stages[0])
+        run = Run.open(settings.run_dir, settings.experiment)
         stages = [Run(run.folder / name).checkpoints for name in settings.stages]
-        first = stages[0] if stages[0].steps() else run.checkpoints
+        first = stages[0] if stages[0].steps() else run.trained()[0].checkpoints
         checkpoint = first.newest(say=warn)
         if checkpoint.metadata.get("experiment") != settings.experiment:
             raise BadInput(f"{run.folder} is not a run of this experiment, {settings.experiment}")
@@ -171,6 +171,8 @@ class Job(Generic[S]):
         `metadata` is JSON that every checkpoint keeps besides the settings.
         """
         metadata = {**self.settings.metadata(), "ends": self.ends, **metadata}
+        if self.checkpoint and self.checkpoint.step == recipe.steps:
+            self.console.print(f"trained already: {recipe.steps} steps", highlight=False)
         finished = train(
             model, loss, batches, recipe, self.run, checkpoint=self.checkpoint,
             metadata=metadata, watch=watch, console=self.console,

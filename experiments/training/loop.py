@@ -1,5 +1,6 @@
 """The training loop: a jit-compiled step, a progress bar, checkpoints, Ctrl-C, resume."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,7 +156,8 @@ def train(
                 pending = []
             if stopped or is_last or step % recipe.checkpoint_every == 0:
                 losses = [float(value) for value in pending]
-                _mean(losses or [0.0], step)
+                if losses:
+                    _mean(losses, step)  # nothing broken is saved
                 run.checkpoints.save(step, state, {**metadata, PENDING: losses})
                 show.saved(step)
     nnx.update(model, nnx.state(nnx.merge(graph, state)[0]))
@@ -201,6 +203,8 @@ def _stop_signal() -> Iterator[threading.Event]:
     def request(number: int, frame: Any) -> None:
         stop.set()
         restore()
+        # No print: a signal may come in the middle of one
+        os.write(2, "\nstopping after this step …\n".encode())
 
     def restore() -> None:
         for number, handler in before.items():

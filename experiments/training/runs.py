@@ -41,10 +41,8 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def open(cls, folder: Path | None, experiment: str, stage: str = "") -> "Run":
+    def open(cls, folder: Path | None, experiment: str) -> "Run":
         """The given run, or the newest one of the experiment that has a checkpoint.
-
-        Of a run of several stages, `stage` is the first.
 
         Raises:
           BadInput: there is no such run.
@@ -55,13 +53,18 @@ class Run:
             else sorted(_numbered(RUNS / experiment), key=lambda path: int(path.name))
         )
         for found in reversed(folders):
-            # One without stages is found, too: of another experiment, as its metadata will tell
-            if any(cls(found / each).checkpoints.steps() for each in (stage, "")):
+            if cls(found).trained():
                 return cls(found)
         raise BadInput(
             f"no checkpoint in {folder or RUNS / experiment}:"
             " train first, or give another --run-dir"
         )
+
+    def trained(self) -> "list[Run]":
+        """This run and those of its stages, in folders within it, that have a checkpoint."""
+        inside = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        runs = [self, *(Run(path) for path in inside if path.is_dir())]
+        return [run for run in runs if run.checkpoints.steps()]
 
     @property
     def checkpoints(self) -> Checkpoints:

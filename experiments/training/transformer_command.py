@@ -1,6 +1,7 @@
 """What the experiments on documents share: options, the documents, and checks of a checkpoint."""
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,8 @@ from experiments import BadInput
 from experiments.data import documents
 from experiments.data.documents import Parts
 from experiments.training import command, text_command
+from experiments.training.checkpoints import Checkpoint
+from experiments.training.loop import Watch
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class TransformerSettings(text_command.TextSettings):
         tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: Python's documentation)"),
     ] = None
     """Train on your own text in UTF-8, with blank lines between its paragraphs.
-    A tenth is held out to choose settings with, another to report on."""
+    Of its sections, each of 1,500 characters or more, a tenth but at least one is held out,
+    as many to choose settings with as to report on."""
     length: int = 128
     """Tokens of a sequence."""
     vocabulary: int = 1000
@@ -41,7 +45,7 @@ class TransformerSettings(text_command.TextSettings):
     accumulate: int = 1
     """Parts of a batch, taken one after the other: less memory, the same step but for dropout."""
     remat: bool = False
-    """Compute layers again in the backward pass: less memory, more time (see nn.remat on CPUs)."""
+    """Compute layers again in the backward pass: less memory (on CPUs not always), more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,9 +110,24 @@ def load(settings: TransformerSettings) -> Parts:
     Raises:
       BadInput: the file cannot be read, or is too short.
     """
-    found = (
-        documents.python_documentation()
-        if settings.data is None
-        else documents.read_documents(settings.data)
-    )
-    return documents.split(found, seed=settings.seed)
+    if settings.data is None:
+        return documents.split(documents.python_documentation(), seed=settings.seed)
+    found = documents.read_documents(settings.data)
+    try:
+        return documents.split(found, seed=settings.seed)
+    except BadInput as error:
+        raise BadInput(f"{settings.data}: {error}") from None
+
+
+def tokenizer_of(checkpoint: Checkpoint | None, train: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer that the checkpoint was trained with, or a new one."""
+    return Tokenizer.from_str(checkpoint.metadata["tokenizer"]) if checkpoint else train()
+
+
+def validating(every: int, last: int, evaluate: Callable[[Any], Mapping[str, float]]) -> Watch:
+    """What the loop records beside the loss: `evaluate(model)`, now and then and at the end."""
+
+    def watch(step: int, model: Any) -> dict[str, Any]:
+        return {} if step % every and step != last else {"validation": evaluate(model)}
+
+    return watch

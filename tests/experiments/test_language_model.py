@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -233,6 +234,9 @@ def test_a_text_is_printed_as_it_comes(capsys):
         ("--prompt a --temperature inf", "--temperature must be finite, got inf"),
         ("--prompt \udcff", "--prompt must be UTF-8 text"),
         ("--groups 8", "neither 1 nor all"),
+        ("--heads 2", "--heads must be no prime number, for groups share them, got 2"),
+        ("--heads 1", "--heads must be no prime number, for groups share them, got 1"),
+        ("--model x --prompt a --features 9", "--features means nothing with --model"),
         ("--model . --prompt a", ". holds no tokenizer.json"),
         ("--prompt a", "no checkpoint in runs/language_model"),
         ("--prompt a --temperature -1", "--temperature must be at least 0, got -1.0"),
@@ -246,9 +250,20 @@ def test_bad_options(capsys, tmp_path, monkeypatch, option, message):
 
 def test_a_run_of_another_experiment(tmp_path, capsys):
     state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
-    Run(tmp_path).checkpoints.save(3, state, {"experiment": "pretrain_bert"})
-    message = fails(capsys, "--prompt", "a", "--run-dir", tmp_path)
-    assert "is not a run of this experiment, language_model" in message
+    for stage, other in (("", "pretrain_bert"), ("multi-head", "another_model")):
+        folder = tmp_path / other
+        Run(folder / stage).checkpoints.save(3, state, {"experiment": other})
+        message = fails(capsys, "--prompt", "a", "--run-dir", folder)
+        assert "is not a run of this experiment, language_model" in message
+
+
+def test_another_seed_draws_another_text_from_the_same_run():
+    before = language_model.Settings()
+    asks = language_model.Settings(prompt="a", seed=3)
+    asks.check_continues(before, Path("run"), finished=True)
+    resumes = language_model.Settings(resume=True, seed=3)
+    with pytest.raises(language_model.BadInput, match="--seed 3 differs from the checkpoint's, 0"):
+        resumes.check_continues(before, Path("run"), finished=False)
 
 
 def test_a_folder_of_another_model(tmp_path, capsys):

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import pretrain_bert
 from experiments.training.runs import Run
@@ -156,6 +157,14 @@ def test_a_text_without_sentences(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_of_several_stages_is_of_another_experiment(capsys, tmp_path):
+    state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    run = Run(tmp_path / "multi-head")
+    run.checkpoints.save(3, state, {"experiment": "language_model"})
+    message = fails(capsys, "--resume", "--run-dir", tmp_path)
+    assert "is not a run of this experiment, pretrain_bert" in message
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -167,6 +176,7 @@ def test_a_text_without_sentences(capsys, tmp_path):
         ("--fill x --resume", "give --resume or --fill, not both"),
         ("--data no.txt", "no.txt: No such file"),
         ("--fill \udcff", "--fill must be UTF-8 text"),
+        ("--fill a[mask]", "expected a text with [MASK] in it, got 'a[mask]'"),
     ],
 )
 def test_bad_options(capsys, tmp_path, monkeypatch, option, message):

@@ -292,6 +292,12 @@ def test_help_reads():
         assert option in done.stdout
 
 
+def test_a_finished_run_that_is_resumed_says_that_it_is_trained(finished_run, copied_run, capsys):
+    translate.main(["--resume", "--run-dir", str(copied_run.folder)])
+    assert "trained already: 240 steps" in capsys.readouterr().out
+    assert_same_weights(finished_run, copied_run)
+
+
 def test_more_steps_extend_a_finished_run(finished_run, copied_run, capsys):
     resume = ["--resume", "--run-dir", str(copied_run.folder)]
     translate.main([*resume, "--steps", "260"])
