@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from experiments import BadInput, exits_on_bad_input
-from experiments.data import bytepair, packing
+from experiments.data import bytepair, documents, packing
 from experiments.data.documents import Document
 from experiments.data.packing import Rows
 from experiments.training import command, pictures, text_command, transformer_command
@@ -333,18 +333,11 @@ def stream(
     return text
 
 
-def opening(part: Sequence[Document]) -> str:
-    """The first paragraph that begins with a capital letter and has eight words, or else any."""
-    texts = [text for document in part for text in document]
-    prose = (text for text in texts if text[0].isupper() and len(text.split()) >= 8)
-    return next(prose, texts[0])
-
-
 def samples(
     model: causal_lm.CausalLM, corpus: Corpus, console: Console, new_tokens: int, seed: int
 ) -> None:
     """Continue the first words of a paragraph, up to 48 characters, in every way of decoding."""
-    prompt = " ".join(opening(corpus.parts.test).split()[:6])[:LONGEST]
+    prompt = " ".join(documents.opening(corpus.parts.test).split()[:6])[:LONGEST]
     for way, options in WAYS.items():
         console.rule(way, align="left")
         given: dict[str, Any] = dict(options)
@@ -418,7 +411,7 @@ def _draw(first: causal_lm.CausalLM, corpus: Corpus, job: Job[Settings]) -> None
     converted = Run(run.folder / f"converted-{steps}").metrics.read()
     metrics["converted, trained on"] = [{**row, "step": row["step"] + steps} for row in converted]
     pictures.curves(metrics, run.folder / "curve.png")
-    text = corpus.tokenizer.encode(opening(corpus.parts.test)).ids
+    text = corpus.tokenizer.encode(documents.opening(corpus.parts.test)).ids
     ids = [packing.END, *text][: min(24, job.settings.length)]
     tokens = ["END", *(corpus.tokenizer.decode([id]) for id in ids[1:])]
     pictures.attention_maps(attention(first, ids), tokens, run.folder / "attention.png")

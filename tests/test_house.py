@@ -16,10 +16,11 @@ SOURCES = sorted((ROOT / "jattn").rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 ORDER = ["functional", "request", "kernels", "attention", "nn", "models", "interop", "parity"]
 OPTIONAL = {"torch", "transformers"}
-# Flax needs PyYAML, too
+# Flax needs PyYAML, Orbax and rich, too
 CORE = {"jax", "flax", "yaml", "optax", "chex", "einops", "safetensors", "numpy", "jattn"} | set(
     sys.stdlib_module_names
 )
+CORE |= {"orbax", "rich"}
 MENUS = ["jattn", "jattn.functional", "jattn.nn", "jattn.models", "jattn.interop"]
 PIECES = [
     "scores", "masks", "named_masks", "modifiers", "heads", "positions", "ropes", "softmax",

@@ -128,6 +128,18 @@ def cut(document: Document) -> list[Document]:
     return [tuple(section) for section in sections]
 
 
+def opening(documents: Sequence[Document]) -> str:
+    """The first paragraph that begins with a capital letter and has eight words, or else any.
+
+    Example:
+      >>> opening([["no", "So this one has eight words or more."]])
+      'So this one has eight words or more.'
+    """
+    texts = [text for document in documents for text in document]
+    prose = (text for text in texts if text[0].isupper() and len(text.split()) >= 8)
+    return next(prose, texts[0])
+
+
 def sentences(document: Document) -> list[str]:
     """The sentences of a document's paragraphs; a program is one sentence.
 

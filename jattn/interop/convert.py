@@ -10,7 +10,8 @@ from flax import nnx
 
 from jattn.interop.errors import ConversionError
 from jattn.interop.huggingface import bert, causal_lm
-from jattn.interop.rules import Rule, from_flax, to_flax
+from jattn.interop.rules import Rule, from_flax, names, to_flax
+from jattn.interop.steps import Step
 from jattn.interop.tensors import read
 from jattn.interop.torch import (
     char_rnn,
@@ -175,6 +176,38 @@ def torch_rules(
       [('fc.weight',), ('fc.bias',)]
     """
     return _named(module, names)[0].rules
+
+
+def names_in_torch(
+    module: nnx.Module, tensors: Mapping[str, Any], rules: Iterable[Rule] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """The names of the tensors that fill each parameter, by its path; none: these do not.
+
+    Args:
+      module, rules: as for `load_torch`.
+      tensors: by their names.
+
+    Raises:
+      TypeError: the class has no table and there are no rules.
+    """
+    paths = {
+        ".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+    tables = _tables(module) if rules is None else (Table("the rules given", tuple(rules)),)
+    for table in tables:
+        steps = [Step(names(rule.torch), names(rule.flax), rule.layout) for rule in table.rules]
+        current = table.current(tensors)
+        found = {
+            path: bound.sources
+            for name in current
+            for step in steps
+            for bound in step.bound_by(name)
+            if current.keys() >= {*bound.sources}
+            for path in bound.targets
+        }
+        if found.keys() == paths:
+            return found
+    return {}
 
 
 def _tables(module: nnx.Module | type[nnx.Module]) -> tuple[Table, ...]:

@@ -1,16 +1,18 @@
-"""The `jattn` command: hold ports against PyTorch's recorded numbers.
+"""The `jattn` command: hold ports against PyTorch's recorded numbers, and convert weights.
 
 jattn parity [FOLDER]                            every fixture of a folder, a line each
 jattn parity run FIXTURE...                      the given fixtures, tensor by tensor
 jattn parity record MODULE:FACTORY -o FILE       run a PyTorch module, and record all it does
 jattn parity diff FILE MODULE:FACTORY            which layer of a port differs first, and why
+jattn convert CHECKPOINT --to flax|torch|hf -o FILE    weights, from and to PyTorch's names
 
-Only `record` needs PyTorch. Each has a --help of its own.
+Only `record` needs PyTorch, and `convert` for pickles. Each has a --help of its own.
 Exit code: 0 where all is equal, 1 where some tensor differs, 2 where the input is bad.
 """
 
 import argparse
 import dataclasses
+import difflib
 import glob
 import json
 import math
@@ -19,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jattn.parity import ports
+from jattn.parity import conversion, ports
 from jattn.parity.compare import Comparison, is_recorded, run
 from jattn.parity.fixtures import load
 
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0 where all is equal, 1 where some tensor differs, 2 where the input is bad.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    named = next((name for name in _COMMANDS if words[: len(name)] == [*name]), ())
+    named = next(name for name in _COMMANDS if words[: len(name)] == [*name])
     parser, action = _COMMANDS[named]
     options = parser().parse_args(words[len(named) :])
     if "dtype" in options:
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jattn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["parity"])
+    parser.add_argument("command", choices=["parity", "convert"])
     parser.add_argument(
         "folder",
         nargs="?",
@@ -145,7 +147,10 @@ def _fixtures(folder: pathlib.Path) -> list[pathlib.Path]:
     """The fixtures of a folder, and of the folders in it; those of training lie deeper."""
     paths = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*/*.safetensors"))]
     if not paths:
-        raise FileNotFoundError(f"no fixtures (*.safetensors) in the folder {folder}: {_WHERE}")
+        words = [name[-1] for name in _COMMANDS if name and name[0] == "parity"]
+        near = difflib.get_close_matches(str(folder), words, n=1)
+        hint = f"did you mean `jattn parity {near[0]}`?" if near else _WHERE
+        raise FileNotFoundError(f"no fixtures (*.safetensors) in the folder {folder}: {hint}")
     return paths
 
 
@@ -216,6 +221,7 @@ _COMMANDS: Mapping[tuple[str, ...], Command] = {
     ("parity", "run"): (_run_parser, _run),
     ("parity", "record"): (ports.record_parser, ports.record_port),
     ("parity", "diff"): (ports.diff_parser, ports.diff_port),
+    ("convert",): (conversion.convert_parser, conversion.convert),
     (): (_parser, _table),
 }
 

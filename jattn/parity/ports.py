@@ -15,7 +15,7 @@ from jattn.parity.diffing import Report, diff
 from jattn.parity.fixtures import load, save
 from jattn.parity.recording import record, versions
 
-_WHERE = "MODULE:FACTORY, such as my_package.models:make or my_file.py:make"
+WHERE = "MODULE:FACTORY, such as my_package.models:make or my_file.py:make"
 
 
 def record_parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def record_parser() -> argparse.ArgumentParser:
         description="Runs a PyTorch module in float64 and records its weights, inputs, outputs and"
         " gradients, and those of all its layers. Needs PyTorch.",
     )
-    help = f"{_WHERE}: a function that returns the module and its inputs, a sequence or a mapping"
+    help = f"{WHERE}: a function that returns the module and its inputs, a sequence or a mapping"
     parser.add_argument("factory", metavar="MODULE:FACTORY", help=help)
     parser.add_argument(
         "-o", "--output", type=pathlib.Path, metavar="FILE", required=True,
@@ -37,11 +37,11 @@ def record_parser() -> argparse.ArgumentParser:
 def record_port(options: argparse.Namespace) -> int:
     """Run `jattn parity record`."""
     versions()  # needs PyTorch, as the factory does, and says how to install it
-    made = _made(options.factory)
-    if not (isinstance(made, tuple) and len(made) == 2):
-        kind = type(made).__name__
+    found = made(options.factory)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        kind = type(found).__name__
         raise ValueError(f"{options.factory}: expected (module, inputs), got a {kind}")
-    module, inputs = made
+    module, inputs = found
     fixture = record(module, inputs, case=type(module).__name__)
     save(options.output, fixture)
     size = options.output.stat().st_size / 1e3
@@ -64,7 +64,7 @@ def diff_parser() -> argparse.ArgumentParser:
         "fixture", type=pathlib.Path, metavar="FILE", help="from `jattn parity record`"
     )
     help = (
-        f"{_WHERE}: a function that returns the port, a module of Flax NNX or a function; or a pair"
+        f"{WHERE}: a function that returns the port, a module of Flax NNX or a function; or a pair"
         " of it and the options of `jattn.parity.diff`, such as rules and pairs"
     )
     parser.add_argument("factory", metavar="MODULE:FACTORY", help=help)
@@ -77,8 +77,8 @@ def diff_parser() -> argparse.ArgumentParser:
 def diff_port(options: argparse.Namespace) -> int:
     """Run `jattn parity diff`."""
     fixture = load(options.fixture)
-    made = _made(options.factory)
-    port, given = made if isinstance(made, tuple) else (made, {})
+    found = made(options.factory)
+    port, given = found if isinstance(found, tuple) else (found, {})
     report = diff(fixture, port, **given)
     print(report)
     if options.json:
@@ -101,11 +101,16 @@ def _plain(report: Report) -> dict[str, Any]:
     return plain(kept) | {"rules": rules, "passed": report.passed}
 
 
-def _made(where: str) -> Any:
-    """What the function `MODULE:FACTORY` returns."""
+def made(where: str) -> Any:
+    """What the function `MODULE:FACTORY` returns.
+
+    Raises:
+      ValueError: it cannot be called without arguments, or there is none of the name.
+      FileNotFoundError, ImportError: neither is its module.
+    """
     source, _, name = where.rpartition(":")
     if not source or not name:
-        raise ValueError(f"expected {_WHERE}, got {where!r}")
+        raise ValueError(f"expected {WHERE}, got {where!r}")
     if source.endswith(".py"):
         module = _of_file(pathlib.Path(source))
     else:
@@ -119,7 +124,7 @@ def _made(where: str) -> Any:
     try:
         return factory()
     except TypeError as error:
-        raise ValueError(f"{where}() fails: {error}; expected {_WHERE}") from error
+        raise ValueError(f"{where}() fails: {error}; expected {WHERE}") from error
 
 
 def _of_file(path: pathlib.Path) -> Any:

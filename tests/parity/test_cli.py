@@ -59,6 +59,11 @@ def test_bad_input_is_exit_code_two(capsys, tmp_path, words):
     assert captured.err.startswith("jattn: no ") and str(tmp_path) in captured.err
 
 
+def test_a_command_that_is_almost_one(capsys):
+    assert main(["parity", "runn"]) == 2
+    assert "did you mean `jattn parity run`?" in capsys.readouterr().err
+
+
 def titles(capsys):
     """Titles of the fixtures that were run tensor by tensor."""
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,56 @@
+"""Tables on the terminal, and the same as plain lines where there is none."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 1000  # columns of a file or a pipe, in which no name is broken
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal; a file or a pipe has room for every name.
+
+    Example:
+      >>> console().print("pass")
+      pass
+    """
+    width = None if sys.stdout.isatty() else _WIDE
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], *, names: int) -> Table:
+    """A table whose first columns are names, and all others numbers.
+
+    Args:
+      titles: of the columns.
+      rows: of texts and numbers; None is an empty cell, and `pass` and `FAIL` have colours.
+      names: how many columns are names.
+
+    Example:
+      >>> console().print(table(["", "tensor", "|Δ|"], [["pass", "weight", 1e-12]], names=2))
+      <BLANKLINE>
+             tensor       |Δ|
+      ───────────────────────
+      pass   weight   1.0e-12
+    """
+    found = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for n, title in enumerate(titles):
+        if n < names:
+            found.add_column(title, overflow="fold")
+        else:
+            found.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        found.add_row(*map(_cell, row))
+    return found
+
+
+def _cell(value: Any) -> Text:
+    if isinstance(value, float):
+        return Text(f"{value:.1e}")
+    colours = {"pass": "green", "FAIL": "bold red"}
+    return Text("" if value is None else str(value), style=colours.get(value, ""))
