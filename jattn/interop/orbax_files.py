@@ -47,7 +47,10 @@ def orbax_of(path: pathlib.Path) -> dict[str, Stored]:
     import orbax.checkpoint as ocp
 
     with _naming(path), ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path.absolute()).item_metadata.tree
+        found = checkpointer.metadata(path.absolute()).item_metadata
+    if found is None:
+        raise FileError(f"{path}: Orbax does not read it: its list of arrays is broken")
+    tree = found.tree
 
     @functools.cache
     def arrays() -> Mapping[str, np.ndarray]:

@@ -162,6 +162,10 @@ class Rule:
         """Whether a PyTorch tensor of that name is the rule's."""
         return any(re.fullmatch(expression(pattern), name) for pattern in names(self.torch))
 
+    def fills(self, path: str) -> bool:
+        """Whether a Flax parameter of that path is the rule's."""
+        return any(re.fullmatch(expression(pattern), path) for pattern in names(self.flax))
+
 
 def names(side: str | tuple[str, ...]) -> tuple[str, ...]:
     """The names on one side of a rule, one or several, as a tuple.

@@ -21,8 +21,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
+from rich.progress import Progress
+from rich.text import Text
+
 from jattn.parity import conversion, ports
 from jattn.parity.compare import Comparison, is_recorded, run
+from jattn.parity.console import console, table, verdict
 from jattn.parity.fixtures import load
 
 _FOLDER = pathlib.Path("tests/fixtures")
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     paths = _fixtures(options.folder)
-    print(f"{'':4}  {'fixture':{_WIDTH}}  " + "  ".join(map(_title, options.dtype)))
+    console().print(f"{'':4}  {'fixture':{_WIDTH}}  " + "  ".join(map(_title, options.dtype)))
     return _compared(paths, options, _line)
 
 
@@ -75,28 +80,33 @@ def _run(options: argparse.Namespace) -> int:
 def _compared(
     paths: Sequence[pathlib.Path],
     options: argparse.Namespace,
-    shown: Callable[[Sequence[Comparison]], str],
+    shown: Callable[[Sequence[Comparison]], Any],
 ) -> int:
     """Compare fixtures in each dtype, and print each as it comes."""
     comparisons: list[Comparison] = []
     passed = compared = 0
-    for path in paths:
-        fixture = load(path)
-        each = [run(fixture, dtype) for dtype in options.dtype if is_recorded(fixture, dtype)]
-        if not each:
-            print(f"{'—':4}  {fixture.title:{_WIDTH}}  nothing of PyTorch's is known in this dtype")
-            continue
-        comparisons += each
-        compared += 1
-        passed += all(comparison.passed for comparison in each)
-        print(shown(each), flush=True)
+    out = console()
+    bar = Progress(console=out, transient=True, disable=not out.is_terminal)
+    with bar:
+        for path in bar.track(paths, description="fixtures"):
+            fixture = load(path)
+            each = [run(fixture, dtype) for dtype in options.dtype if is_recorded(fixture, dtype)]
+            if not each:
+                unknown = "nothing of PyTorch's is known in this dtype"
+                out.print(f"{'—':4}  {fixture.title:{_WIDTH}}  {unknown}")
+                continue
+            comparisons += each
+            compared += 1
+            passed += all(comparison.passed for comparison in each)
+            out.print(shown(each))
+            sys.stdout.flush()
     if options.json:
         reports = json.dumps([_report(each) for each in comparisons], indent=2)
         options.json.write_text(reports + "\n")
     if not compared:
         raise ValueError(f"no such fixture is known in {', '.join(options.dtype)}")
     dtypes = ", ".join(options.dtype)
-    print(f"{passed} of {compared} fixtures are equal to PyTorch in {dtypes}")
+    out.print(f"{passed} of {compared} fixtures are equal to PyTorch in {dtypes}")
     return 0 if passed == compared else 1
 
 
@@ -184,36 +194,31 @@ def _title(dtype: str) -> str:
     return f"{dtype + ': outputs':>17}  {'gradients':>9}  {'/ allowed':>9}"
 
 
-def _line(comparisons: Sequence[Comparison]) -> str:
+def _line(comparisons: Sequence[Comparison]) -> Text:
     numbers = [
         f"{each.worst('max_error', 'output/'):17.1e}  {each.worst('max_error', 'grad/'):9.1e}"
         f"  {each.worst('share'):9.1e}"
         for each in comparisons
     ]
-    word = _word(all(each.passed for each in comparisons))
-    return "  ".join([word, f"{comparisons[0].fixture:{_WIDTH}}", *numbers])
+    word = verdict(all(each.passed for each in comparisons))
+    rest = ["", f"{comparisons[0].fixture:{_WIDTH}}", *numbers]
+    return Text.assemble(word, "  ".join(rest))
 
 
-def _rows(comparisons: Sequence[Comparison]) -> str:
-    titles = ("max |Δ|", "relative", "ulps", "/ PyTorch", "/ allowed")
-    names = [row.name for each in comparisons for row in each.rows]
-    width = max(map(len, names), default=0)
-    lines = []
+def _rows(comparisons: Sequence[Comparison]) -> Group:
+    titles = ("", "tensor", "max |Δ|", "relative", "ulps", "/ PyTorch", "/ allowed")
+    parts: list[Any] = []
     for each in comparisons:
-        lines += [
-            f"{each.fixture}: {each.system}, {each.dtype}",
-            "  ".join([f"{'':4}", f"{'tensor':{width}}", *(f"{title:>9}" for title in titles)]),
-        ]
-        for row in each.rows:
-            found = (row.max_error, row.relative_error, row.ulps, row.torch_ratio, row.share)
-            numbers = (f"{number:9.1e}" for number in found)
-            lines.append("  ".join([_word(row.passed), f"{row.name:{width}}", *numbers]))
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _word(passed: bool) -> str:
-    return "pass" if passed else "FAIL"
+        rows = [
+            [
+                verdict(row.passed), row.name, row.max_error, row.relative_error, row.ulps,
+                row.torch_ratio, row.share,
+            ]
+            for row in each.rows
+        ]  # fmt: skip
+        heading = f"{each.fixture}: {each.system}, {each.dtype}"
+        parts += [heading, table(titles, rows, names=2), ""]
+    return Group(*parts)
 
 
 Command = tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]

@@ -1,5 +1,6 @@
 """Tables on the terminal, and the same as plain lines where there is none."""
 
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,17 +24,30 @@ def console() -> Console:
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
+def plain(*parts: Any) -> str:
+    """Tables and texts as plain lines, without the end of the last one.
+
+    Example:
+      >>> plain("two", "lines")
+      'two\\nlines'
+    """
+    out = io.StringIO()
+    each = Console(file=out, width=_WIDE, highlight=False, markup=False, emoji=False)
+    for part in parts:
+        each.print(part)
+    return out.getvalue().rstrip("\n")
+
+
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], *, names: int) -> Table:
     """A table whose first columns are names, and all others numbers.
 
     Args:
       titles: of the columns.
-      rows: of texts and numbers; None is an empty cell, and `pass` and `FAIL` have colours.
+      rows: of texts and numbers; None is an empty cell.
       names: how many columns are names.
 
     Example:
-      >>> console().print(table(["", "tensor", "|Δ|"], [["pass", "weight", 1e-12]], names=2))
-      <BLANKLINE>
+      >>> console().print(table(["", "tensor", "|Δ|"], [[verdict(True), "weight", 1e-12]], names=2))
              tensor       |Δ|
       ───────────────────────
       pass   weight   1.0e-12
@@ -49,8 +63,17 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], *, names: int) -
     return found
 
 
+def verdict(passed: bool) -> Text:
+    """`pass` or `FAIL`.
+
+    Example:
+      >>> str(verdict(True)), str(verdict(False))
+      ('pass', 'FAIL')
+    """
+    return Text("pass", "green") if passed else Text("FAIL", "bold red")
+
+
 def _cell(value: Any) -> Text:
-    if isinstance(value, float):
-        return Text(f"{value:.1e}")
-    colours = {"pass": "green", "FAIL": "bold red"}
-    return Text("" if value is None else str(value), style=colours.get(value, ""))
+    if isinstance(value, Text):
+        return value
+    return Text("" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value))

@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.console import Group
+from rich.table import Table
 
 from jattn.interop.rules import Rule, from_flax, to_flax
 from jattn.parity import layers, pairing
+from jattn.parity.adapters import as_nnx, callable_with
 from jattn.parity.compare import Row, compare_tensors
+from jattn.parity.console import plain, table, verdict
 from jattn.parity.fixtures import Fixture
 from jattn.parity.hints import ALLOWED, Layer, hints
 from jattn.parity.layers import Call, is_float
@@ -76,18 +80,26 @@ class Report:
 
     def __str__(self) -> str:
         """The report as text."""
-        verdict = "equal to PyTorch" if self.passed else "differs from PyTorch"
-        lines = [f"{self.title}: {verdict} in float64", "", *_layer_table(self.layers), ""]
-        lines += _tensor_table(self.rows)
+        return plain(self)
+
+    def __rich__(self) -> Group:
+        """The report with its tables, for a terminal."""
+        how = "equal to" if self.passed else "differs from"
+        wrong = [row for row in self.rows if not row.passed]
+        equal = f"{len(self.rows) - len(wrong)} of {len(self.rows)} outputs and gradients are equal"
+        parts: list[Any] = [
+            f"{self.title}: {how} PyTorch in float64", "", _layer_table(self.layers), "", equal,
+        ]  # fmt: skip
+        if wrong:
+            rows = [[verdict(False), row.name, row.relative_error] for row in wrong]
+            parts += ["", table(["", "tensor", "relative"], rows, names=2)]
         if self.first:
-            lines += ["", f"first layer that differs: {_where(self.first)}"]
-            lines += [f"  {hint}" for hint in self.hints]
-            if not self.hints:
-                lines += ["  no known change makes it equal"]
+            parts += ["", f"first layer that differs: {_where(self.first)}"]
+            parts += [f"  {hint}" for hint in self.hints or ["no known change makes it equal"]]
         elif not self.passed and self.first_backward:
-            lines += ["", f"forward equal; first gradient that differs, from the end:"
-                          f" {_where(self.first_backward)}"]  # fmt: skip
-        return "\n".join(lines)
+            where = _where(self.first_backward)
+            parts += ["", f"forward equal; first gradient that differs, from the end: {where}"]
+        return Group(*parts)
 
 
 def diff(
@@ -97,6 +109,7 @@ def diff(
     rules: Iterable[Rule] | None = None,
     pairs: Mapping[str, str] | None = None,
     call: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+    params: Any = None,
 ) -> Report:
     """Hold a port, layer by layer, against what PyTorch's module did.
 
@@ -105,13 +118,16 @@ def diff(
 
     Args:
       fixture: from `record`, with the insides of the module.
-      module: of Flax NNX, or a function of arrays.
+      module: of Flax NNX or Linen, or a function of arrays.
       rules: of the weights; None: guessed from the pairs, with the tables of `jattn.interop`.
       pairs: PyTorch's layers, by name, → the port's, by path; None: guessed.
       call: `(module, inputs by name) -> outputs`; None: the module with the inputs in their order.
+      params: a pytree that the function takes first, or the variables of the module of Linen; what
+        they hold is replaced by PyTorch's weights.
 
     Raises:
       ConversionError: (a ValueError) the weights do not fit.
+      TypeError: the port is no module and no function.
       ValueError: the port cannot be called with the inputs, or its outputs lack a name.
 
     Example:
@@ -121,9 +137,10 @@ def diff(
       (True, False)
     """
     call = call or _in_order
-    port = module if isinstance(module, nnx.Module) else _Function(module)
     exactly = jax.enable_x64(True), jax.default_matmul_precision("highest")
     with exactly[0], exactly[1], jax.numpy_dtype_promotion("standard"):
+        inputs = {name: jnp.asarray(array) for name, array in fixture.inputs.items()}
+        port = as_nnx(module, params, call, inputs)
         return _diff(fixture, _double(port), rules, pairs, call)
 
 
@@ -132,9 +149,18 @@ def check(torch_module: Any, module: Any, inputs: Any, **options: Any) -> Report
 
     Args:
       torch_module: any `torch.nn.Module`.
-      module: of Flax NNX, or a function of arrays.
+      module: of Flax NNX or Linen, or a function of arrays.
       inputs: of the PyTorch module, by name or in order.
       **options: those of `diff`.
+
+    Raises:
+      As `record` and `diff`.
+
+    Example:
+      >>> x = np.ones((5, 3))
+      >>> linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> check(torch.nn.Linear(3, 2), linear, [x]).passed  # doctest: +SKIP
+      True
     """
     return diff(record(torch_module, inputs, case=type(torch_module).__name__), module, **options)
 
@@ -142,22 +168,22 @@ def check(torch_module: Any, module: Any, inputs: Any, **options: Any) -> Report
 def assert_matches(fixture: Fixture, module: Any, **options: Any) -> None:
     """A test in one line: the port gives PyTorch's outputs and gradients.
 
+    Args:
+      fixture: from `record`, or from its file by `jattn.parity.load`.
+      module, **options: as for `diff`.
+
     Raises:
       AssertionError: it does not; the message is the whole report.
+      Else as `diff`.
+
+    Example:
+      >>> x = np.array([1.0, 2.0])
+      >>> fixture = Fixture("yours/double", "double", inputs={"x": x}, outputs={"output": 2 * x})
+      >>> assert_matches(fixture, lambda x: x + x)
     """
     report = diff(fixture, module, **options)
     if not report.passed:
         raise AssertionError(f"\n{report}")
-
-
-class _Function(nnx.Module):
-    """A function as a module without weights."""
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-
-    def __call__(self, *arrays: Any) -> Any:
-        return self.function(*arrays)
 
 
 def _in_order(module: Any, inputs: Mapping[str, Any]) -> Any:
@@ -181,15 +207,11 @@ def _diff(
     def whole(module: nnx.Module) -> list[Any]:
         return call(module, inputs)
 
-    try:
+    with callable_with(inputs):
         _, before = layers.calls(module, whole)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the port cannot be called with the inputs {', '.join(inputs)}: {error}"
-        ) from error
     if pairs is None:
         pairs = pairing.guess_pairs(fixture, before)
-    rules = tuple(pairing.guess_rules(fixture, module, pairs) if rules is None else rules)
+    rules = tuple(pairing.guess_rules(fixture, module, pairs, before) if rules is None else rules)
     nnx.update(module, to_flax(fixture.parameters, module, rules))
     output, found = layers.calls(module, whole)
     root = Call("", _Bound(module, call, tuple(inputs)), tuple(inputs.values()), {}, output)
@@ -351,9 +373,16 @@ def _hints(fixture: Fixture, call: Call, torch: str) -> list[str]:
     label = torch or "[0]"
     arrays = _inputs(fixture, label, call) or call.arrays
     expected = _expected(fixture, label)[: len(call.outputs)]
+    # The whole port is held in another module, whose name is no part of its parameters' paths
+    prefix = "module." if isinstance(call.layer, _Bound) else ""
+
+    def again(weights: Mapping[str, Any], arrays: Sequence[Any], **options: Any) -> list[Any]:
+        whole = {f"{prefix}{name}": weight for name, weight in weights.items()}
+        return call.again(whole, arrays, **options)
+
     layer = Layer(
-        call.again, call.weights, arrays, expected,
-        functools.partial(call.again, evaluate=True),
+        again, {name.removeprefix(prefix): weight for name, weight in call.weights.items()},
+        arrays, expected, functools.partial(again, evaluate=True),
     )  # fmt: skip
     return hints(layer)
 
@@ -380,23 +409,15 @@ def _tensor_rows(
     return compare_tensors(fixture, arrays, np.dtype(np.float64))
 
 
-def _layer_table(rows: Sequence[LayerRow]) -> list[str]:
-    lines = [
-        f"{'':4}  {'PyTorch':32}  {'the port':32}  {'within':>8}  {'alone':>8}  {'gradient':>8}"
-    ]
-    for row in rows:
-        word = "ok" if row.own_error <= ALLOWED else "FAIL"
-        numbers = (row.error, row.alone, row.gradient)
-        shown = "  ".join(f"{'' if x is None else format(x, '8.1e'):>8}" for x in numbers)
-        lines.append(f"{word:4}  {row.torch or '(all)':32}  {row.flax or '(all)':32}  {shown}")
-    return lines
-
-
-def _tensor_table(rows: Sequence[Row]) -> list[str]:
-    wrong = [row for row in rows if not row.passed]
-    right = len(rows) - len(wrong)
-    lines = [f"{right} of {len(rows)} outputs and gradients are equal"]
-    return lines + [f"FAIL  {row.name:60}  {row.relative_error:8.1e}" for row in wrong]
+def _layer_table(rows: Sequence[LayerRow]) -> Table:
+    cells = [
+        [
+            verdict(row.own_error <= ALLOWED), row.torch or "(all)",
+            row.flax or "(all)", row.error, row.alone, row.gradient,
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(["", "PyTorch", "the port", "within", "alone", "gradient"], cells, names=3)
 
 
 def _where(row: LayerRow) -> str:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jattn.parity.adapters import Linen
+
 Arrays = Sequence[Any]
 Weights = Mapping[str, Any]
 
@@ -20,7 +22,7 @@ class Call:
 
     Args:
       path: dotted, of the layer in its module.
-      layer: a module of Flax NNX.
+      layer: a module of Flax NNX, or one of Linen, seen as such.
       arguments, options: what it was called with.
       output: what it returned, a pytree.
     """
@@ -168,6 +170,8 @@ def _watched(module: nnx.Module, note: Callable[..., Any]) -> nnx.Module:
     """A copy whose layers, when they are called, tell what they got and gave."""
     originals = {dotted(path): layer for path, layer in nnx.iter_modules(module) if path}
     copy = nnx.clone(module)
+    if isinstance(copy, Linen):
+        copy.note = note
     for path, layer in nnx.iter_modules(copy):
         name = dotted(path)
         if name in originals and callable(layer):

@@ -14,6 +14,7 @@ from flax import nnx
 
 from jattn.interop.convert import TABLES
 from jattn.interop.rules import IDENTITY, TRANSPOSE, Rule, within
+from jattn.parity.adapters import kind_of
 from jattn.parity.fixtures import Fixture
 from jattn.parity.layers import Call, dotted
 
@@ -111,21 +112,30 @@ def _alike(name: str, path: str) -> float:
     )
 
 
-def guess_rules(fixture: Fixture, module: nnx.Module, pairs: Pairs) -> tuple[Rule, ...]:
+def guess_rules(
+    fixture: Fixture, module: nnx.Module, pairs: Pairs, calls: Sequence[Call] = ()
+) -> tuple[Rule, ...]:
     """The rules of the weights of paired layers; what is left is paired by names and shapes.
 
     Args:
       fixture: what PyTorch's module did.
       module: of Flax NNX.
       pairs: PyTorch's layers → the module's.
+      calls: of its layers; those of Linen are known by them.
+
+    Raises:
+      ValueError: a pair names a layer that there is not.
     """
-    layers = {dotted(path): layer for path, layer in nnx.iter_modules(module)}
+    kinds = {dotted(path): type(layer) for path, layer in nnx.iter_modules(module)}
+    kinds |= {call.path: kind_of(call.layer) for call in calls}
+    if unknown := [path for path in pairs.values() if path not in kinds]:
+        raise ValueError(f"pairs: the port has no layer {', '.join(map(repr, unknown))}")
     rules: list[Rule] = []
     taken: set[str] = set()
     for name, path in sorted(pairs.items(), key=lambda pair: pair[0].count(".")):
         own = _of(fixture.parameters, name)
         left = {key for key in own if f"{name}.{key}" not in taken}
-        table = _table(layers[path], left)
+        table = _table(kinds[path], left)
         if table and left == set(own):
             used = [rule for rule in table.rules if any(rule.takes(key) for key in own)]
             rules += within(used, name, path)
@@ -133,10 +143,10 @@ def guess_rules(fixture: Fixture, module: nnx.Module, pairs: Pairs) -> tuple[Rul
     return (*rules, *_by_shape(fixture.parameters, module, rules))
 
 
-def _table(layer: nnx.Module, names: Iterable[str]) -> Any:
-    """The table of a layer's class that knows all of the names."""
+def _table(kind: type[nnx.Module], names: Iterable[str]) -> Any:
+    """The table of a class that knows all of the names."""
     names = list(names)
-    for base in type(layer).__mro__:
+    for base in kind.__mro__:
         for table in TABLES.get(base, ()):
             if names and table.knows(names) == len(names):
                 return table
@@ -147,10 +157,13 @@ def _by_shape(
     tensors: Mapping[str, np.ndarray], module: nnx.Module, rules: Sequence[Rule]
 ) -> list[Rule]:
     """Rules for what no other rule takes: the same shape, or that of a transposed matrix."""
-    filled = {path for rule in rules for path in rule.flax}
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    state = {
+        dotted(path): variable for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
     open_ = {
-        path: variable.shape for parts, variable in state if (path := dotted(parts)) not in filled
+        path: variable.shape
+        for path, variable in state.items()
+        if not any(rule.fills(path) for rule in rules)
     }
     found = []
     for name, tensor in tensors.items():

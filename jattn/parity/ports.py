@@ -11,6 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
+from jattn.parity.console import console
 from jattn.parity.diffing import Report, diff
 from jattn.parity.fixtures import load, save
 from jattn.parity.recording import record, versions
@@ -64,8 +65,8 @@ def diff_parser() -> argparse.ArgumentParser:
         "fixture", type=pathlib.Path, metavar="FILE", help="from `jattn parity record`"
     )
     help = (
-        f"{WHERE}: a function that returns the port, a module of Flax NNX or a function; or a pair"
-        " of it and the options of `jattn.parity.diff`, such as rules and pairs"
+        f"{WHERE}: a function that returns the port, a module of Flax NNX or Linen, or a function;"
+        " or a pair of it and a dict of options of `jattn.parity.diff`, such as rules and params"
     )
     parser.add_argument("factory", metavar="MODULE:FACTORY", help=help)
     parser.add_argument(
@@ -80,7 +81,7 @@ def diff_port(options: argparse.Namespace) -> int:
     found = made(options.factory)
     port, given = found if isinstance(found, tuple) else (found, {})
     report = diff(fixture, port, **given)
-    print(report)
+    console().print(report)
     if options.json:
         options.json.write_text(json.dumps(_plain(report), indent=2) + "\n")
     return 0 if report.passed else 1

@@ -43,6 +43,11 @@ def record(
       ModuleNotFoundError: PyTorch is not installed.
       TypeError: the inputs are not those of the module.
       ValueError: it returns no tensor.
+
+    Example:
+      >>> fixture = record(torch.nn.Linear(3, 2), [np.ones((5, 3))])  # doctest: +SKIP
+      >>> list(fixture.parameters), fixture.outputs["output"].shape  # doctest: +SKIP
+      (['weight', 'bias'], (5, 2))
     """
     torch = _torch()
     module = copy.deepcopy(module).double().eval()
