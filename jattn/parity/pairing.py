@@ -19,13 +19,15 @@ from jattn.parity.fixtures import Fixture
 from jattn.parity.layers import Call, dotted
 
 Pairs = Mapping[str, str]
+NEARLY = 1.6  # of 2, which is the same name
 
 
 def guess_pairs(fixture: Fixture, calls: Sequence[Call]) -> dict[str, str]:
     """PyTorch's layers, by name, and the Flax layers, by path, that have as many weights.
 
     Of those with the same number of weights, and outputs of the same size, the first called is
-    taken for the first called; where their numbers differ, the names decide.
+    taken for the first called; where their numbers differ, the names decide. Of those that are
+    left, where a bias is missing, say, nearly the same names are a pair.
 
     Args:
       fixture: what PyTorch's module did.
@@ -53,8 +55,27 @@ def guess_pairs(fixture: Fixture, calls: Sequence[Call]) -> dict[str, str]:
     for key, names in theirs.items():
         if key[0]:
             pairs |= _matched(names, ours.get(key, []))
+    pairs |= _namesakes(theirs, ours, pairs)
     order = list(first_outputs(fixture.modules))
     return {name: pairs[name] for name in order if name in pairs}
+
+
+def _namesakes(
+    theirs: Mapping[Any, Sequence[str]], ours: Mapping[Any, Sequence[str]], pairs: Pairs
+) -> dict[str, str]:
+    """Layers of nearly the same name and the same size of output, of which one lacks a weight."""
+    found: dict[str, str] = {}
+    for (weights, size), names in theirs.items():
+        paths = [
+            path for (number, other), each in ours.items() if number and other == size
+            for path in each
+        ]  # fmt: skip
+        for name in names if weights else ():
+            left = [path for path in paths if path not in (*pairs.values(), *found.values())]
+            best = max(left, key=lambda path: _alike(name, path), default=None)
+            if name not in pairs and best is not None and _alike(name, best) > NEARLY:
+                found[name] = best
+    return found
 
 
 def first_outputs(modules: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

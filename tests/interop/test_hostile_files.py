@@ -318,7 +318,8 @@ def peak():
 
 for folder in sys.argv[1:3]:
     before = peak()
-    model = interop.load_pretrained(folder)
+    new = {"cls": models.BertForPreTraining, "rngs": nnx.Rngs(0)} if sys.argv[3:] else {}
+    model = interop.load_pretrained(folder, **new)
     after = peak()
 print(after - before)
 """
@@ -332,10 +333,22 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path, folder, tied)
     if not tied:
         config = Config(16_000, 512, 4, 8, 8, mlp_features=1536)
     save_pretrained(models.CausalLM(config, rngs=nnx.Rngs(0)), tmp_path / "large")
-    size = (tmp_path / "large" / FILE).stat().st_size
+    assert_little_memory(folder, tmp_path / "large")
+
+
+@pytest.mark.slow
+def test_new_heads_of_bert_take_little_more_memory_than_the_model(tmp_path):
+    for name, sizes in (("small", (100, 16, 1, 2)), ("large", (60_000, 512, 4, 8))):
+        model = models.Bert(models.bert.Config(*sizes), rngs=nnx.Rngs(0))
+        save_pretrained(model, tmp_path / name)
+    assert_little_memory(tmp_path / "small", tmp_path / "large", "new heads")
+
+
+def assert_little_memory(small, large, *words):
+    size = (large / FILE).stat().st_size
     assert size > 100 * 2**20
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "large")],
+        [sys.executable, "-c", MEASURED, str(small), str(large), *words],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """A port that is wrong in a known way: the report names the layer, and what would mend it."""
 
 import pathlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jattn.interop import IDENTITY, ConversionError, Rule
 from jattn.parity.cli import main
 from jattn.parity.diffing import assert_matches, diff
 from jattn.parity.fixtures import Fixture, load
@@ -190,6 +192,24 @@ def test_a_fault_is_found_in_its_layer_and_what_mends_it_is_said(recorded, wrong
         assert any(hint in each for each in report.hints), str(report)
     with pytest.raises(AssertionError, match="differs from PyTorch"):
         assert_matches(recorded, port(wrong))
+
+
+def test_a_transposed_weight_is_found_in_its_layer(recorded):
+    name, right = "blocks.1.attention.query.weight", diff(recorded, port()).rules
+    rules = [replace(rule, layout=IDENTITY) if name in rule.torch else rule for rule in right]
+    report = diff(recorded, port(), rules=rules)
+    assert report.first.torch == "blocks.1.attention.query[0]"
+    assert report.hints == ("matches if kernel is transposed",)
+
+
+def test_a_missing_bias_has_no_place_and_what_ignores_it_differs_in_its_layer(recorded):
+    name, right = "blocks.1.attention.out.bias", diff(recorded, port()).rules
+    with pytest.raises(ConversionError, match=rf"unused: {name}"):
+        diff(recorded, port("no bias"))
+    rules = [*(rule for rule in right if name not in rule.torch), Rule(name, ())]
+    report = diff(recorded, port("no bias"), rules=rules)
+    assert report.first.torch == "blocks.1.attention.out[0]"
+    assert "a bias is missing" in report.hints[0]
 
 
 README = pathlib.Path(__file__).parents[2] / "README.md"

@@ -59,8 +59,9 @@ def load_pretrained(
 
     The folder need not be trusted: nothing in it is run, no path of it is followed out of it, and
     all that it says is checked before the first tensor is read. Then one tensor after the other is
-    read, so that at most twice the memory of the model is taken. Weights that are NaN or infinite
-    are loaded, with a warning.
+    read, so that less than twice the memory of the model is taken; a file of pickles is mapped,
+    whose pages come on top, as far as the system has room for them. Weights that are NaN or
+    infinite are loaded, with a warning.
 
     A folder of BERT may be loaded into any of its classes: what belongs to other heads is left out.
     Its dropout is on, as in every new module; `model.eval()` switches it off.
@@ -280,17 +281,19 @@ def _without_weights(make: Callable[..., nnx.Module], *, streams: bool) -> nnx.M
 
 
 def _new_heads(make: Callable[..., Any], model: Any, rngs: nnx.Rngs) -> dict[str, np.ndarray]:
-    """Weights of heads and pooler drawn from the rngs, of which the model's streams are, too.
-
-    The encoder's weights are drawn with them, and dropped again before others are read.
-    """
+    """Weights of heads and pooler drawn from the rngs, of which the model's streams are, too."""
 
     def of_heads(path: Any, value: Any) -> bool:
         return isinstance(value, nnx.Param) and ".".join(map(str, path)).startswith(_OF_HEADS)
 
-    drawn = make(rngs=rngs)
-    nnx.update(model, nnx.state(drawn, nnx.Not(nnx.Param)))
-    return part_to_torch(model, nnx.state(drawn, of_heads))
+    @nnx.jit  # for then no weights of the encoder are drawn
+    def drawn(rngs: nnx.Rngs) -> tuple[nnx.State, nnx.State]:
+        new = make(rngs=rngs)
+        return nnx.state(new, of_heads), nnx.state(new, nnx.Not(nnx.Param))
+
+    heads, streams = drawn(rngs)
+    nnx.update(model, streams)
+    return part_to_torch(model, heads)
 
 
 def _of_bert(
