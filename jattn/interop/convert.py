@@ -181,7 +181,9 @@ def torch_rules(
 def names_in_torch(
     module: nnx.Module, tensors: Mapping[str, Any], rules: Iterable[Rule] | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """The names of the tensors that fill each parameter, by its path; none: these do not.
+    """The names of the tensors that fill each parameter, by its path; none: these do not fill all.
+
+    Old spellings are not known here.
 
     Args:
       module, rules: as for `load_torch`.
@@ -196,13 +198,12 @@ def names_in_torch(
     tables = _tables(module) if rules is None else (Table("the rules given", tuple(rules)),)
     for table in tables:
         steps = [Step(names(rule.torch), names(rule.flax), rule.layout) for rule in table.rules]
-        current = table.current(tensors)
         found = {
             path: bound.sources
-            for name in current
+            for name in tensors
             for step in steps
             for bound in step.bound_by(name)
-            if current.keys() >= {*bound.sources}
+            if tensors.keys() >= {*bound.sources}
             for path in bound.targets
         }
         if found.keys() == paths:

@@ -60,10 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "dtype" in options:
         options.dtype = options.dtype or list(_DTYPES[:2])
     try:
+        _check_report(options)
         return action(options)
     except (OSError, ValueError, ImportError) as error:
         print(f"jattn: {error}", file=sys.stderr)
         return 2
+
+
+def _check_report(options: argparse.Namespace) -> None:
+    """A report that cannot be written must not cost the minutes before it."""
+    path = getattr(options, "json", None)
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise FileNotFoundError(f"--json {path} is a folder, or lies in none")
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -33,7 +33,8 @@ Tensors = Mapping[str, Any]
 _HELP = """\
 Moves the weights of a model between PyTorch's names and Flax's, and reads back what it has written.
 
---to flax   a folder that Orbax restores into the parameters of the Flax module
+--to flax   a folder of Orbax, for the parameters of the Flax module:
+            nnx.update(model, ocp.StandardCheckpointer().restore(path, nnx.state(model, nnx.Param)))
 --to torch  a .safetensors file of PyTorch's state dict: safetensors.torch.load_file reads it
 --to hf     a folder that `transformers` loads: Llama, Mistral, Qwen2, Qwen3 or BERT"""
 _EXAMPLES = """\
@@ -107,7 +108,6 @@ def convert(options: argparse.Namespace) -> int:
     """Run `jattn convert`."""
     _check(options)
     module, rules = _module(options)
-    names = options.names if options.to == "torch" else None
     unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}")
     with jax.enable_x64(True), _plainly(options):  # float64 stays float64
         module, read = _read(options, module, rules)
@@ -118,7 +118,8 @@ def convert(options: argparse.Namespace) -> int:
             unfinished.rename(options.output)
         finally:
             _remove(unfinished)
-        rows = _rows(module, (read, interop.to_torch(module, rules, names=names)), rules)
+        written = interop.to_torch(module, rules, names=options.names)
+        rows = _rows(module, (read, written) if options.to == "flax" else (written,), rules)
     _show(options, module, rows)
     return 0
 
@@ -240,7 +241,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _rows(module: Any, known: Sequence[Tensors], rules: Rules) -> list[Moved]:
-    """Each parameter with its names in PyTorch: those that were read, or else those of today."""
+    """Each parameter with its names in PyTorch, those of the first tensors that fill them all."""
     for tensors in known:
         if names := names_in_torch(module, tensors, rules):
             break

@@ -45,6 +45,13 @@ def test_a_folder_gives_a_line_for_each_fixture_and_a_failure_is_exit_code_one(c
     assert rows["output/weights"]["max_error"] is None and not rows["output/weights"]["passed"]
 
 
+@pytest.mark.parametrize("where", [".", "nowhere/report.json"])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_compared(capsys, where):
+    assert main(["parity", "run", str(SOFTMAX), "--json", where]) == 2
+    captured = capsys.readouterr()
+    assert f"--json {where} is a folder, or lies in none" in captured.err and not captured.out
+
+
 def test_float32(capsys):
     assert main(["parity", "run", str(SOFTMAX), "--dtype", "float32"]) == 0
     assert "float32" in capsys.readouterr().out

@@ -136,11 +136,13 @@ def test_a_pickle_of_pytorch_is_what_load_state_dict_takes_again(here):
     torch.nn.MultiheadAttention(8, 2).load_state_dict(again)
 
 
-def test_other_names_for_the_same_weights(here):
+def test_other_names_for_the_same_weights(here, capsys):
     module = nn.MultiHeadAttention(2, 8, use_bias=True, rngs=nnx.Rngs(0))
     safetensors.numpy.save_file(interop.to_torch(module), here / "a.safetensors")
     words = "--to", "torch", "--module", "make.py:attention", "-o", "b.safetensors"
     converted("a.safetensors", *words, "--names", "torch.nn.MultiheadAttention")
+    shown = capsys.readouterr().out
+    assert "in_proj_weight" in shown and "W_q" not in shown
     assert "in_proj_weight" in safetensors.numpy.load_file(here / "b.safetensors")
 
 
@@ -152,6 +154,24 @@ def test_float64_and_not_a_number_stay_as_they_are(here):
         converted("flax", "--to", "torch", "--module", "make.py:wide", "-o", "b.safetensors")
     again = safetensors.numpy.load_file(here / "b.safetensors")
     assert all(again[name].tobytes() == array.tobytes() for name, array in weights.items())
+
+
+def test_a_folder_of_bert_with_old_names(here, capsys):
+    model = models.BertForSequenceClassification(
+        models.bert.Config(11, features=8, num_layers=1, num_heads=2, mlp_features=12, classes=3),
+        rngs=nnx.Rngs(0),
+    )
+    interop.save_pretrained(model, here / "bert")
+    file = here / "bert" / "model.safetensors"
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor
+        for name, tensor in safetensors.numpy.load_file(file).items()
+    }
+    safetensors.numpy.save_file(old, file)
+    converted("bert", "--to", "flax", "-o", "flax")
+    shown = capsys.readouterr().out
+    assert "bert.embeddings.LayerNorm.weight" in shown and "classifier.weight" in shown
+    assert same_weights(restored(interop.load_pretrained(here / "bert"), here / "flax"), model)
 
 
 def save(path, tree):
