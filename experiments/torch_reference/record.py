@@ -23,5 +23,5 @@ def record(case: Case) -> Fixture:
     }
     return recording.record(
         module, inputs, system=case.system, case=case.name, arguments=case.arguments,
-        seed=case.seed, random=generator, inside=False,
+        seed=case.seed, random=generator, inside=False, widen=False,
     )  # fmt: skip

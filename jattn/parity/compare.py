@@ -29,6 +29,7 @@ class Row:
       ulps: the same in units in the last place of that magnitude, in the type of the comparison.
       torch_ratio: root mean square error over PyTorch's own, in float32 for a port in float64.
       share: error over the error that the rule of `run` allows.
+      reason: why the tensors cannot be compared; empty: they can.
 
     Example:
       >>> Row("output/output", 1e-12, 1e-12, 4.5e3, 1e-5, 1e-3).passed
@@ -41,6 +42,7 @@ class Row:
     ulps: float
     torch_ratio: float
     share: float
+    reason: str = ""
 
     @property
     def passed(self) -> bool:
@@ -160,7 +162,7 @@ def compare_tensors(fixture: Fixture, found: Tensors, dtype: np.dtype) -> tuple[
         )
         for name in expected
     ]
-    return (*rows, *(_wrong(name) for name in sorted(extra)))
+    return (*rows, *(_wrong(name, "PyTorch has none") for name in sorted(extra)))
 
 
 def _outputs_and_gradients(fixture: Fixture, dtype: np.dtype, system: System) -> Tensors:
@@ -233,16 +235,19 @@ def _compare(
     dtype: np.dtype,
     torch_error: float,
 ) -> Row:
-    is_float = found is not None and jnp.issubdtype(found.dtype, jnp.floating)
-    if found is None or found.shape != expected.shape or is_float != (expected.dtype.kind == "f"):
-        return _wrong(name)
+    if found is None:
+        return _wrong(name, "missing")
+    if found.shape != expected.shape:
+        return _wrong(name, f"{found.shape} for {expected.shape}")
+    is_float = jnp.issubdtype(found.dtype, jnp.floating)
+    if is_float != (expected.dtype.kind == "f"):
+        return _wrong(name, f"{found.dtype} for {expected.dtype}")
     if not is_float:
-        return (
-            Row(name, 0.0, 0.0, 0.0, 0.0, 0.0) if np.array_equal(found, expected) else _wrong(name)
-        )
+        same = np.array_equal(found, expected)
+        return Row(name, 0.0, 0.0, 0.0, 0.0, 0.0) if same else _wrong(name, "not the same integers")
     difference = np.abs(found.astype(np.float64) - expected)
     if not np.isfinite(difference).all():
-        return _wrong(name)
+        return _wrong(name, "not finite")
     error, magnitude = _largest(difference), _largest(expected)
     rms = float(np.sqrt(np.mean(np.square(difference)))) if difference.size else 0.0
     if dtype == np.float64:
@@ -256,8 +261,8 @@ def _compare(
     )
 
 
-def _wrong(name: str) -> Row:
-    return Row(name, np.inf, np.inf, np.inf, np.inf, np.inf)
+def _wrong(name: str, reason: str) -> Row:
+    return Row(name, np.inf, np.inf, np.inf, np.inf, np.inf, reason)
 
 
 def _ratio(error: float, unit: float) -> float:

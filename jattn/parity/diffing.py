@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from flax import nnx
 from rich.console import Group
 from rich.table import Table
 
+from jattn.interop.errors import ConversionError
 from jattn.interop.rules import Rule, from_flax, to_flax
 from jattn.parity import layers, pairing
 from jattn.parity.adapters import as_nnx, callable_with
@@ -21,7 +21,8 @@ from jattn.parity.compare import Row, compare_tensors
 from jattn.parity.console import plain, table, verdict
 from jattn.parity.fixtures import Fixture
 from jattn.parity.hints import ALLOWED, Layer, hints
-from jattn.parity.layers import Call, is_float
+from jattn.parity.layers import Call, dotted, is_float
+from jattn.parity.layouts import error, nearest
 from jattn.parity.recording import record
 
 
@@ -32,21 +33,24 @@ class LayerRow:
     Args:
       torch: PyTorch's label of it, `NAME[CALL]`; `""` for the whole module.
       flax: the path of the layer that was held against it.
-      error: largest difference of its outputs, over the largest number, within the whole module.
+      error: largest difference of its outputs, over the largest number, within the whole module;
+        None: they have other shapes.
       alone: the same where the layer is fed PyTorch's own inputs; None: they do not fit.
       gradient: the same of the gradient with respect to its outputs; None: there is none.
+      shapes: of its outputs and of PyTorch's, where these differ.
     """
 
     torch: str
     flax: str
-    error: float
+    error: float | None
     alone: float | None = None
     gradient: float | None = None
+    shapes: str = ""
 
     @property
-    def own_error(self) -> float:
+    def own_error(self) -> float | None:
         """What the layer itself is to blame for, as far as it is known."""
-        return self.error if self.alone is None else self.alone
+        return min((each for each in (self.error, self.alone) if each is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Report:
       rules: of the weights, as they were loaded.
       first: the first layer that differs; None: none does.
       first_backward: the last one whose gradient differs while all layers after it have theirs.
-      hints: changes with which the first layer would be equal.
+      hints: changes with which the first layer would be equal, and what explains a gradient.
     """
 
     title: str
@@ -91,14 +95,15 @@ class Report:
             f"{self.title}: {how} PyTorch in float64", "", _layer_table(self.layers), "", equal,
         ]  # fmt: skip
         if wrong:
-            rows = [[verdict(False), row.name, row.relative_error] for row in wrong]
-            parts += ["", table(["", "tensor", "relative"], rows, names=2)]
+            rows = [[verdict(False), row.name, row.reason, row.relative_error] for row in wrong]
+            parts += ["", table(["", "tensor", "", "relative"], rows, names=3)]
         if self.first:
-            parts += ["", f"first layer that differs: {_where(self.first)}"]
-            parts += [f"  {hint}" for hint in self.hints or ["no known change makes it equal"]]
-        elif not self.passed and self.first_backward:
-            where = _where(self.first_backward)
+            parts += ["", f"first layer that differs: {_where(self.first, self.first.own_error)}"]
+        elif not self.passed and (last := self.first_backward):
+            where = _where(last, last.gradient)
             parts += ["", f"forward equal; first gradient that differs, from the end: {where}"]
+        if not self.passed:
+            parts += [f"  {hint}" for hint in self.hints or ["no known change makes it equal"]]
         return Group(*parts)
 
 
@@ -191,7 +196,13 @@ def _in_order(module: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def _double(module: nnx.Module) -> Any:
-    graph, parameters, rest = layers.split(nnx.clone(module))
+    """A copy in float64; what computes in the dtype of its parameters does so in theirs of now."""
+    copy = nnx.clone(module)
+    for _, layer in nnx.iter_modules(copy):
+        dtype, weights = getattr(layer, "dtype", None), jax.tree.leaves(nnx.state(layer, nnx.Param))
+        if dtype is not None and weights and all(each.dtype == dtype for each in weights):
+            vars(layer)["dtype"] = jnp.float64
+    graph, parameters, rest = layers.split(copy)
     doubled = jax.tree.map(
         lambda array: jnp.asarray(array, jnp.float64) if is_float(array) else array, parameters
     )
@@ -211,23 +222,60 @@ def _diff(
         _, before = layers.calls(module, whole)
     if pairs is None:
         pairs = pairing.guess_pairs(fixture, before)
-    rules = tuple(pairing.guess_rules(fixture, module, pairs, before) if rules is None else rules)
-    nnx.update(module, to_flax(fixture.parameters, module, rules))
+    rules = _load(fixture, module, rules, pairs, before)
+    unused = _fill_statistics(fixture, module, pairs)
     output, found = layers.calls(module, whole)
     root = Call("", _Bound(module, call, tuple(inputs)), tuple(inputs.values()), {}, output)
     gradients = _layer_gradients(fixture, module, whole, output)
     rows = _layer_rows(fixture, [*found, root], {**pairs, "": ""}, gradients)
-    first = next((row for row, _ in rows if not row.own_error <= ALLOWED), None)
-    tried: list[str] = []
+    tensors, hints = _tensor_rows(fixture, module, call, rules)
+    first = None if all(row.passed for row in tensors) else _first(row for row, _ in rows)
     if first:
-        tried = _hints(fixture, next(each for row, each in rows if row is first), first.torch)
-    tensors = _tensor_rows(fixture, module, call, rules)
+        call_of_first = next(each for row, each in rows if row is first)
+        hints = [*_hints(fixture, call_of_first, first.torch), *hints, *unused]
     backward = [row for row, _ in rows if row.gradient is not None and row.gradient > ALLOWED]
     return Report(
         fixture.title, tensors, tuple(row for row, _ in rows), pairs, rules, first,
-        backward[-1] if backward else None,
-        tuple(tried),
+        backward[-1] if backward else None, tuple(hints),
     )  # fmt: skip
+
+
+def _load(
+    fixture: Fixture, module: nnx.Module, rules: Any, pairs: Mapping[str, str],
+    calls: Sequence[Call],
+) -> tuple[Rule, ...]:  # fmt: skip
+    """Fill the port with PyTorch's weights; the rules that do it."""
+    if rules is not None:
+        rules = tuple(rules)
+        nnx.update(module, to_flax(fixture.parameters, module, rules))
+        return rules
+    rules = pairing.guess_rules(fixture, module, pairs, calls)
+    try:
+        nnx.update(module, to_flax(fixture.parameters, module, rules))
+    except ConversionError as error:
+        hint = "the rules of the weights were guessed from names and shapes: pass rules"
+        raise ConversionError(**vars(error) | {"hint": hint}) from None
+    return rules
+
+
+def _fill_statistics(fixture: Fixture, module: nnx.Module, pairs: Mapping[str, str]) -> list[str]:
+    """Give batch norms PyTorch's running statistics; tell which buffers nothing takes."""
+    norms = {dotted(path): layer for path, layer in nnx.iter_modules(module)}
+    left = dict(fixture.buffers)
+    for name, path in pairs.items():
+        norm = norms.get(path)
+        if isinstance(norm, nnx.BatchNorm) and f"{name}.running_mean" in left:
+            norm.mean.set_value(jnp.asarray(left.pop(f"{name}.running_mean")))
+            norm.var.set_value(jnp.asarray(left.pop(f"{name}.running_var")))
+    return [f"the port is not given PyTorch's buffers {', '.join(left)}"] if left else []
+
+
+def _first(rows: Iterable[LayerRow]) -> LayerRow | None:
+    """The first layer that differs; if none does, the first whose shapes cannot be compared."""
+    rows = list(rows)
+    unknown = [row for row in rows if row.own_error is None]
+    differing = [row for row in rows if row.own_error is not None and not row.own_error <= ALLOWED]
+    return next(iter([*differing, *unknown]), None)
 
 
 def _called(
@@ -298,12 +346,14 @@ def _layer_rows(
             continue
         expected = _expected(fixture, label)
         arrays = _inputs(fixture, label, call)
-        alone = None if arrays is None else _error(_tried(call, arrays), expected)
+        alone = error(arrays and _tried(call, arrays), expected, exact=not name)
         gradient = gradients.get(f"{path}[{label.partition('[')[2]}")
+        within = error(call.outputs, expected, exact=not name)
         theirs = _items(fixture.module_gradients, label)
+        shapes = [", ".join(str(x.shape) for x in each) for each in (call.outputs, expected)]
         row = LayerRow(
-            label if name else "", path, _error(call.outputs, expected), alone,
-            _error(gradient, theirs) if gradient and theirs else None,
+            label if name else "", path, within, alone, error(gradient, theirs),
+            "" if within is not None else f"{shapes[0]} for {shapes[1]}",
         )  # fmt: skip
         rows.append((row, call))
     return rows
@@ -333,10 +383,11 @@ def _inputs(fixture: Fixture, label: str, call: Call) -> list[Any] | None:
     left = list(given)
     chosen = []
     for array in call.arrays:
-        fits = [each for each in (*left, *given) if _alike(each, array)]
-        if fits:
-            left = [each for each in left if each is not fits[0]]
-            chosen.append(jnp.asarray(fits[0]))
+        fits = ((each, _like(each, array)) for each in (*left, *given))
+        taken, fitting = next((pair for pair in fits if pair[1] is not None), (None, None))
+        if fitting is not None:
+            left = [each for each in left if each is not taken]
+            chosen.append(jnp.asarray(fitting))
         elif is_float(array):
             return None
         else:
@@ -344,8 +395,9 @@ def _inputs(fixture: Fixture, label: str, call: Call) -> list[Any] | None:
     return chosen
 
 
-def _alike(one: Any, other: Any) -> bool:
-    return one.shape == other.shape and one.dtype.kind == np.dtype(other.dtype).kind
+def _like(theirs: np.ndarray, ours: Any) -> np.ndarray | None:
+    same_kind = theirs.dtype.kind == np.dtype(ours.dtype).kind
+    return nearest(theirs, ours) if same_kind else None
 
 
 def _tried(call: Call, arrays: list[Any]) -> list[Any] | None:
@@ -355,24 +407,13 @@ def _tried(call: Call, arrays: list[Any]) -> list[Any] | None:
         return None
 
 
-def _error(found: Sequence[Any] | None, expected: Sequence[Any]) -> float:
-    """The largest difference over the largest number; infinite where shapes differ."""
-    if not found or not expected:
-        return math.inf
-    errors = []
-    for one, other in zip(found, expected, strict=False):
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        if one.shape != other.shape or not np.isfinite(one).all():
-            return math.inf
-        scale = float(np.abs(other).max(initial=0.0)) or 1.0
-        errors.append(float(np.abs(one - other).max(initial=0.0)) / scale)
-    return max(errors)
-
-
 def _hints(fixture: Fixture, call: Call, torch: str) -> list[str]:
     label = torch or "[0]"
     arrays = _inputs(fixture, label, call) or call.arrays
-    expected = _expected(fixture, label)[: len(call.outputs)]
+    theirs = zip(_expected(fixture, label), call.outputs, strict=False)
+    expected = [nearest(each, ours) for each, ours in theirs]
+    if not any(each is not None for each in expected):
+        return []
     # The whole port is held in another module, whose name is no part of its parameters' paths
     prefix = "module." if isinstance(call.layer, _Bound) else ""
 
@@ -389,8 +430,8 @@ def _hints(fixture: Fixture, call: Call, torch: str) -> list[str]:
 
 def _tensor_rows(
     fixture: Fixture, module: nnx.Module, call: Callable[..., Any], rules: tuple[Rule, ...]
-) -> tuple[Row, ...]:
-    """Outputs and gradients of inputs and parameters, held against PyTorch's."""
+) -> tuple[tuple[Row, ...], list[str]]:
+    """Outputs and gradients, held against PyTorch's, and what explains a difference."""
     graph, parameters, rest = layers.split(module)
     inputs = {name: jnp.asarray(array) for name, array in fixture.inputs.items()}
     floating = {name: array for name, array in inputs.items() if is_float(array)}
@@ -406,21 +447,46 @@ def _tensor_rows(
         found |= {f"grad/param/{k}": each for k, each in from_flax(of_parameters, rules).items()}
         found |= {f"grad/input/{k}": each for k, each in of_inputs.items()}
     arrays = {name: np.asarray(array) for name, array in found.items()}
-    return compare_tensors(fixture, arrays, np.dtype(np.float64))
+    hints = [*_lacking(fixture, output), *_frozen(fixture, arrays)]
+    return compare_tensors(fixture, arrays, np.dtype(np.float64)), hints
+
+
+def _lacking(fixture: Fixture, output: Sequence[Any]) -> list[str]:
+    """Gradients are of all outputs together, so that one less makes all of them differ."""
+    names = list(fixture.outputs)[len(output) :]
+    if not names:
+        return []
+    return [f"the port gives no {', '.join(names)}, of which PyTorch's gradients are, too"]
+
+
+def _frozen(fixture: Fixture, found: Mapping[str, np.ndarray]) -> list[str]:
+    """Rows of a table that PyTorch never trains."""
+    hints = []
+    for name, theirs in fixture.parameter_gradients.items():
+        ours = found.get(f"grad/param/{name}")
+        if ours is not None and ours.shape == theirs.shape and theirs.ndim == 2:
+            rows = np.flatnonzero((theirs == 0).all(axis=1) & (ours != 0).any(axis=1))
+            rest = np.delete(ours - theirs, rows, axis=0)
+            if len(rows) == 1 and np.abs(rest).max(initial=0) <= ALLOWED * np.abs(theirs).max():
+                hints.append(f"row {rows[0]} of {name} gets no gradient in PyTorch: padding_idx")
+    return hints
 
 
 def _layer_table(rows: Sequence[LayerRow]) -> Table:
     cells = [
         [
-            verdict(row.own_error <= ALLOWED), row.torch or "(all)",
-            row.flax or "(all)", row.error, row.alone, row.gradient,
+            "—" if row.own_error is None else verdict(row.own_error <= ALLOWED),
+            row.torch or "(all)", row.flax or "(all)", row.error, row.alone, row.gradient,
         ]
         for row in rows
     ]  # fmt: skip
     return table(["", "PyTorch", "the port", "within", "alone", "gradient"], cells, names=3)
 
 
-def _where(row: LayerRow) -> str:
-    if not row.torch:
+def _where(row: LayerRow, error: float | None) -> str:
+    if not row.torch and row.own_error is not None:
         return "the module itself, for its layers are equal"
-    return f"{row.flax} (PyTorch's {row.torch}), by {row.own_error:.1e} of its largest number"
+    name = f"{row.flax} (PyTorch's {row.torch})" if row.torch else "the module itself"
+    if error is None:
+        return f"{name}, by the shapes of its outputs, {row.shapes}"
+    return f"{name}, by {error:.1e} of its largest number"

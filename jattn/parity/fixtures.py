@@ -17,6 +17,7 @@ _GROUPS = {
     "parameters": "param/",
     "inputs": "input/",
     "outputs": "output/",
+    "buffers": "buffer/",
     "modules": "module/",
     "module_inputs": "module_input/",
     "module_gradients": "module_gradient/",
@@ -56,6 +57,7 @@ class Fixture:
       bfloat16_errors: the same in bfloat16, of weights and inputs that were rounded to it; none
         where PyTorch cannot compute it.
       parameters: every parameter, under its PyTorch name.
+      buffers: its floating buffers, such as running means; or none.
       inputs: every input; floating ones in float64, integers and booleans as they are.
       outputs: every output.
       modules: every submodule's output, as `NAME[CALL]`, and `NAME[CALL][ITEM]` where it returns
@@ -79,6 +81,7 @@ class Fixture:
     float32_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     bfloat16_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     parameters: Tensors = dataclasses.field(default_factory=dict)
+    buffers: Tensors = dataclasses.field(default_factory=dict)
     inputs: Tensors = dataclasses.field(default_factory=dict)
     outputs: Tensors = dataclasses.field(default_factory=dict)
     modules: Tensors = dataclasses.field(default_factory=dict)

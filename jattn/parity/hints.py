@@ -66,6 +66,8 @@ def hints(layer: Layer) -> list[str]:
     # The layer is the user's own: it may mix types as JAX lets it
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         program = Program(layer.call, dict(layer.weights), list(layer.arrays))
+        if layer.fits(program.results):  # its shapes alone differ
+            return []
         if dropout := _first(layer, _dropout(layer)):
             return [dropout]
         kinds: list[Iterator[Trial]] = [

@@ -4,21 +4,26 @@ Guessed from names, shapes and the order of calls; shown, and to be written down
 """
 
 import difflib
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from jattn.interop.convert import TABLES
-from jattn.interop.rules import IDENTITY, TRANSPOSE, Rule, within
+from jattn.interop.errors import ConversionError
+from jattn.interop.rules import IDENTITY, Rearrange, Rule, to_flax, within
 from jattn.parity.adapters import kind_of
 from jattn.parity.fixtures import Fixture
+from jattn.parity.fusing import fused, open_shapes, role
 from jattn.parity.layers import Call, dotted
 
 Pairs = Mapping[str, str]
+CONVOLUTION = Rearrange("o i ... -> ... i o")  # and a Linear
+WORDS = dict.fromkeys(["kernel", "scale", "embedding", "gamma"], "weight") | {"beta": "bias"}
 NEARLY = 1.6  # of 2, which is the same name
 
 
@@ -107,8 +112,10 @@ def _of(parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _matched(names: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
-    if len(names) == len(paths):
-        return dict(zip(names, paths, strict=True))
+    # A layer and one that holds nothing else have the same weights; the inner one is the layer
+    for one, other in itertools.product((names, _inner(names)), (paths, _inner(paths))):
+        if len(one) == len(other):
+            return dict(zip(_by_role(one), _by_role(other), strict=True))
     likeness = sorted(
         (
             (_alike(name, path), -i, -j)
@@ -122,6 +129,29 @@ def _matched(names: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
         if names[-i] not in found and paths[-j] not in found.values():
             found[names[-i]] = paths[-j]
     return found
+
+
+def _inner(names: Sequence[str]) -> list[str]:
+    return [
+        name for name in names if not any(each.startswith(f"{name}.") for each in names)
+    ]  # fmt: skip
+
+
+def _by_role(names: Sequence[str]) -> list[str]:
+    """The names in their order, but query before key before value of one parent."""
+    siblings: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        if role(own) is not None:
+            siblings[parent].append(name)
+    ordered = {
+        name: other
+        for each in siblings.values()
+        for name, other in zip(
+            each, sorted(each, key=lambda name: role(name.rpartition(".")[2]) or 0), strict=True
+        )
+    }
+    return [ordered.get(name, name) for name in names]
 
 
 def _alike(name: str, path: str) -> float:
@@ -147,29 +177,33 @@ def guess_rules(
     Raises:
       ValueError: a pair names a layer that there is not.
     """
-    kinds = {dotted(path): type(layer) for path, layer in nnx.iter_modules(module)}
-    kinds |= {call.path: kind_of(call.layer) for call in calls}
-    if unknown := [path for path in pairs.values() if path not in kinds]:
+    layers = {dotted(path): layer for path, layer in nnx.iter_modules(module)}
+    layers |= {call.path: call.layer for call in calls} | {"": module}
+    if unknown := [path for path in pairs.values() if path not in layers]:
         raise ValueError(f"pairs: the port has no layer {', '.join(map(repr, unknown))}")
     rules: list[Rule] = []
     taken: set[str] = set()
-    for name, path in sorted(pairs.items(), key=lambda pair: pair[0].count(".")):
+    whole = [("", ""), *sorted(pairs.items(), key=lambda pair: pair[0].count("."))]
+    for name, path in whole:
         own = _of(fixture.parameters, name)
-        left = {key for key in own if f"{name}.{key}" not in taken}
-        table = _table(kinds[path], left)
-        if table and left == set(own):
+        names = {f"{name}.{key}" if name else key for key in own}
+        if not names & taken and (table := _table(layers[path], own)):
             used = [rule for rule in table.rules if any(rule.takes(key) for key in own)]
             rules += within(used, name, path)
-            taken |= {f"{name}.{key}" for key in own}
-    return (*rules, *_by_shape(fixture.parameters, module, rules))
+            taken |= names
+    rules += _by_shape(fixture.parameters, module, rules)
+    return (*rules, *fused(fixture.parameters, module, rules))
 
 
-def _table(kind: type[nnx.Module], names: Iterable[str]) -> Any:
-    """The table of a class that knows all of the names."""
-    names = list(names)
-    for base in kind.__mro__:
+def _table(layer: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Any:
+    """The table of a layer's class that knows all of the names, and fits."""
+    for base in kind_of(layer).__mro__:
         for table in TABLES.get(base, ()):
-            if names and table.knows(names) == len(names):
+            if tensors and table.knows(tensors) == len(tensors):
+                try:
+                    to_flax(tensors, layer, table.rules)
+                except ConversionError:
+                    continue
                 return table
     return None
 
@@ -178,23 +212,37 @@ def _by_shape(
     tensors: Mapping[str, np.ndarray], module: nnx.Module, rules: Sequence[Rule]
 ) -> list[Rule]:
     """Rules for what no other rule takes: the same shape, or that of a transposed matrix."""
-    state = {
-        dotted(path): variable for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    theirs = {
+        name: tensor.shape
+        for name, tensor in tensors.items()
+        if not any(rule.takes(name) for rule in rules)
     }
-    open_ = {
-        path: variable.shape
-        for path, variable in state.items()
-        if not any(rule.fills(path) for rule in rules)
-    }
-    found = []
-    for name, tensor in tensors.items():
-        if any(rule.takes(name) for rule in rules):
+    ours = open_shapes(module, rules)
+    fitting = [
+        (_alike(_plain(name), _plain(path)), -i, -j, name, path)
+        for i, (name, shape) in enumerate(theirs.items())
+        for j, path in enumerate(ours)
+        if ours[path] in (shape, _turned(shape))
+    ]
+    found: dict[str, Rule] = {}
+    filled: set[str] = set()
+    for *_, name, path in sorted(fitting, reverse=True):
+        if name in found or path in filled:
             continue
-        fitting = [path for path, shape in open_.items() if shape in (tensor.shape, tensor.T.shape)]
-        if fitting:
-            path = max(fitting, key=lambda path: _alike(name, path))
-            is_kernel = tensor.ndim == 2 and path.endswith("kernel")
-            turn = is_kernel or open_[path] != tensor.shape
-            found.append(Rule(name, path, TRANSPOSE if turn else IDENTITY))
-            del open_[path]
-    return found
+        shape, turned = theirs[name], _turned(theirs[name])
+        is_kernel = len(shape) > 1 and path.endswith("kernel") and ours[path] == turned
+        turn = is_kernel or ours[path] != shape
+        found[name] = Rule(name, path, CONVOLUTION if turn else IDENTITY)
+        filled.add(path)
+    return list(found.values())
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that Flax gives the weight of a Linear or a convolution."""
+    return (*shape[2:], *shape[1::-1])
+
+
+def _plain(name: str) -> str:
+    """The name with PyTorch's word for the kind of the weight."""
+    *parents, leaf = name.split(".")
+    return ".".join([*parents, WORDS.get(leaf, leaf)])

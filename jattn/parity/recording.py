@@ -1,5 +1,6 @@
 """Run any PyTorch module in double precision and keep all that a port can be held against."""
 
+import contextlib
 import copy
 import inspect
 import platform
@@ -23,6 +24,7 @@ def record(
     seed: int = 0,
     random: np.random.Generator | None = None,
     inside: bool = True,
+    widen: bool = True,
 ) -> Fixture:
     """What a `torch.nn.Module` gives for some inputs, with all gradients and every layer.
 
@@ -35,6 +37,8 @@ def record(
       system, case, arguments: what the fixture says of itself.
       seed: of the cotangents, unless `random` draws them.
       inside: whether to keep the inputs and gradients of every layer, not only its outputs.
+      widen: whether to compute in float64 also what the module itself computes in a narrower type,
+        as the norms of `transformers` do.
 
     Returns:
       A `Fixture`, which `jattn.parity.fixtures.save` writes.
@@ -51,10 +55,13 @@ def record(
     """
     torch = _torch()
     module = copy.deepcopy(module).double().eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # those that are frozen, too
     tensors = {name: _tensor(value) for name, value in _named_inputs(module, inputs).items()}
     layers: dict[str, Tensors] = {"modules": {}, "module_inputs": {}}
     hooks = [_hook(name, child, layers) for name, child in module.named_modules() if name]
-    outputs = _run(module, tensors)
+    with _all_double() if widen else contextlib.nullcontext():
+        outputs = _run(module, tensors)
     for hook in hooks:
         hook.remove()
     if not outputs:
@@ -88,6 +95,7 @@ def _fixture(
         float32_errors=_errors("float32", module, inputs, cotangents, arrays(truth)),
         bfloat16_errors=_errors("bfloat16", module, inputs, cotangents, arrays(truth)),
         parameters=arrays(parameters),
+        buffers=arrays(_buffers(module)) if "module_inputs" in layers else {},
         inputs=arrays(inputs),
         outputs=arrays(outputs),
         modules=arrays(layers["modules"]),
@@ -97,6 +105,31 @@ def _fixture(
         parameter_gradients=arrays(gradients, "grad/param/"),
         input_gradients=arrays(gradients, "grad/input/"),
     )
+
+
+def _buffers(module: Any) -> Tensors:
+    """The floating buffers, such as the statistics of a batch norm or the frequencies of a rope."""
+    return {name: each for name, each in module.named_buffers() if each.is_floating_point()}
+
+
+def _all_double() -> Any:
+    """A context in which PyTorch's functions take every floating dtype for float64."""
+    torch = _torch()
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    casts = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if any(value is each for each in narrow) else value
+
+    class AllDouble(torch.overrides.TorchFunctionMode):  # type: ignore[name-defined]
+        def __torch_function__(
+            self, function: Any, types: Any, arguments: Any = (), options: Any = None
+        ) -> Any:
+            function = torch.Tensor.double if function in casts else function
+            options = {name: wide(value) for name, value in (options or {}).items()}
+            return function(*map(wide, arguments), **options)
+
+    return AllDouble()
 
 
 def versions() -> dict[str, str]:
