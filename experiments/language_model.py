@@ -414,7 +414,8 @@ def _draw(first: causal_lm.CausalLM, corpus: Corpus, job: Job[Settings]) -> None
     text = corpus.tokenizer.encode(documents.opening(corpus.parts.test)).ids
     ids = [packing.END, *text][: min(24, job.settings.length)]
     tokens = ["END", *(corpus.tokenizer.decode([id]) for id in ids[1:])]
-    pictures.attention_maps(attention(first, ids), tokens, run.folder / "attention.png")
+    maps, path = attention(first, ids), run.folder / "attention.png"
+    pictures.attention_maps(maps, tokens, path, title=f"{STAGES[0]} attention")
 
 
 def _table(scores: Mapping[str, Any]) -> Table:

@@ -88,9 +88,9 @@ class Settings:
         for name in before._kept():
             given, own = getattr(self, name), getattr(before, name)
             if given != own and name not in self.free:
-                raise BadInput(
-                    f"{option(name)} {given} differs from the checkpoint's, {own}, in {folder}"
-                )
+                hint = "; a finished run may have more steps" if name == "steps" else ""
+                said = f"{option(name)} {given} differs from the checkpoint's, {own}, in {folder}"
+                raise BadInput(f"{said}{hint}")
 
     def _kept(self) -> dict[str, Any]:
         names = {each.name for each in fields(self)} - {"run_dir", "resume", self.asks}

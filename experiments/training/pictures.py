@@ -46,9 +46,10 @@ def curve(
     with matplotlib.rc_context({"font.family": fonts.family()}):
         figure = Figure(figsize=(7, 4), layout="constrained")
         loss = figure.add_subplot(xlabel="step", title=title, yscale="log")
-        loss.set_ylabel(f"training loss (nats per {per})", color="C0")
-        loss.plot(steps, [row["loss"] for row in rows], color="C0")
         seen = [row for row in rows if "validation" in row]
+        name = "loss" if seen else "training loss"
+        loss.set_ylabel(f"{name} (nats per {per})", color="C0")
+        loss.plot(steps, [row["loss"] for row in rows], color="C0", label="training")
         if seen:
             values = [row["validation"]["loss"] for row in seen]
             loss.plot([row["step"] for row in seen], values, "o-", color="C2", label="validation")
@@ -203,13 +204,16 @@ def curves(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path, *, per: str
         figure.savefig(path, dpi=120)
 
 
-def attention_maps(weights: Sequence[np.ndarray], tokens: Sequence[str], path: Path) -> None:
+def attention_maps(
+    weights: Sequence[np.ndarray], tokens: Sequence[str], path: Path, *, title: str = ""
+) -> None:
     """Draw where each head of each layer looks: a row of panels is a layer, a column a head.
 
     Args:
       weights: of each layer `[N, T, T]`, the token that looks, then the one that is looked at.
       tokens: T texts.
       path: file of the picture.
+      title: above all panels.
     """
     drawable, T = fonts.glyphs(), len(tokens)
     labels = [
@@ -218,6 +222,7 @@ def attention_maps(weights: Sequence[np.ndarray], tokens: Sequence[str], path: P
     layers, heads = len(weights), len(weights[0])
     with matplotlib.rc_context({"font.family": fonts.family()}):
         figure = Figure(figsize=(2.3 * heads + 1.4, 2.3 * layers + 1), layout="constrained")
+        figure.suptitle(title)
         axes = figure.subplots(layers, heads, squeeze=False)
         norm = PowerNorm(0.5, vmin=0, vmax=1)
         for (layer, head), axis in np.ndenumerate(axes):
