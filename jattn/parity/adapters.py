@@ -52,23 +52,24 @@ class Function(Parameters):
       6.0
     """
 
+    # Names with an underscore, for the parameters are attributes, too
     def __init__(self, function: Callable[..., Any], params: Any = None):
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        self.function, self.structure = function, structure
-        self.paths = tuple(tuple(str(_key(each)) for each in path) for path, _ in leaves)
-        super().__init__(_nested(self.paths, [leaf for _, leaf in leaves]))
+        self._function, self._structure = function, structure
+        self._paths = tuple(tuple(str(_key(each)) for each in path) for path, _ in leaves)
+        super().__init__(_nested(self._paths, [leaf for _, leaf in leaves]))
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
         """What the function gives, with the parameters before the arrays."""
-        return self.function(*self._params(), *arrays, **options)
+        return self._function(*self._params(), *arrays, **options)
 
     def _params(self) -> tuple[Any, ...]:
         """The parameters, in their own form, as the first argument; or none."""
-        if not self.paths:
+        if not self._paths:
             return ()
         state = dict(nnx.to_flat_state(nnx.state(self, nnx.Param)))
-        leaves = [state[path][...] for path in self.paths]
-        return (jax.tree.unflatten(self.structure, leaves),)
+        leaves = [state[path][...] for path in self._paths]
+        return (jax.tree.unflatten(self._structure, leaves),)
 
 
 class Linen(Function):
@@ -82,25 +83,29 @@ class Linen(Function):
     def __init__(self, module: linen.Module, variables: Mapping[str, Any]):
         others = {name: each for name, each in variables.items() if name != "params"}
         super().__init__(functools.partial(_apply, module, others), variables.get("params", {}))
-        self.kind = _kind(module)
+        self._kind = _kind(module)
         self.deterministic = False
-        self.note: Note | None = None
+        self._note: Note | None = None
+
+    def tell(self, note: Note) -> None:
+        """Let calls tell of each layer, as it ends: `(path, layer, arguments, options, output)`."""
+        self._note = note
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
-        """What the module gives; its layers are told to `note`, if there is one."""
+        """What the module gives."""
         params = self._params() or ({},)
         with linen.intercept_methods(self._of_layer):
-            return self.function(*params, *arrays, **options)
+            return self._function(*params, *arrays, **options)
 
     def _of_layer(self, call: Any, arguments: Any, options: Any, context: Any) -> Any:
         """What a layer within gives; dropout may be off, and the layer's call is noted."""
         layer = context.module
         is_off = self.deterministic and isinstance(layer, linen.Dropout)
         output = arguments[0] if is_off else call(*arguments, **options)
-        if self.note is None or context.method_name != "__call__" or not layer.path:
+        if self._note is None or context.method_name != "__call__" or not layer.path:
             return output
         inner = Linen(*layer.unbind())
-        return self.note(".".join(layer.path), inner, arguments, options, output)
+        return self._note(".".join(layer.path), inner, arguments, options, output)
 
 
 def _apply(
@@ -112,7 +117,7 @@ def _apply(
 
 def kind_of(layer: nnx.Module) -> type[Any]:
     """The class of NNX whose weights a layer has."""
-    return layer.kind if isinstance(layer, Linen) else type(layer)
+    return layer._kind if isinstance(layer, Linen) else type(layer)
 
 
 def _kind(module: linen.Module) -> Any:

@@ -485,7 +485,7 @@ def _layer_table(rows: Sequence[LayerRow]) -> Table:
 
 def _where(row: LayerRow, error: float | None) -> str:
     if not row.torch and row.own_error is not None:
-        return "the module itself, for its layers are equal"
+        return "the module itself, for all paired layers are equal"
     name = f"{row.flax} (PyTorch's {row.torch})" if row.torch else "the module itself"
     if error is None:
         return f"{name}, by the shapes of its outputs, {row.shapes}"

@@ -1,4 +1,4 @@
-"""Weights that are one tensor here and several there, such as those of query, key and value."""
+"""Weights that are one tensor here and several there: of query, key and value, or of all layers."""
 
 import re
 from collections import defaultdict
@@ -9,10 +9,10 @@ from flax import nnx
 
 from jattn.interop.rules import Rearrange, Rule
 from jattn.parity.layers import dotted
+from jattn.parity.names import alike, plain, role
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-ROLES = ({"q", "wq", "query"}, {"k", "wk", "key"}, {"v", "wv", "value"})
 
 
 def open_shapes(module: nnx.Module, rules: Iterable[Rule]) -> dict[str, Shape]:
@@ -24,7 +24,7 @@ def open_shapes(module: nnx.Module, rules: Iterable[Rule]) -> dict[str, Shape]:
 
 
 def fused(tensors: Mapping[str, Any], module: nnx.Module, rules: Iterable[Rule]) -> list[Rule]:
-    """Rules for what no other rule takes: two or three tensors side by side, on either side.
+    """Rules for what no other rule takes: tensors that are side by side on either side, or stacked.
 
     Query comes before key, and key before value, where the names tell.
 
@@ -40,29 +40,38 @@ def fused(tensors: Mapping[str, Any], module: nnx.Module, rules: Iterable[Rule])
         if not any(rule.takes(name) for rule in rules)
     }
     ours = open_shapes(module, rules)
+    sides = [
+        (names, (path,), _side_by_side(theirs[names[0]], len(names), ours[path], path))
+        for names in _siblings(theirs)
+        for path in ours
+    ] + [
+        ((name,), paths, _taken_apart(theirs[name], len(paths), ours[paths[0]], paths[0]))
+        for paths in _siblings(ours)
+        for name in theirs
+    ]
+    fitting = [side for side in sides if side[-1]]
+    fitting.sort(key=lambda side: -alike(plain(side[0][0]), plain(side[1][0])))
     found: list[Rule] = []
-    for names in _siblings(theirs):
-        for path, shape in ours.items():
-            if pattern := _side_by_side(theirs[names[0]], len(names), shape):
-                found.append(Rule(names, path, Rearrange(pattern, {"parts": len(names)})))
-                del ours[path]
-                break
-    for paths in _siblings(ours):
-        for name, shape in theirs.items():
-            if pattern := _taken_apart(shape, len(paths), ours[paths[0]], paths[0]):
-                found.append(Rule(name, paths, Rearrange(pattern, {"parts": len(paths)})))
-                del theirs[name]
-                break
+    for names, paths, layout in fitting:
+        if theirs.keys() >= {*names} and ours.keys() >= {*paths}:
+            parts = {"parts": max(len(names), len(paths))}
+            found.append(Rule(names, paths, Rearrange(str(layout), parts)))
+            theirs = {name: shape for name, shape in theirs.items() if name not in names}
+            ours = {path: shape for path, shape in ours.items() if path not in paths}
     return found
 
 
 def _siblings(shapes: Shapes) -> list[tuple[str, ...]]:
-    """Two or three names that differ in the part before the last alone, of one shape."""
-    groups: dict[Any, list[str]] = defaultdict(list)
+    """Names of one shape that differ in one part: the one before the last, or a number."""
+    words: dict[Any, list[str]] = defaultdict(list)
+    numbers: dict[Any, list[str]] = defaultdict(list)
     for name, shape in shapes.items():
         *parents, _, leaf = ["", "", *name.split(".")]
-        groups[*parents, leaf, shape].append(name)
-    return [_ordered(names) for names in groups.values() if len(names) in (2, 3)]
+        words[*parents, leaf, shape].append(name)
+        if (other := re.sub(r"(^|\.)\d+\.", r"\1*.", name, count=1)) != name:
+            numbers[other, shape].append(name)
+    few = [_ordered(names) for names in words.values() if len(names) in (2, 3)]
+    return few + [tuple(names) for names in numbers.values() if len(names) > 1]
 
 
 def _ordered(names: Sequence[str]) -> tuple[str, ...]:
@@ -72,26 +81,20 @@ def _ordered(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: roles[name] or 0) if known else names)
 
 
-def role(name: str) -> int | None:
-    """Which of query, key and value a layer's name means.
-
-    Example:
-      >>> [role(name) for name in ("to_q", "W_k", "value", "dense")]
-      [0, 1, 2, None]
-    """
-    words = {*re.findall("[a-z]+", name.lower())}
-    return next((number for number, known in enumerate(ROLES) if words & known), None)
-
-
-def _side_by_side(part: Shape, count: int, whole: Shape) -> str | None:
-    """The layout of tensors that make up one parameter."""
-    if len(part) == 1:
-        return "parts o -> (parts o)" if whole == (count * part[0],) else None
-    if len(part) != 2:
-        return None
-    if whole == (part[1], count * part[0]):
-        return "parts o i -> i (parts o)"
-    return "parts o i -> (parts o) i" if whole == (count * part[0], part[1]) else None
+def _side_by_side(part: Shape, count: int, whole: Shape, path: str) -> str | None:
+    """The layout of tensors that make up one parameter, one behind the other or stacked."""
+    if len(part) == 2:
+        o, i = part
+        turned = [((i, count * o), "parts o i -> i (parts o)"),
+                  ((count, i, o), "parts o i -> parts i o")]  # fmt: skip
+        as_it_is = [((count * o, i), "parts o i -> (parts o) i"),
+                    ((count, o, i), "parts o i -> parts o i")]  # fmt: skip
+        # Of one that is square its name tells
+        known = turned + as_it_is if path.endswith("kernel") else as_it_is + turned
+        return next((layout for shape, layout in known if shape == whole), None)
+    if len(part) == 1 and whole == (count * part[0],):
+        return "parts o -> (parts o)"
+    return "parts o -> parts o" if whole == (count, *part) and len(part) == 1 else None
 
 
 def _taken_apart(whole: Shape, count: int, part: Shape, path: str) -> str | None:
@@ -100,7 +103,9 @@ def _taken_apart(whole: Shape, count: int, part: Shape, path: str) -> str | None
         return "(parts o) -> parts o" if whole == (count * part[0],) else None
     if len(part) != 2:
         return None
-    is_square = len({*part}) == 1
-    if whole == (count * part[1], part[0]) and (path.endswith("kernel") or not is_square):
-        return "(parts o) i -> parts i o"
-    return "(parts o) i -> parts o i" if whole == (count * part[0], part[1]) else None
+    known = [((count * part[1], part[0]), "(parts o) i -> parts i o"),
+             ((count * part[0], part[1]), "(parts o) i -> parts o i")]  # fmt: skip
+    return next(
+        (layout for shape, layout in known[:: 1 if path.endswith("kernel") else -1]
+         if shape == whole), None,
+    )  # fmt: skip

@@ -134,6 +134,8 @@ def gradients(
 ) -> dict[str, list[Any]]:
     """Gradients with respect to each layer's outputs, by PATH[CALL]; of Σ ⟨cotangent, output⟩.
 
+    Calls under a transformation of JAX are left out, as in `calls`.
+
     Args:
       module, call: as for `calls`.
       cotangents: of what the call gives, with its structure.
@@ -149,9 +151,12 @@ def gradients(
             numbers[path] = numbers.get(path, 0) + 1
             leaves, structure = jax.tree.flatten(output)
             if zeros is None:
-                sizes[label] = [jnp.zeros_like(leaf) for leaf in leaves if _moves(leaf)]
+                if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+                    sizes[label] = [jnp.zeros_like(leaf) for leaf in leaves if _moves(leaf)]
                 return output
-            new = iter(zeros.get(label, ()))
+            if label not in zeros:
+                return output
+            new = iter(zeros[label])
             moved = [leaf + next(new) if _moves(leaf) else leaf for leaf in leaves]
             return jax.tree.unflatten(structure, moved)
 
@@ -171,7 +176,7 @@ def _watched(module: nnx.Module, note: Callable[..., Any]) -> nnx.Module:
     originals = {dotted(path): layer for path, layer in nnx.iter_modules(module) if path}
     copy = nnx.clone(module)
     if isinstance(copy, Linen):
-        copy.note = note
+        copy.tell(note)
     for path, layer in nnx.iter_modules(copy):
         name = dotted(path)
         if name in originals and callable(layer):

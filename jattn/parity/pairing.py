@@ -3,9 +3,7 @@
 Guessed from names, shapes and the order of calls; shown, and to be written down by the user.
 """
 
-import difflib
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +16,12 @@ from jattn.interop.errors import ConversionError
 from jattn.interop.rules import IDENTITY, Rearrange, Rule, to_flax, within
 from jattn.parity.adapters import kind_of
 from jattn.parity.fixtures import Fixture
-from jattn.parity.fusing import fused, open_shapes, role
+from jattn.parity.fusing import fused, open_shapes
 from jattn.parity.layers import Call, dotted
+from jattn.parity.names import alike, plain, role
 
 Pairs = Mapping[str, str]
 CONVOLUTION = Rearrange("o i ... -> ... i o")  # and a Linear
-WORDS = dict.fromkeys(["kernel", "scale", "embedding", "gamma"], "weight") | {"beta": "bias"}
 NEARLY = 1.6  # of 2, which is the same name
 
 
@@ -77,8 +75,8 @@ def _namesakes(
         ]  # fmt: skip
         for name in names if weights else ():
             left = [path for path in paths if path not in (*pairs.values(), *found.values())]
-            best = max(left, key=lambda path: _alike(name, path), default=None)
-            if name not in pairs and best is not None and _alike(name, best) > NEARLY:
+            best = max(left, key=lambda path: alike(name, path), default=None)
+            if name not in pairs and best is not None and alike(name, best) > NEARLY:
                 found[name] = best
     return found
 
@@ -118,7 +116,7 @@ def _matched(names: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
             return dict(zip(_by_role(one), _by_role(other), strict=True))
     likeness = sorted(
         (
-            (_alike(name, path), -i, -j)
+            (alike(name, path), -i, -j)
             for i, name in enumerate(names)
             for j, path in enumerate(paths)
         ),
@@ -152,15 +150,6 @@ def _by_role(names: Sequence[str]) -> list[str]:
         )
     }
     return [ordered.get(name, name) for name in names]
-
-
-def _alike(name: str, path: str) -> float:
-    """How alike two names are, by words and numbers and by letters."""
-    one, other = (re.findall(r"\d+|[a-z]+", each.lower()) for each in (name, path))
-    return (
-        difflib.SequenceMatcher(None, one, other).ratio()
-        + difflib.SequenceMatcher(None, name, path).ratio()
-    )
 
 
 def guess_rules(
@@ -219,7 +208,7 @@ def _by_shape(
     }
     ours = open_shapes(module, rules)
     fitting = [
-        (_alike(_plain(name), _plain(path)), -i, -j, name, path)
+        (alike(plain(name), plain(path)), -i, -j, name, path)
         for i, (name, shape) in enumerate(theirs.items())
         for j, path in enumerate(ours)
         if ours[path] in (shape, _turned(shape))
@@ -240,9 +229,3 @@ def _by_shape(
 def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that Flax gives the weight of a Linear or a convolution."""
     return (*shape[2:], *shape[1::-1])
-
-
-def _plain(name: str) -> str:
-    """The name with PyTorch's word for the kind of the weight."""
-    *parents, leaf = name.split(".")
-    return ".".join([*parents, WORDS.get(leaf, leaf)])

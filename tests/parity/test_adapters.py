@@ -84,8 +84,12 @@ class Tagger(linen.Module):
         return linen.Dense(3)(Block(self.epsilon, self.deterministic)(x, mask))
 
 
-def test_a_module_of_linen_is_held_layer_by_layer(recorded):
-    report = diff(recorded, Tagger())
+@pytest.fixture(scope="module")
+def report(recorded):
+    return diff(recorded, Tagger())
+
+
+def test_a_module_of_linen_is_held_layer_by_layer(report):
     assert report.passed, str(report)
     assert report.pairs["blocks.1.attention.query"] == "Block_1.Attention_0.query"
     assert len(report.layers) > 15
@@ -107,20 +111,25 @@ def test_a_fault_in_a_module_of_linen_is_found_and_mended(recorded, wrong, layer
     assert hint in report.hints
 
 
-def test_a_function_takes_its_parameters_first(recorded):
-    module = Tagger()
+@pytest.fixture(scope="module")
+def params(recorded):
     inputs = (jnp.asarray(recorded.inputs[name]) for name in ("x", "mask"))
     with jax.numpy_dtype_promotion("standard"):
-        params = module.init(jax.random.key(0), *inputs)["params"]
+        return Tagger().init(jax.random.key(0), *inputs)["params"]
 
+
+def test_a_function_takes_its_parameters_first(recorded, report, params):
     def tagger(params, x, mask):
-        return module.apply({"params": params}, x, mask)
+        return Tagger().apply({"params": params}, x, mask)
 
     # Without layers their weights have only names and shapes, of which several are alike here
-    rules = diff(recorded, module).rules
-    assert_matches(recorded, tagger, params=params, rules=rules)
-    bound = module.bind({"params": params})
-    assert_matches(recorded, bound)
+    assert_matches(recorded, tagger, params=params, rules=report.rules)
+
+
+@pytest.mark.slow
+def test_a_module_of_linen_that_has_its_variables(recorded, params):
+    assert_matches(recorded, Tagger().bind({"params": params}))
+    assert_matches(recorded, Tagger(), params={"params": params})
 
 
 X = np.random.default_rng(0).normal(size=(5, 3))

@@ -264,7 +264,10 @@ def test_bad_input_is_exit_code_two_and_leaves_nothing(
     assert left == [path for path in before if path.name != "__pycache__"]
 
 
-@pytest.mark.parametrize("file", ["_METADATA", "manifest.ocdbt", "d"])
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("_METADATA", "manifest.ocdbt"))
+
+
+@pytest.mark.parametrize("file", ["d", *SLOW])
 def test_a_broken_checkpoint_of_orbax(here, file):
     save(here / "flax", nnx.state(lm(), nnx.Param))
     path = here / "flax" / file

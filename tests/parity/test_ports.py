@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from flax import nnx
+from flax import linen, nnx
 
 from jattn import models, nn, parity
 
@@ -224,6 +224,52 @@ def test_a_layer_called_twice_and_frozen(torch, x):
     report = parity.check(original, Port(), [x])
     assert_equal(report)
     assert [row.torch for row in report.layers] == ["inner[0]", "inner[1]", ""]
+
+
+class ScannedBlock(linen.Module):
+    @linen.compact
+    def __call__(self, x, _):
+        return linen.LayerNorm(epsilon=1e-5)(x + jnp.tanh(linen.Dense(8)(x))), None
+
+
+class Scanned(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        scan = linen.scan(
+            ScannedBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return linen.Dense(2)(scan(name="layers")(x, None)[0])
+
+
+class Recomputed(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        for i in range(3):
+            x, _ = linen.remat(ScannedBlock)(name=f"layers_{i}")(x, None)
+        return linen.Dense(2)(x)
+
+
+@pytest.mark.parametrize("port", [Scanned(), Recomputed()], ids=["scan", "remat"])
+def test_layers_under_a_transformation_have_their_weights_stacked_or_not(torch, x, port):
+    def block(self, x):
+        return self.norm(x + torch.tanh(self.fc(x)))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(x)
+
+    blocks = [
+        built(torch, block, fc=torch.nn.Linear(8, 8), norm=torch.nn.LayerNorm(8)) for _ in range(3)
+    ]
+    layers = torch.nn.ModuleList(blocks)
+    original = built(torch, forward, layers=layers, out=torch.nn.Linear(8, 2))
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    report = parity.check(original, port, [x])
+    assert_equal(report)
+    assert [row.torch for row in report.layers] == ["out[0]", ""]
 
 
 def test_a_decoder_layer_of_ours(torch, x, rng):
