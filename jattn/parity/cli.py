@@ -18,6 +18,7 @@ import json
 import math
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,18 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "dtype" in options:
         options.dtype = options.dtype or list(_DTYPES[:2])
     try:
-        _check_report(options)
+        _check_paths(options)
         return action(options)
     except (OSError, ValueError, ImportError) as error:
         print(f"jattn: {error}", file=sys.stderr)
         return 2
+    except Exception:  # of a module that is the user's; 1 would say that tensors differ
+        traceback.print_exc()
+        return 2
 
 
-def _check_report(options: argparse.Namespace) -> None:
-    """A report that cannot be written must not cost the minutes before it."""
-    path = getattr(options, "json", None)
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise FileNotFoundError(f"--json {path} is a folder, or lies in none")
+def _check_paths(options: argparse.Namespace) -> None:
+    """What cannot be written must not cost the minutes before it."""
+    for name in ("json", "output"):
+        path = getattr(options, name, None)
+        if path and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{name} {path} lies in no folder")
+        if path and name == "json" and path.is_dir():
+            raise IsADirectoryError(f"--{name} {path} is a folder")
 
 
 def _table(options: argparse.Namespace) -> int:
@@ -168,6 +175,7 @@ def _fixtures(folder: pathlib.Path) -> list[pathlib.Path]:
         words = [name[-1] for name in _COMMANDS if name and name[0] == "parity"]
         near = difflib.get_close_matches(str(folder), words, n=1)
         hint = f"did you mean `jattn parity {near[0]}`?" if near else _WHERE
+        hint = f"`jattn parity run {folder}` takes a file" if folder.is_file() else hint
         raise FileNotFoundError(f"no fixtures (*.safetensors) in the folder {folder}: {hint}")
     return paths
 

@@ -109,6 +109,9 @@ def run(fixture: Fixture, dtype: Any = np.float64, *, system: System | None = No
     if dtype not in DTYPES:
         expected = ", ".join(each.name for each in DTYPES)
         raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
+    if system is None and fixture.system.startswith("yours/"):
+        how = "`jattn parity diff` holds a port of it against it"
+        raise FixtureError(f"{fixture.title} is no system of jattn's: {how}")
     if system is None and fixture.system not in SYSTEMS:
         raise FixtureError(
             f"{fixture.title}: expected a system of {', '.join(SYSTEMS)}, got {fixture.system!r}"

@@ -25,7 +25,7 @@ from jattn.interop.orbax_files import is_orbax, load_orbax, orbax_of, save_orbax
 from jattn.interop.rules import Rule
 from jattn.interop.tensor_files import pickled, safetensors_of
 from jattn.parity.console import console, table
-from jattn.parity.ports import made
+from jattn.parity.ports import made, with_options
 
 Rules = tuple[Rule, ...] | None
 Tensors = Mapping[str, Any]
@@ -131,8 +131,6 @@ def _check(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output} exists already")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {output.absolute().parent}")
     is_file = output.suffix == ".safetensors"
     if is_file != (options.to == "torch"):
         must = "a folder" if is_file else "a file whose name ends in .safetensors"
@@ -151,8 +149,7 @@ def _module(options: argparse.Namespace) -> tuple[Any, Rules]:
     """The module of the factory, and rules of its own; None: there are none."""
     if options.module is None:
         return None, None
-    found = made(options.module)
-    module, given = found if isinstance(found, tuple) else (found, {})
+    module, given = with_options(options.module, made(options.module))
     if not isinstance(module, nnx.Module):
         kind = type(module).__name__
         raise ValueError(f"{options.module}: expected a module of Flax NNX, got a {kind}")

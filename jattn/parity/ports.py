@@ -40,8 +40,8 @@ def record_port(options: argparse.Namespace) -> int:
     versions()  # needs PyTorch, as the factory does, and says how to install it
     found = made(options.factory)
     if not (isinstance(found, tuple) and len(found) == 2):
-        kind = type(found).__name__
-        raise ValueError(f"{options.factory}: expected (module, inputs), got a {kind}")
+        kind = f"{len(found)} things" if isinstance(found, tuple) else f"a {type(found).__name__}"
+        raise ValueError(f"{options.factory}: expected (module, inputs), got {kind}")
     module, inputs = found
     fixture = record(module, inputs, case=type(module).__name__)
     save(options.output, fixture)
@@ -79,7 +79,7 @@ def diff_port(options: argparse.Namespace) -> int:
     """Run `jattn parity diff`."""
     fixture = load(options.fixture)
     found = made(options.factory)
-    port, given = found if isinstance(found, tuple) else (found, {})
+    port, given = with_options(options.factory, found)
     report = diff(fixture, port, **given)
     console().print(report)
     if options.json:
@@ -100,6 +100,22 @@ def _plain(report: Report) -> dict[str, Any]:
     kept = dataclasses.asdict(dataclasses.replace(report, rules=()))
     rules = [{"torch": rule.torch, "flax": rule.flax} for rule in report.rules]
     return plain(kept) | {"rules": rules, "passed": report.passed}
+
+
+def with_options(where: str, found: Any) -> tuple[Any, dict[str, Any]]:
+    """What a factory returns, a module or a function, and the options beside it.
+
+    Raises:
+      ValueError: it returns something else, or options that there are not.
+    """
+    if not isinstance(found, tuple):
+        return found, {}
+    known = ("rules", "pairs", "call", "params")
+    if len(found) != 2 or not isinstance(found[1], dict) or not {*found[1]} <= {*known}:
+        what = f"a pair of a module and a dict of {', '.join(known)}"
+        got = [[*each] if isinstance(each, dict) else type(each).__name__ for each in found]
+        raise ValueError(f"{where}: expected a module or {what}, got {got}")
+    return found
 
 
 def made(where: str) -> Any:

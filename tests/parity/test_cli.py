@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jattn.parity.cli import main
-from jattn.parity.fixtures import load, save
+from jattn.parity.fixtures import Fixture, load, save
 
 FOLDER = pathlib.Path(__file__).parents[1] / "fixtures"
 SOFTMAX = FOLDER / "masks" / "masked_softmax.safetensors"
@@ -45,11 +45,13 @@ def test_a_folder_gives_a_line_for_each_fixture_and_a_failure_is_exit_code_one(c
     assert rows["output/weights"]["max_error"] is None and not rows["output/weights"]["passed"]
 
 
-@pytest.mark.parametrize("where", [".", "nowhere/report.json"])
-def test_a_report_that_cannot_be_written_is_refused_before_anything_is_compared(capsys, where):
+@pytest.mark.parametrize(
+    ("where", "why"), [(".", "is a folder"), ("nowhere/report.json", "lies in no folder")]
+)
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_compared(capsys, where, why):
     assert main(["parity", "run", str(SOFTMAX), "--json", where]) == 2
     captured = capsys.readouterr()
-    assert f"--json {where} is a folder, or lies in none" in captured.err and not captured.out
+    assert f"--json {where} {why}" in captured.err and not captured.out
 
 
 def test_float32(capsys):
@@ -64,6 +66,14 @@ def test_bad_input_is_exit_code_two(capsys, tmp_path, words):
     assert main([word.format(tmp_path) for word in words]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("jattn: no ") and str(tmp_path) in captured.err
+
+
+def test_a_file_where_a_folder_is_meant_and_a_fixture_of_another_module(capsys, tmp_path):
+    assert main(["parity", str(SOFTMAX)]) == 2
+    assert f"`jattn parity run {SOFTMAX}` takes a file" in capsys.readouterr().err
+    save(tmp_path / "mine.safetensors", Fixture("yours/net", "net", outputs={"y": np.ones(2)}))
+    assert main(["parity", "run", str(tmp_path / "mine.safetensors")]) == 2
+    assert "`jattn parity diff` holds a port of it against it" in capsys.readouterr().err
 
 
 def test_a_command_that_is_almost_one(capsys):
@@ -206,6 +216,14 @@ def needs(x):
     return x
 
 
+def fails():
+    raise RuntimeError("a fault of the user's")
+
+
+def odd():
+    return Net(False), {"rulez": ()}
+
+
 nothing = 3
 """
 
@@ -245,6 +263,11 @@ TAGGER = str(FOLDER / "ports" / "tagger" / "whole.safetensors")
         ("{}:absent", "has no function 'absent'"),
         ("{}:nothing", "has no function 'nothing'"),
         ("{}:right", "the port cannot be called with the inputs x, mask"),
+        ("{}:fails", "RuntimeError: a fault of the user's"),
+        (
+            "{}:odd",
+            "expected a module or a pair of a module and a dict of rules, pairs, call, params, got ['Net', ['rulez']]",
+        ),
         ("{}:needs", "my_port.py:needs() fails: needs() missing 1 required positional argument"),
     ],
 )

@@ -219,8 +219,9 @@ def test_the_report_as_json(here):
 
 BAD = [
     ("nowhere --to flax -o x", "no such checkpoint: nowhere"),
+    ("lm --to torch -o net.safetensors", "net.safetensors exists already"),
     ("lm --to flax -o lm", "lm exists already"),
-    ("lm --to flax -o no/x", "no such folder: "),
+    ("lm --to flax -o no/x", "--output no/x lies in no folder"),
     ("lm --to torch -o x", "--to torch writes a file whose name ends in .safetensors, got -o x"),
     ("lm --to torch -o x.pt", "ends in .safetensors, got -o x.pt"),
     ("lm --to hf -o x.safetensors", "--to hf writes a folder"),
