@@ -266,7 +266,7 @@ TAGGER = str(FOLDER / "ports" / "tagger" / "whole.safetensors")
         ("{}:fails", "RuntimeError: a fault of the user's"),
         (
             "{}:odd",
-            "expected a module or a pair of a module and a dict of rules, pairs, call, params, got ['Net', ['rulez']]",
+            "a pair of a module and a dict of rules, pairs, call, params, got ['Net', ['rulez']]",
         ),
         ("{}:needs", "my_port.py:needs() fails: needs() missing 1 required positional argument"),
     ],
