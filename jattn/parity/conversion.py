@@ -33,7 +33,7 @@ Tensors = Mapping[str, Any]
 _HELP = """\
 Moves the weights of a model between PyTorch's names and Flax's, and reads back what it has written.
 
---to flax   a folder of Orbax, for the parameters of the Flax module:
+--to flax   a folder of Orbax, for the parameters of the Flax module; with its absolute path
             nnx.update(model, ocp.StandardCheckpointer().restore(path, nnx.state(model, nnx.Param)))
 --to torch  a .safetensors file of PyTorch's state dict: safetensors.torch.load_file reads it
 --to hf     a folder that `transformers` loads: Llama, Mistral, Qwen2, Qwen3 or BERT"""

@@ -103,9 +103,12 @@ def _taken_apart(whole: Shape, count: int, part: Shape, path: str) -> str | None
         return "(parts o) -> parts o" if whole == (count * part[0],) else None
     if len(part) != 2:
         return None
-    known = [((count * part[1], part[0]), "(parts o) i -> parts i o"),
-             ((count * part[0], part[1]), "(parts o) i -> parts o i")]  # fmt: skip
-    return next(
-        (layout for shape, layout in known[:: 1 if path.endswith("kernel") else -1]
-         if shape == whole), None,
-    )  # fmt: skip
+    i, o = part
+    if whole == (i, count * o):  # GPT-2's lie as in Flax
+        return "i (parts o) -> parts i o"
+    known = [
+        ((count * o, i), "(parts o) i -> parts i o"),
+        ((count * i, o), "(parts o) i -> parts o i"),
+    ]
+    order = known if path.endswith("kernel") else known[::-1]
+    return next((layout for shape, layout in order if shape == whole), None)

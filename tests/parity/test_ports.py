@@ -336,7 +336,22 @@ def test_weights_that_lie_as_in_flax(torch, x):
         def __call__(self, x):
             return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=self.approximate))
 
-    original = GPT2MLP(24, transformers.GPT2Config(n_embd=8, n_inner=24, n_head=2))
+    config = transformers.GPT2Config(n_embd=8, n_inner=24, n_head=2)
+    original = GPT2MLP(24, config)
     assert_equal(parity.check(original, Port(True), [x]))
     report = parity.check(original, Port(False), [x])
     assert report.hints == ("matches with tanh GELU instead of the other form",)
+
+
+def test_a_fused_projection_that_lies_as_in_flax(torch, x):
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.c_attn(x).split(8, dim=-1))
+        weights = torch.softmax(q @ k.transpose(-1, -2) / 2, -1)
+        return self.out((weights @ v).transpose(1, 2).flatten(-2))
+
+    original = built(torch, forward, c_attn=Conv1D(24, 8), out=torch.nn.Linear(8, 8))
+    for port in (Fused, Apart):
+        assert_equal(parity.check(original, port(), [x]))
