@@ -262,11 +262,11 @@ def _fill_statistics(fixture: Fixture, module: nnx.Module, pairs: Mapping[str, s
     """Give batch norms PyTorch's running statistics; tell which buffers nothing takes."""
     norms = {dotted(path): layer for path, layer in nnx.iter_modules(module)}
     left = dict(fixture.buffers)
-    for name, path in pairs.items():
-        norm = norms.get(path)
-        if isinstance(norm, nnx.BatchNorm) and f"{name}.running_mean" in left:
-            norm.mean.set_value(jnp.asarray(left.pop(f"{name}.running_mean")))
-            norm.var.set_value(jnp.asarray(left.pop(f"{name}.running_var")))
+    for name, path in {**pairs, "": ""}.items():
+        norm, prefix = norms.get(path), f"{name}." if name else ""
+        if isinstance(norm, nnx.BatchNorm) and f"{prefix}running_mean" in left:
+            norm.mean.set_value(jnp.asarray(left.pop(f"{prefix}running_mean")))
+            norm.var.set_value(jnp.asarray(left.pop(f"{prefix}running_var")))
     return [f"the port is not given PyTorch's buffers {', '.join(left)}"] if left else []
 
 
