@@ -272,12 +272,24 @@ def _show(options: argparse.Namespace, module: Any, rows: list[Moved]) -> None:
     kind, n = type(module).__name__, len(rows)
     out.print(f"{kind}: {n} parameters, {many:,} numbers, from {options.checkpoint}")
     out.print(f"written to {options.output} and read back: the same bits")
+    if left := _beside(options):
+        out.print(f"not copied, for they are no weights: {', '.join(left)}")
     if options.json:
         report = {
             "checkpoint": str(options.checkpoint), "output": str(options.output),
             "to": options.to, "module": kind, "parameters": list(map(dataclasses.asdict, rows)),
         }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _beside(options: argparse.Namespace) -> list[str]:
+    """Files of a folder of `transformers` that one more such folder needs: the tokenizer's."""
+    if options.to != "hf" or not (options.checkpoint / "config.json").is_file():
+        return []
+    ours = (".safetensors", ".bin", ".index.json")
+    names = sorted(path.name for path in options.checkpoint.iterdir() if path.is_file())
+    written = {path.name for path in options.output.iterdir()}
+    return [name for name in names if name not in written and not name.endswith(ours)]
 
 
 def _numbered(name: str) -> str:

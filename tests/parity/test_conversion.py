@@ -98,6 +98,15 @@ def test_a_folder_of_transformers_to_flax_and_back_to_the_same_bytes(here, dtype
     assert all(written[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
+def test_what_is_no_weights_is_not_copied_and_named(here, capsys):
+    interop.save_pretrained(lm(), here / "lm")
+    (here / "lm" / "vocab.txt").write_text("a\nb\n")
+    converted("lm", "--to", "hf", "-o", "again")
+    assert "not copied, for they are no weights: vocab.txt\n" in capsys.readouterr().out
+    converted("lm", "--to", "flax", "-o", "flax")
+    assert "not copied" not in capsys.readouterr().out
+
+
 def test_flax_to_a_folder_of_transformers(here):
     model = lm()
     interop.save_pretrained(model, here / "lm")
