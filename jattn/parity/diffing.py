@@ -66,6 +66,7 @@ class Report:
       first: the first layer that differs; None: none does.
       first_backward: the last one whose gradient differs while all layers after it have theirs.
       hints: changes with which the first layer would be equal, and what explains a gradient.
+      more: how many outputs the port has that PyTorch's module has not; they are not compared.
     """
 
     title: str
@@ -76,6 +77,7 @@ class Report:
     first: LayerRow | None = None
     first_backward: LayerRow | None = None
     hints: tuple[str, ...] = ()
+    more: int = 0
 
     @property
     def passed(self) -> bool:
@@ -91,6 +93,8 @@ class Report:
         how = "equal to" if self.passed else "differs from"
         wrong = [row for row in self.rows if not row.passed]
         equal = f"{len(self.rows) - len(wrong)} of {len(self.rows)} outputs and gradients are equal"
+        if self.more:
+            equal += f"; the port has {self.more} more, which PyTorch's has not"
         parts: list[Any] = [
             f"{self.title}: {how} PyTorch in float64", "", _layer_table(self.layers), "", equal,
         ]  # fmt: skip
@@ -237,6 +241,7 @@ def _diff(
     return Report(
         fixture.title, tensors, tuple(row for row, _ in rows), pairs, rules, first,
         backward[-1] if backward else None, tuple(hints),
+        max(len(output) - len(fixture.outputs), 0),
     )  # fmt: skip
 
 

@@ -179,6 +179,14 @@ def test_outputs_by_name_are_held_against_those_of_the_same_name(names):
         diff(doubled(names), lambda x: {"twice": 2 * x})
 
 
+def test_outputs_that_pytorch_has_not_are_counted():
+    x = np.array([1.0, 2.0])
+    fixture = Fixture("yours/double", "double", inputs={"x": x}, outputs={"output": 2 * x})
+    report = diff(fixture, lambda x: (2 * x, x))
+    assert report.passed and report.more == 1
+    assert "1 of 1 outputs and gradients are equal; the port has 1 more" in str(report)
+
+
 QUICK = ("eps",)
 
 
