@@ -222,7 +222,6 @@ def attention_maps(
     layers, heads = len(weights), len(weights[0])
     with matplotlib.rc_context({"font.family": fonts.family()}):
         figure = Figure(figsize=(2.3 * heads + 1.4, 2.3 * layers + 1), layout="constrained")
-        figure.suptitle(title)
         axes = figure.subplots(layers, heads, squeeze=False)
         norm = PowerNorm(0.5, vmin=0, vmax=1)
         for (layer, head), axis in np.ndenumerate(axes):
@@ -236,6 +235,7 @@ def attention_maps(
                 axis.set_title(f"head {head + 1}", fontsize="medium")
             if head == 0:
                 axis.set_ylabel(f"layer {layer + 1}")
-        figure.suptitle("Where each token (row) looks (column)")
+        looks = "where each token (row) looks (column)"
+        figure.suptitle(f"{title}: {looks}" if title else looks)
         figure.colorbar(image, ax=list(axes.ravel()), label="attention weight", shrink=0.5)
         figure.savefig(path, dpi=110)
