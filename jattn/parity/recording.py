@@ -4,7 +4,7 @@ import contextlib
 import copy
 import inspect
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,8 +112,9 @@ def _buffers(module: Any) -> Tensors:
     return {name: each for name, each in module.named_buffers() if each.is_floating_point()}
 
 
-def _all_double() -> Any:
-    """A context in which PyTorch's functions take every floating dtype for float64."""
+@contextlib.contextmanager
+def _all_double() -> Iterator[None]:
+    """Let PyTorch's functions take every floating dtype for float64, which is the default, too."""
     torch = _torch()
     narrow = (torch.float32, torch.float16, torch.bfloat16)
     casts = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
@@ -129,7 +130,13 @@ def _all_double() -> Any:
             options = {name: wide(value) for name, value in (options or {}).items()}
             return function(*map(wide, arguments), **options)
 
-    return AllDouble()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with AllDouble():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def versions() -> dict[str, str]:

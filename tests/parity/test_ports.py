@@ -323,6 +323,24 @@ def test_llama_of_transformers_whose_norms_ask_for_float32(torch, rng, epsilon):
     assert "is not given PyTorch's buffers model.rotary_emb.inv_freq" in report.hints[1]
 
 
+def test_what_the_module_makes_for_itself_is_float64_too(torch, x):
+    class Port(nnx.Module):
+        def __init__(self):
+            self.out = nnx.Linear(8, 8, rngs=rngs())
+
+        def __call__(self, x):
+            angles = jnp.arange(x.shape[1])[:, None] / 100.0 ** (jnp.arange(8) / 8)
+            return self.out(x + jnp.sin(angles))
+
+    def forward(self, x):
+        steps, places = torch.arange(0.0, 8.0) / 8, torch.arange(x.shape[1], dtype=torch.float32)
+        return self.out(x + torch.sin(places[:, None] / 100.0**steps).type(torch.float32))
+
+    before = torch.get_default_dtype()
+    assert_equal(parity.check(built(torch, forward, out=torch.nn.Linear(8, 8)), Port(), [x]))
+    assert torch.get_default_dtype() == before
+
+
 def test_weights_that_lie_as_in_flax(torch, x):
     transformers = pytest.importorskip("transformers")
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
