@@ -55,7 +55,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", [KEEP_ATTENTION, None], ids=["attention", "nothing"])
+NOTHING = pytest.param(None, id="nothing", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("policy", [pytest.param(KEEP_ATTENTION, id="attention"), NOTHING])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_module_and_random_streams_move_on_alike(case, policy):
     make, layer, loss = CASES[case]
