@@ -22,6 +22,12 @@ def is_orbax(path: pathlib.Path) -> bool:
     return (path / _TREE).is_file()
 
 
+def orbax_within(path: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints in a folder that is none itself, as a manager of several keeps them."""
+    found = [*path.glob(f"*/{_TREE}"), *path.glob(f"*/*/{_TREE}")]
+    return sorted(each.parent for each in found)
+
+
 def orbax_of(path: pathlib.Path) -> dict[str, Stored]:
     """The arrays of a checkpoint by their dotted paths; none is read before it is needed.
 
@@ -40,10 +46,7 @@ def orbax_of(path: pathlib.Path) -> dict[str, Stored]:
       {'bias.value': (2,), 'kernel.value': (3, 2)}
     """
     if not is_orbax(path):
-        inside = sorted(str(each.parent) for each in path.glob(f"*/{_TREE}"))
-        inside += sorted(str(each.parent) for each in path.glob(f"*/*/{_TREE}"))
-        hint = f": those in it are {', '.join(inside[-3:])}" if inside else ""
-        raise FileError(f"{path} is no checkpoint of Orbax{hint}")
+        raise FileError(f"{path} is no checkpoint of Orbax")
     import orbax.checkpoint as ocp
 
     with _naming(path), ocp.PyTreeCheckpointer() as checkpointer:

@@ -20,8 +20,9 @@ from flax import nnx
 
 from jattn import interop
 from jattn.interop.convert import names_in_torch
+from jattn.interop.errors import FileError
 from jattn.interop.huggingface.folder import tensors_of
-from jattn.interop.orbax_files import is_orbax, load_orbax, orbax_of, save_orbax
+from jattn.interop.orbax_files import is_orbax, load_orbax, orbax_of, orbax_within, save_orbax
 from jattn.interop.rules import Rule
 from jattn.interop.tensor_files import pickled, safetensors_of
 from jattn.parity.console import console, table
@@ -185,6 +186,9 @@ def _read(options: argparse.Namespace, module: Any, rules: Rules) -> tuple[Any, 
 
 def _state_dict(path: pathlib.Path) -> dict[str, Any]:
     if path.is_dir():
+        if inside := orbax_within(path):
+            some = ", ".join(map(str, inside[-3:]))
+            raise FileError(f"{path} is no checkpoint itself; those of Orbax in it are {some}")
         return tensors_of(path)
     return safetensors_of(path) if path.suffix == ".safetensors" else pickled(path)
 

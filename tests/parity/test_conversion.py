@@ -246,7 +246,7 @@ BAD = [
     ("net.safetensors --to flax -o x --module make.py:lm", "the weights do not fit"),
     ("flax --to torch -o x.safetensors --module make.py:net", "the weights do not fit"),
     ("make.py --to flax -o x --module make.py:net", "make.py is no file of PyTorch's"),
-    ("runs --to hf -o x --module make.py:lm", "runs holds no model.safetensors"),
+    ("runs --to hf -o x --module make.py:lm", "those of Orbax in it are runs/1/state"),
 ]
 
 
