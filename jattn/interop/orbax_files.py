@@ -24,8 +24,8 @@ def is_orbax(path: pathlib.Path) -> bool:
 
 def orbax_within(path: pathlib.Path) -> list[pathlib.Path]:
     """The checkpoints in a folder that is none itself, as a manager of several keeps them."""
-    found = [*path.glob(f"*/{_TREE}"), *path.glob(f"*/*/{_TREE}")]
-    return sorted(each.parent for each in found)
+    depths = ("*", "*/*", "*/*/*")
+    return sorted(each.parent for depth in depths for each in path.glob(f"{depth}/{_TREE}"))
 
 
 def orbax_of(path: pathlib.Path) -> dict[str, Stored]:
