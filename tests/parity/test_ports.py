@@ -207,6 +207,15 @@ def test_an_output_of_another_shape(torch, x):
     assert "by the shapes of its outputs, (2, 3, 5), (2, 1, 5) for" in str(report)
 
 
+def test_inputs_may_be_numbers_and_empty(torch, x):
+    def forward(self, x, scale):
+        return scale * x
+
+    for given in (x, x[:0]):
+        report = parity.check(built(torch, forward), lambda x, scale: scale * x, [given, 0.5])
+        assert_equal(report)
+
+
 def test_a_layer_called_twice_and_frozen(torch, x):
     class Port(nnx.Module):
         def __init__(self):
