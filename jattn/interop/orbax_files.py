@@ -130,7 +130,7 @@ def _hint(tensors: Mapping[str, Any], own: Sequence[str]) -> str:
         if name.endswith(ends)
     }
     fitting = sorted(part for part in parts if {*own} <= _part(tensors, part, own).keys())
-    return f"the module's parameters are in the part {', or '.join(fitting)}" if fitting else ""
+    return f"arrays of these names are in the part {', or '.join(fitting)}" if fitting else ""
 
 
 def _paths(module: nnx.Module, kind: Any) -> list[str]:

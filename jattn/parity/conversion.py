@@ -140,7 +140,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{path} has no config.json that tells its module: pass --module")
     if options.to == "flax" and is_orbax(path):
         raise ValueError(f"{path} is Flax's already")
-    if options.part and not is_orbax(path):
+    if options.part and not is_orbax(path) and not (path.is_dir() and orbax_within(path)):
         raise ValueError(f"--part is for folders of Orbax, and {path} is none")
     if options.names and options.to != "torch":
         raise ValueError(f"--names means nothing with --to {options.to}")

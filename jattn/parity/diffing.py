@@ -128,8 +128,8 @@ def diff(
     Args:
       fixture: from `record`, with the insides of the module.
       module: of Flax NNX or Linen, or a function of arrays.
-      rules: of the weights; None: guessed from the pairs, with the tables of `jattn.interop`.
-      pairs: PyTorch's layers, by name, → the port's, by path; None: guessed.
+      rules: of weights; all others are guessed from the pairs, with the tables of `jattn.interop`.
+      pairs: PyTorch's layers, by name, → the port's, by path; all others are guessed.
       call: `(module, inputs by name) -> outputs`; None: the module with the inputs in their order.
       params: a pytree that the function takes first, or the variables of the module of Linen; what
         they hold is replaced by PyTorch's weights.
@@ -224,8 +224,7 @@ def _diff(
 
     with callable_with(inputs):
         _, before = layers.calls(module, whole)
-    if pairs is None:
-        pairs = pairing.guess_pairs(fixture, before)
+    pairs = pairing.with_given(pairing.guess_pairs(fixture, before), pairs or {}, fixture)
     rules = _load(fixture, module, rules, pairs, before)
     unused = _fill_statistics(fixture, module, pairs)
     output, found = layers.calls(module, whole)
@@ -250,15 +249,11 @@ def _load(
     calls: Sequence[Call],
 ) -> tuple[Rule, ...]:  # fmt: skip
     """Fill the port with PyTorch's weights; the rules that do it."""
-    if rules is not None:
-        rules = tuple(rules)
-        nnx.update(module, to_flax(fixture.parameters, module, rules))
-        return rules
-    rules = pairing.guess_rules(fixture, module, pairs, calls)
+    rules = pairing.guess_rules(fixture, module, pairs, calls, rules or ())
     try:
         nnx.update(module, to_flax(fixture.parameters, module, rules))
     except ConversionError as error:
-        hint = "the rules of the weights were guessed from names and shapes: pass rules"
+        hint = "rules that are not given are guessed from names and shapes: pass rules"
         raise ConversionError(**vars(error) | {"hint": hint}) from None
     return rules
 

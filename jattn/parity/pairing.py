@@ -5,7 +5,7 @@ Guessed from names, shapes and the order of calls; shown, and to be written down
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,19 @@ def guess_pairs(fixture: Fixture, calls: Sequence[Call]) -> dict[str, str]:
     pairs |= _namesakes(theirs, ours, pairs)
     order = list(first_outputs(fixture.modules))
     return {name: pairs[name] for name in order if name in pairs}
+
+
+def with_given(guessed: Pairs, given: Pairs, fixture: Fixture) -> dict[str, str]:
+    """The pairs that are given, and those guessed ones that do not contradict them.
+
+    Raises:
+      ValueError: PyTorch's module has no such layer.
+    """
+    known = first_outputs(fixture.modules)
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"pairs: PyTorch's module has no layer {', '.join(map(repr, unknown))}")
+    kept = {name: path for name, path in guessed.items() if path not in given.values()}
+    return {**kept, **given}
 
 
 def _namesakes(
@@ -153,8 +166,9 @@ def _by_role(names: Sequence[str]) -> list[str]:
 
 
 def guess_rules(
-    fixture: Fixture, module: nnx.Module, pairs: Pairs, calls: Sequence[Call] = ()
-) -> tuple[Rule, ...]:
+    fixture: Fixture, module: nnx.Module, pairs: Pairs, calls: Sequence[Call] = (),
+    given: Iterable[Rule] = (),
+) -> tuple[Rule, ...]:  # fmt: skip
     """The rules of the weights of paired layers; what is left is paired by names and shapes.
 
     Args:
@@ -162,6 +176,7 @@ def guess_rules(
       module: of Flax NNX.
       pairs: PyTorch's layers → the module's.
       calls: of its layers; those of Linen are known by them.
+      given: rules that are known; only what they do not take is guessed.
 
     Raises:
       ValueError: a pair names a layer that there is not.
@@ -170,8 +185,8 @@ def guess_rules(
     layers |= {call.path: call.layer for call in calls} | {"": module}
     if unknown := [path for path in pairs.values() if path not in layers]:
         raise ValueError(f"pairs: the port has no layer {', '.join(map(repr, unknown))}")
-    rules: list[Rule] = []
-    taken: set[str] = set()
+    rules = list(given)
+    taken = {name for name in fixture.parameters if any(rule.takes(name) for rule in rules)}
     whole = [("", ""), *sorted(pairs.items(), key=lambda pair: pair[0].count("."))]
     for name, path in whole:
         own = _of(fixture.parameters, name)

@@ -152,5 +152,9 @@ def _of_file(path: pathlib.Path) -> Any:
         raise ValueError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # so that classes in it can be found by their names
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.absolute().parent))  # as Python itself does for a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.absolute().parent))
     return module

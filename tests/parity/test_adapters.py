@@ -1,5 +1,6 @@
 """Ports that are modules of Linen, or functions with their parameters: as those of NNX."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -190,4 +191,5 @@ def test_what_is_no_port():
     with pytest.raises(ValueError, match="the port cannot be called with the inputs x"):
         diff(TWO, Tagger())
     with pytest.raises(ValueError, match="pairs: the port has no layer 'nowhere'"):
-        diff(TWO, nnx.Linear(3, 2, rngs=nnx.Rngs(0)), pairs={"a": "nowhere"})
+        layered = dataclasses.replace(TWO, modules={"a[0]": X @ W[0].T})
+        diff(layered, nnx.Linear(3, 2, rngs=nnx.Rngs(0)), pairs={"a": "nowhere"})

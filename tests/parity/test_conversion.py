@@ -198,7 +198,7 @@ def test_the_model_within_a_training_state(here, kind, capsys):
     words = "convert", "run", "--to", "hf", "--module", "make.py:lm", "-o", "lm"
     assert main([*words]) == 2
     error = capsys.readouterr().err
-    assert "the module's parameters are in the part model" in error and "optimizer." in error
+    assert "arrays of these names are in the part model" in error and "optimizer." in error
     assert main([*words, "--part", "nothing"]) == 2
     assert "expected a part of the checkpoint, such as model" in capsys.readouterr().err
     converted(*words[1:], "--part", "model")

@@ -179,6 +179,15 @@ def test_outputs_by_name_are_held_against_those_of_the_same_name(names):
         diff(doubled(names), lambda x: {"twice": 2 * x})
 
 
+def test_pairs_and_rules_that_are_given_are_kept_and_all_others_guessed(recorded, right):
+    name = "blocks.1.attention.query"
+    rules = [rule for rule in right.rules if f"{name}.weight" in rule.torch]
+    report = diff(recorded, port(), pairs={name: name}, rules=rules)
+    assert report.passed and report.pairs == right.pairs
+    with pytest.raises(ValueError, match="pairs: PyTorch's module has no layer 'heads'"):
+        diff(recorded, port(), pairs={"heads": "head"})
+
+
 def test_outputs_that_pytorch_has_not_are_counted():
     x = np.array([1.0, 2.0])
     fixture = Fixture("yours/double", "double", inputs={"x": x}, outputs={"output": 2 * x})
