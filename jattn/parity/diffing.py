@@ -203,9 +203,11 @@ def _double(module: nnx.Module) -> Any:
     """A copy in float64; what computes in the dtype of its parameters does so in theirs of now."""
     copy = nnx.clone(module)
     for _, layer in nnx.iter_modules(copy):
-        dtype, weights = getattr(layer, "dtype", None), jax.tree.leaves(nnx.state(layer, nnx.Param))
-        if dtype is not None and weights and all(each.dtype == dtype for each in weights):
-            vars(layer)["dtype"] = jnp.float64
+        weights = jax.tree.leaves(nnx.state(layer, nnx.Param))
+        for name in ("dtype", "param_dtype"):  # the carry of a recurrent cell has the second
+            dtype = getattr(layer, name, None)
+            if dtype is not None and weights and all(each.dtype == dtype for each in weights):
+                vars(layer)[name] = jnp.float64
     graph, parameters, rest = layers.split(copy)
     doubled = jax.tree.map(
         lambda array: jnp.asarray(array, jnp.float64) if is_float(array) else array, parameters

@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import linen, nnx
 
 from jattn import models, nn, parity
+from jattn.interop import ConversionError
 
 pytestmark = pytest.mark.torch
 
@@ -214,6 +215,13 @@ def test_inputs_may_be_numbers_and_empty(torch, x):
     for given in (x, x[:0]):
         report = parity.check(built(torch, forward), lambda x, scale: scale * x, [given, 0.5])
         assert_equal(report)
+
+
+def test_the_carry_of_a_cell_of_flax_is_float64_and_its_one_bias_needs_rules(torch, x):
+    port = nnx.RNN(nnx.OptimizedLSTMCell(8, 5, rngs=rngs()))
+    original = torch.nn.LSTM(8, 5, batch_first=True)
+    with pytest.raises(ConversionError, match=r"unused: bias_.h_l0\n.*pass rules"):
+        parity.check(original, port, [x])
 
 
 def test_a_layer_called_twice_and_frozen(torch, x):
