@@ -97,12 +97,12 @@ def load_orbax(module: nnx.Module, tensors: Mapping[str, Any], part: str = "") -
       ConversionError: (a ValueError) all that is missing, unused or unfit.
       ValueError: nothing lies in this part.
     """
-    own, others = (_paths(module, kind) for kind in (nnx.Param, nnx.Not(nnx.Param)))
+    own, others = (_paths(module, kind) for kind in (nnx.Param, nnx.RngState))
     inside = _part(tensors, part, {*own, *others})
     if not inside:
         first = ", ".join(dict.fromkeys(name.partition(".")[0] for name in tensors))
         raise ValueError(f"expected a part of the checkpoint, such as {first}, got {part!r}")
-    # Streams of random numbers and the like are no weights
+    # Streams of random numbers are no weights
     weights = {name: tensor for name, tensor in inside.items() if name not in others}
     try:
         nnx.update(module, to_flax(weights, module, [Rule(name, name) for name in own]))
@@ -117,7 +117,10 @@ def _part(tensors: Mapping[str, Any], part: str, known: Collection[str]) -> dict
     for name, tensor in tensors.items():
         if name.startswith(prefix):
             path = name.removeprefix(prefix)
-            found[path if path in known else path.removesuffix(".value")] = tensor
+            path = path if path in known else path.removesuffix(".value")
+            if path in found:
+                raise FileError(f"the checkpoint has two arrays of the path {path}")
+            found[path] = tensor
     return found
 
 
@@ -140,11 +143,13 @@ def _paths(module: nnx.Module, kind: Any) -> list[str]:
 
 def _by_path(tree: Any) -> dict[str, Any]:
     """Leaves by their dotted paths; keys that are paths themselves may join them by slashes."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf
-        for path, leaf in leaves
-    }
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").replace("/", ".")
+        if name in found:
+            raise FileError(f"the checkpoint has two arrays of the path {name}")
+        found[name] = leaf
+    return found
 
 
 @contextlib.contextmanager

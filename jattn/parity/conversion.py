@@ -5,10 +5,9 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -108,19 +107,19 @@ class Moved:
 def convert(options: argparse.Namespace) -> int:
     """Run `jattn convert`."""
     _check(options)
-    module, rules = _module(options)
-    unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}")
+    beside = options.output.absolute().parent
     with jax.enable_x64(True), _plainly(options):  # float64 stays float64
+        module, rules = _module(options)
         module, read = _read(options, module, rules)
-        try:
-            _write(options, module, rules, unfinished)
-            copy = _read_back(options, module, rules, unfinished)
-            _check_same(module, copy)
-            unfinished.rename(options.output)
-        finally:
-            _remove(unfinished)
         written = interop.to_torch(module, rules, names=options.names)
         rows = _rows(module, (read, written) if options.to == "flax" else (written,), rules)
+        with tempfile.TemporaryDirectory(prefix=".jattn-", dir=beside) as unfinished:
+            path = pathlib.Path(unfinished, options.output.name)
+            _write(options, module, written, path)
+            _check_same(module, _read_back(options, module, rules, path))
+            if options.output.exists():
+                raise FileExistsError(f"{options.output} exists by now")
+            path.rename(options.output)
     _show(options, module, rows)
     return 0
 
@@ -144,6 +143,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--part is for folders of Orbax, and {path} is none")
     if options.names and options.to != "torch":
         raise ValueError(f"--names means nothing with --to {options.to}")
+    report = options.json and options.json.resolve()
+    if report and any(report.is_relative_to(each.resolve()) for each in (path, output)):
+        raise ValueError(f"--json {options.json} would overwrite the checkpoint or what is written")
 
 
 def _module(options: argparse.Namespace) -> tuple[Any, Rules]:
@@ -154,8 +156,16 @@ def _module(options: argparse.Namespace) -> tuple[Any, Rules]:
     if not isinstance(module, nnx.Module):
         kind = type(module).__name__
         raise ValueError(f"{options.module}: expected a module of Flax NNX, got a {kind}")
-    rules = given.get("rules")
-    return module, None if rules is None else tuple(rules)
+    if statistics := nnx.to_flat_state(nnx.state(module, nnx.BatchStat)):
+        lost = ", ".join(".".join(map(str, path)) for path, _ in statistics)
+        raise ValueError(
+            f"{options.module}: statistics are no parameters and would be lost: {lost}"
+        )
+    if others := ", ".join(given.keys() - {"rules"}):
+        raise ValueError(f"{options.module}: {others} of a diff mean nothing to convert")
+    if given and options.names:
+        raise ValueError(f"--names means nothing where {options.module} gives rules")
+    return module, tuple(given["rules"]) if given else None
 
 
 @contextlib.contextmanager
@@ -186,22 +196,24 @@ def _read(options: argparse.Namespace, module: Any, rules: Rules) -> tuple[Any, 
 
 def _state_dict(path: pathlib.Path) -> dict[str, Any]:
     if path.is_dir():
-        if inside := orbax_within(path):
-            some = ", ".join(map(str, inside[-3:]))
-            raise FileError(f"{path} is no checkpoint itself; those of Orbax in it are {some}")
-        return tensors_of(path)
+        try:
+            return tensors_of(path)
+        except FileNotFoundError:
+            if not (inside := orbax_within(path)):
+                raise
+        some = ", ".join(map(str, inside[-3:]))
+        raise FileError(f"{path} is no checkpoint itself; those of Orbax in it are {some}")
     return safetensors_of(path) if path.suffix == ".safetensors" else pickled(path)
 
 
-def _write(options: argparse.Namespace, module: Any, rules: Rules, path: pathlib.Path) -> None:
+def _write(options: argparse.Namespace, module: Any, tensors: Tensors, path: pathlib.Path) -> None:
     if options.to == "flax":
         save_orbax(module, path)
     elif options.to == "hf":
         interop.save_pretrained(module, path)
     else:
-        tensors = interop.to_torch(module, rules, names=options.names)
         # safetensors writes an array with other strides wrong, without a word
-        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
         safetensors.numpy.save_file(whole, path, metadata={"format": "pt"})
 
 
@@ -235,12 +247,6 @@ def _parameters(module: Any) -> dict[str, np.ndarray]:
     return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
 
 
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
 def _rows(module: Any, known: Sequence[Tensors], rules: Rules) -> list[Moved]:
     """Each parameter with its names in PyTorch, those of the first tensors that fill them all."""
     for tensors in known:
@@ -260,7 +266,8 @@ def _show(options: argparse.Namespace, module: Any, rows: list[Moved]) -> None:
     alike: dict[Any, list[Moved]] = {}
     for row in rows:
         numbered = [_numbered(name) for name in (*row.torch, row.flax)]
-        alike.setdefault((*numbered, row.torch_shape, row.shape), []).append(row)
+        form = row.torch_shape, row.torch_dtype, row.shape, row.dtype
+        alike.setdefault((*numbered, *form), []).append(row)
     titles = "PyTorch", "Flax", "in PyTorch", "in Flax", "dtype", "times"
     lines = []
     for first, *more in alike.values():

@@ -50,6 +50,23 @@ def wide():
 
 def number():
     return 3
+
+
+def normed():
+    return nnx.BatchNorm(3, rngs=nnx.Rngs(3))
+
+
+def paired():
+    return Net(), {"pairs": {"out": "fc"}}
+
+
+class Scaled(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.float32(3.0))
+
+
+def scaled():
+    return Scaled(), {"rules": [interop.Rule("logit_scale", "scale")]}
 """
 
 
@@ -158,9 +175,8 @@ def test_other_names_for_the_same_weights(here, capsys):
 def test_float64_and_not_a_number_stay_as_they_are(here):
     weights = {"weight": np.full((2, 3), np.nan), "bias": np.array([1 / 3, -0.0])}
     safetensors.numpy.save_file(weights, here / "a.safetensors")
-    with jax.enable_x64(True):
-        converted("a.safetensors", "--to", "flax", "--module", "make.py:wide", "-o", "flax")
-        converted("flax", "--to", "torch", "--module", "make.py:wide", "-o", "b.safetensors")
+    converted("a.safetensors", "--to", "flax", "--module", "make.py:wide", "-o", "flax")
+    converted("flax", "--to", "torch", "--module", "make.py:wide", "-o", "b.safetensors")
     again = safetensors.numpy.load_file(here / "b.safetensors")
     assert all(again[name].tobytes() == array.tobytes() for name, array in weights.items())
 
@@ -181,6 +197,39 @@ def test_a_folder_of_bert_with_old_names(here, capsys):
     shown = capsys.readouterr().out
     assert "bert.embeddings.LayerNorm.weight" in shown and "classifier.weight" in shown
     assert same_weights(restored(interop.load_pretrained(here / "bert"), here / "flax"), model)
+
+
+def test_a_parameter_that_is_one_number(here):
+    weights = {"logit_scale": np.array(2.5, np.float32)}
+    safetensors.numpy.save_file(weights, here / "a.safetensors")
+    converted("a.safetensors", "--to", "torch", "--module", "make.py:scaled", "-o", "b.safetensors")
+    again = safetensors.numpy.load_file(here / "b.safetensors")["logit_scale"]
+    assert again.shape == () and again == 2.5
+
+
+def test_nothing_is_left_of_what_cannot_be_written_or_appears_meanwhile(here, capsys, monkeypatch):
+    interop.save_pretrained(lm(), here / "lm")
+    monkeypatch.setattr("jattn.parity.conversion._check_same", lambda *_: (here / "x").mkdir())
+    before = {path.name for path in here.iterdir()}
+    assert main(["convert", "lm", "--to", "flax", "-o", "x"]) == 2
+    assert "x exists by now" in capsys.readouterr().err
+    assert {path.name for path in here.iterdir()} == before | {"x"} and not [
+        *(here / "x").iterdir()
+    ]
+
+
+@pytest.mark.parametrize("names", [("a.b", "a"), ("kernel", "kernel.value")])
+def test_two_arrays_of_one_path(here, capsys, names):
+    first, second = names
+    tree = {first: jnp.ones(2), second: {"b": jnp.zeros(2)} if second == "a" else jnp.zeros(2)}
+    save(here / "flax", tree)
+    assert (
+        main(
+            ["convert", "flax", "--to", "torch", "-o", "x.safetensors", "--module", "make.py:wide"]
+        )
+        == 2
+    )
+    assert "has two arrays of the path" in capsys.readouterr().err
 
 
 def save(path, tree):
@@ -245,6 +294,11 @@ BAD = [
     ("net.safetensors --to hf -o x --module make.py:net", "module must be a CausalLM"),
     ("net.safetensors --to flax -o x --module make.py:lm", "the weights do not fit"),
     ("flax --to torch -o x.safetensors --module make.py:net", "the weights do not fit"),
+    ("net.safetensors --to flax -o x --module make.py:normed", "would be lost: mean, var"),
+    ("net.safetensors --to flax -o x --module make.py:paired", "pairs of a diff mean nothing"),
+    ("net.safetensors --to torch -o x.safetensors --module make.py:net --names a", "gives rules"),
+    ("lm --to torch -o x.safetensors --json x.safetensors", "--json x.safetensors would overwrite"),
+    ("lm --to flax -o x --json lm/report.json", "would overwrite the checkpoint"),
     ("make.py --to flax -o x --module make.py:net", "make.py is no file of PyTorch's"),
     ("runs --to hf -o x --module make.py:lm", "those of Orbax in it are runs/1/state"),
 ]
