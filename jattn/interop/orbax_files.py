@@ -53,22 +53,23 @@ def orbax_of(path: pathlib.Path) -> dict[str, Stored]:
         found = checkpointer.metadata(path.absolute()).item_metadata
     if found is None:
         raise FileError(f"{path}: Orbax does not read it: its list of arrays is broken")
-    tree = found.tree
+    leaves, structure = jax.tree.flatten(found.tree)
 
-    @functools.cache
-    def arrays() -> Mapping[str, np.ndarray]:
-        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    def array(place: int) -> np.ndarray:
+        others: list[Any] = [ocp.PLACEHOLDER] * len(leaves)  # which Orbax does not read
+        others[place] = leaves[place]
+        item = jax.tree.unflatten(structure, others)
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
+        asked = ocp.args.PyTreeRestore(item=item, restore_args=kinds)
         with _naming(path), ocp.PyTreeCheckpointer() as checkpointer:
-            return _by_path(checkpointer.restore(path.absolute(), restore_args=wanted))
+            return np.asarray(jax.tree.leaves(checkpointer.restore(path.absolute(), asked))[place])
 
-    def array(name: str) -> np.ndarray:
-        return np.asarray(arrays()[name])
-
-    def stored(name: str, leaf: Any) -> Stored:
+    def stored(place: int, leaf: Any) -> Stored:
         dtype = np.dtype(getattr(leaf, "dtype", None) or object)
-        return Stored(tuple(getattr(leaf, "shape", ())), dtype, functools.partial(array, name))
+        return Stored(tuple(getattr(leaf, "shape", ())), dtype, functools.partial(array, place))
 
-    return {name: stored(name, leaf) for name, leaf in _by_path(tree).items()}
+    names = _by_path(found.tree)
+    return {name: stored(place, leaf) for place, (name, leaf) in enumerate(names.items())}
 
 
 def save_orbax(module: nnx.Module, path: pathlib.Path) -> None:

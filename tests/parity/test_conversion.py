@@ -254,6 +254,22 @@ def test_the_model_within_a_training_state(here, kind, capsys):
     assert same_weights(interop.load_pretrained(here / "lm"), model)
 
 
+def test_of_a_training_state_only_the_part_is_read(here, monkeypatch):
+    save(here / "run", {"model": nnx.state(lm()), "huge": jnp.zeros(10)})
+    asked = []
+    restore = ocp.PyTreeCheckpointer.restore
+
+    def watched(self, path, args):
+        leaves = jax.tree.leaves(args.item, is_leaf=lambda leaf: leaf is ocp.PLACEHOLDER)
+        asked.append([leaf.name for leaf in leaves if leaf is not ocp.PLACEHOLDER])
+        return restore(self, path, args)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", watched)
+    converted("run", "--to", "hf", "--module", "make.py:lm", "--part", "model", "-o", "lm")
+    assert len(asked) == len(nnx.to_flat_state(nnx.state(lm(), nnx.Param)))
+    assert all(len(names) == 1 and names[0].startswith("model.") for names in asked)
+
+
 def test_random_streams_of_a_saved_state_are_no_weights(here):
     module = nn.MultiHeadAttention(2, 8, use_bias=True, dropout_rate=0.1, rngs=nnx.Rngs(0))
     save(here / "flax", nnx.state(module))
