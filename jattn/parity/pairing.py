@@ -28,8 +28,9 @@ NEARLY = 1.6  # of 2, which is the same name
 def guess_pairs(fixture: Fixture, calls: Sequence[Call]) -> dict[str, str]:
     """PyTorch's layers, by name, and the Flax layers, by path, that have as many weights.
 
-    Of those with the same number of weights, and outputs of the same size, the first called is
-    taken for the first called; where their numbers differ, the names decide. Of those that are
+    Of those with the same number of weights, and outputs of the same size, the names decide where
+    they are the same; else the first called is taken for the first called; where their numbers
+    differ, the likeness of the names decides. Of those that are
     left, where a bias is missing, say, nearly the same names are a pair.
 
     Args:
@@ -125,6 +126,8 @@ def _of(parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _matched(names: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
     # A layer and one that holds nothing else have the same weights; the inner one is the layer
     for one, other in itertools.product((names, _inner(names)), (paths, _inner(paths))):
+        if sorted(map(_own, one)) == sorted(map(_own, other)):
+            return dict(zip(sorted(one, key=_own), sorted(other, key=_own), strict=True))
         if len(one) == len(other):
             return dict(zip(_by_role(one), _by_role(other), strict=True))
     likeness = sorted(
@@ -142,6 +145,11 @@ def _matched(names: Sequence[str], paths: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _own(name: str) -> str:
+    """The name of a layer within the one that holds it."""
+    return name.rpartition(".")[2]
+
+
 def _inner(names: Sequence[str]) -> list[str]:
     return [
         name for name in names if not any(each.startswith(f"{name}.") for each in names)
@@ -152,14 +160,13 @@ def _by_role(names: Sequence[str]) -> list[str]:
     """The names in their order, but query before key before value of one parent."""
     siblings: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        parent, _, own = name.rpartition(".")
-        if role(own) is not None:
-            siblings[parent].append(name)
+        if role(_own(name)) is not None:
+            siblings[name.rpartition(".")[0]].append(name)
     ordered = {
         name: other
         for each in siblings.values()
         for name, other in zip(
-            each, sorted(each, key=lambda name: role(name.rpartition(".")[2]) or 0), strict=True
+            each, sorted(each, key=lambda name: role(_own(name)) or 0), strict=True
         )
     }
     return [ordered.get(name, name) for name in names]

@@ -166,6 +166,28 @@ def test_projections_that_are_fused_on_one_side(torch, x, port):
     assert_equal(parity.check(built(torch, packed, **linears), port(), [x]))
 
 
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_the_same_names_are_the_same_layers_whatever_is_called_first(torch, x, gate_first):
+    class Port(nnx.Module):
+        def __init__(self, swapped=False):
+            self.gate, self.up = (nnx.Linear(8, 8, rngs=rngs()) for _ in range(2))
+            self.swapped = swapped
+
+        def __call__(self, x):
+            calls = {"gate": self.gate, "up": self.up}
+            found = {name: calls[name](x) for name in sorted(calls, reverse=not gate_first)}
+            gate, up = found["gate"], found["up"]
+            return nnx.silu(up) * gate if self.swapped else nnx.silu(gate) * up
+
+    def forward(self, x):
+        return torch.nn.functional.silu(self.gate(x)) * self.up(x)
+
+    linears = {name: torch.nn.Linear(8, 8) for name in ("gate", "up")}
+    original = built(torch, forward, **linears)
+    assert_equal(parity.check(original, Port(), [x]))
+    assert not parity.check(original, Port(swapped=True), [x]).passed
+
+
 def assert_equal(report):
     assert report.passed, str(report)
     assert report.first is None and report.hints == ()
