@@ -50,7 +50,7 @@ def fused(tensors: Mapping[str, Any], module: nnx.Module, rules: Iterable[Rule])
         for name in theirs
     ]
     fitting = [side for side in sides if side[-1]]
-    fitting.sort(key=lambda side: -alike(plain(side[0][0]), plain(side[1][0])))
+    fitting.sort(key=_unlike)
     found: list[Rule] = []
     for names, paths, layout in fitting:
         if theirs.keys() >= {*names} and ours.keys() >= {*paths}:
@@ -59,6 +59,11 @@ def fused(tensors: Mapping[str, Any], module: nnx.Module, rules: Iterable[Rule])
             theirs = {name: shape for name, shape in theirs.items() if name not in names}
             ours = {path: shape for path, shape in ours.items() if path not in paths}
     return found
+
+
+def _unlike(side: tuple[Sequence[str], Sequence[str], Any]) -> float:
+    """How little the least fitting names of both sides are alike."""
+    return -min(alike(plain(name), plain(path)) for name in side[0] for path in side[1])
 
 
 def _siblings(shapes: Shapes) -> list[tuple[str, ...]]:

@@ -268,38 +268,55 @@ def test_a_layer_called_twice_and_frozen(torch, x):
 class ScannedBlock(linen.Module):
     @linen.compact
     def __call__(self, x, _):
-        return linen.LayerNorm(epsilon=1e-5)(x + jnp.tanh(linen.Dense(8)(x))), None
+        gate = jax.nn.sigmoid(linen.Dense(8, name="gate")(x))
+        return linen.LayerNorm(epsilon=1e-5)(
+            x + gate * jnp.tanh(linen.Dense(8, name="fc")(x))
+        ), None
 
 
 class Scanned(linen.Module):
+    count: int
+
     @linen.compact
     def __call__(self, x):
         scan = linen.scan(
-            ScannedBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            ScannedBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.count,
         )
         return linen.Dense(2)(scan(name="layers")(x, None)[0])
 
 
 class Recomputed(linen.Module):
+    count: int
+
     @linen.compact
     def __call__(self, x):
-        for i in range(3):
+        for i in range(self.count):
             x, _ = linen.remat(ScannedBlock)(name=f"layers_{i}")(x, None)
         return linen.Dense(2)(x)
 
 
-@pytest.mark.parametrize("port", [Scanned(), Recomputed()], ids=["scan", "remat"])
-def test_layers_under_a_transformation_have_their_weights_stacked_or_not(torch, x, port):
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("kind", [Scanned, Recomputed])
+def test_layers_under_a_transformation_have_their_weights_stacked_or_not(torch, x, kind, count):
+    port = kind(count)
+
     def block(self, x):
-        return self.norm(x + torch.tanh(self.fc(x)))
+        return self.norm(x + torch.sigmoid(self.gate(x)) * torch.tanh(self.fc(x)))
 
     def forward(self, x):
         for layer in self.layers:
             x = layer(x)
         return self.out(x)
 
+    def linear():
+        return torch.nn.Linear(8, 8)
+
     blocks = [
-        built(torch, block, fc=torch.nn.Linear(8, 8), norm=torch.nn.LayerNorm(8)) for _ in range(3)
+        built(torch, block, gate=linear(), fc=linear(), norm=torch.nn.LayerNorm(8))
+        for _ in range(count)
     ]
     layers = torch.nn.ModuleList(blocks)
     original = built(torch, forward, layers=layers, out=torch.nn.Linear(8, 2))
