@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from flax.errors import FlaxError
 
@@ -35,7 +36,8 @@ class Parameters(nnx.Module):
 
     def __init__(self, tree: Mapping[str, Any]):
         for name, value in tree.items():
-            setattr(self, name, Parameters(value) if isinstance(value, dict) else nnx.Param(value))
+            leaf = Parameters(value) if isinstance(value, dict) else nnx.Param(jnp.asarray(value))
+            setattr(self, name, leaf)
 
 
 class Function(Parameters):
@@ -55,7 +57,7 @@ class Function(Parameters):
     # Names with an underscore, for the parameters are attributes, too
     def __init__(self, function: Callable[..., Any], params: Any = None):
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        self._function, self._structure = function, structure
+        self._function, self._structure, self._takes = function, structure, params is not None
         self._paths = tuple(tuple(str(_key(each)) for each in path) for path, _ in leaves)
         super().__init__(_nested(self._paths, [leaf for _, leaf in leaves]))
 
@@ -65,7 +67,7 @@ class Function(Parameters):
 
     def _params(self) -> tuple[Any, ...]:
         """The parameters, in their own form, as the first argument; or none."""
-        if not self._paths:
+        if not self._takes:
             return ()
         state = dict(nnx.to_flat_state(nnx.state(self, nnx.Param)))
         leaves = [state[path][...] for path in self._paths]
@@ -93,18 +95,18 @@ class Linen(Function):
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:
         """What the module gives."""
-        params = self._params() or ({},)
         with linen.intercept_methods(self._of_layer):
-            return self._function(*params, *arrays, **options)
+            return self._function(*self._params(), *arrays, **options)
 
     def _of_layer(self, call: Any, arguments: Any, options: Any, context: Any) -> Any:
         """What a layer within gives; dropout may be off, and the layer's call is noted."""
         layer = context.module
         is_off = self.deterministic and isinstance(layer, linen.Dropout)
-        output = arguments[0] if is_off else call(*arguments, **options)
+        output = [*arguments, *options.values()][0] if is_off else call(*arguments, **options)
         if self._note is None or context.method_name != "__call__" or not layer.path:
             return output
-        inner = Linen(*layer.unbind())
+        module, variables = layer.unbind()
+        inner = Linen(module, linen.meta.unbox(variables))
         return self._note(".".join(layer.path), inner, arguments, options, output)
 
 
@@ -147,7 +149,8 @@ def as_nnx(
             streams = {name: jax.random.key(0) for name in ("params", "dropout")}
             with callable_with(inputs):
                 params = module.init(streams, method=lambda bound: call(bound, inputs))
-        return Linen(module, params if "params" in params else {"params": params})
+        variables = params if "params" in params else {"params": params}
+        return Linen(module, jax.tree.map(_wide, linen.meta.unbox(variables)))
     if isinstance(module, nnx.Module):
         if params is not None:
             raise TypeError("params are of a function or of Linen; a module of NNX has its own")
@@ -155,6 +158,12 @@ def as_nnx(
     if not callable(module):
         raise TypeError(f"expected a module of Flax or a function, got {type(module).__name__}")
     return Function(module, params)
+
+
+def _wide(array: Any) -> Any:
+    """Statistics and the like in float64, too."""
+    is_float = jnp.issubdtype(jnp.result_type(array), jnp.floating)
+    return jnp.asarray(array, jnp.float64) if is_float else array
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import FlaxError
 from rich.console import Group
 from rich.table import Table
 
@@ -208,11 +209,11 @@ def _double(module: nnx.Module) -> Any:
             dtype = getattr(layer, name, None)
             if dtype is not None and weights and all(each.dtype == dtype for each in weights):
                 vars(layer)[name] = jnp.float64
-    graph, parameters, rest = layers.split(copy)
+    graph, *states = layers.split(copy)
     doubled = jax.tree.map(
-        lambda array: jnp.asarray(array, jnp.float64) if is_float(array) else array, parameters
+        lambda array: jnp.asarray(array, jnp.float64) if is_float(array) else array, states
     )
-    return nnx.merge(graph, doubled, rest)
+    return nnx.merge(graph, *doubled)
 
 
 def _diff(
@@ -405,7 +406,7 @@ def _like(theirs: np.ndarray, ours: Any) -> np.ndarray | None:
 def _tried(call: Call, arrays: list[Any]) -> list[Any] | None:
     try:
         return call.again(call.weights, arrays)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, FlaxError):  # a shared layer lacks what others hold
         return None
 
 
@@ -427,7 +428,10 @@ def _hints(fixture: Fixture, call: Call, torch: str) -> list[str]:
         again, {name.removeprefix(prefix): weight for name, weight in call.weights.items()},
         arrays, expected, functools.partial(again, evaluate=True),
     )  # fmt: skip
-    return hints(layer)
+    try:
+        return hints(layer)
+    except FlaxError:
+        return []
 
 
 def _tensor_rows(

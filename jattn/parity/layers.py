@@ -66,8 +66,8 @@ class Call:
             (path, variable.replace(weights[dotted(path)])) for path, variable in flat
         )
         layer = nnx.merge(graph, filled, jax.tree.map(jnp.asarray, rest))
-        if evaluate:
-            layer.eval()
+        if evaluate:  # no more than this: a batch norm stays in its mode
+            layer.set_attributes(deterministic=True, raise_if_not_found=False)
         return arrays_of(layer(*arguments, **options))
 
     def _given(self) -> tuple[Any, Any]:

@@ -59,9 +59,22 @@ def error(
         fitting = nearest(np.asarray(other), one)
         if fitting is None or (exact and fitting.shape != np.shape(other)):
             return None
-        one, other = np.asarray(one, np.float64), np.asarray(fitting, np.float64)
-        if not np.isfinite(one).all():
-            return math.inf
-        scale = float(np.abs(other).max(initial=0.0)) or 1.0
-        errors.append(float(np.abs(one - other).max(initial=0.0)) / scale)
+        errors.append(largest_difference(np.asarray(one, np.float64), fitting))
     return max(errors, default=None)
+
+
+def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference over the largest finite number; equal infinities are equal.
+
+    Example:
+      >>> largest_difference(np.array([-np.inf, 2.0]), np.array([-np.inf, 4.0]))
+      0.5
+      >>> largest_difference(np.array([np.inf]), np.array([1.0]))
+      inf
+    """
+    unlike = one != other
+    scale = float(np.abs(other[np.isfinite(other)]).max(initial=0.0)) or 1.0
+    if not unlike.any():
+        return 0.0
+    found = float(np.abs(one[unlike] - other[unlike]).max())
+    return found / scale if math.isfinite(found) else math.inf

@@ -141,6 +141,13 @@ TWO = Fixture(
 )  # fmt: skip
 
 
+def test_no_parameters_and_a_number_are_parameters_too():
+    fixture = Fixture("yours/double", "double", inputs={"x": X}, outputs={"output": 2 * X})
+    assert_matches(fixture, lambda params, x: 2 * x, params={})
+    scaled = dataclasses.replace(fixture, parameters={"scale": np.array(2.0)})
+    assert_matches(scaled, lambda params, x: params["scale"] * x, params={"scale": 1.0})
+
+
 def test_parameters_may_be_in_lists():
     def function(params, x):
         first, second = params["layers"]

@@ -100,6 +100,73 @@ def test_a_batch_norm_is_given_the_running_statistics(torch, rng):
     assert "is not given PyTorch's buffers norm.running_mean, norm.running_var" in report.hints[-1]
 
 
+def test_a_batch_norm_in_training_mode_is_no_dropout(torch, x):
+    port = nnx.BatchNorm(3, epsilon=1e-5, rngs=rngs())
+    report = parity.check(torch.nn.BatchNorm1d(3), port, [x[0, :, :3]])
+    assert not report.passed and not any("dropout" in hint for hint in report.hints)
+
+
+def test_statistics_of_linen_are_float64_where_they_are_given(torch, x):
+    original = torch.nn.BatchNorm1d(3)
+    original(torch.randn(8, 3) + 1)
+    mean, var = (getattr(original, f"running_{name}").numpy() for name in ("mean", "var"))
+    port = linen.BatchNorm(use_running_average=True, epsilon=1e-5)
+    params = {"params": {"scale": np.ones(3), "bias": np.zeros(3)},
+              "batch_stats": {"mean": mean, "var": var}}  # fmt: skip
+    report = parity.check(original, port, [x[0, :, :3]], params=params)
+    assert report.passed, str(report)
+
+
+def test_a_layer_that_gives_minus_infinity_hides_no_other(torch, x):
+    class Masked(nnx.Module):
+        def __call__(self, x):
+            return jnp.where(x > 0, -jnp.inf, x)
+
+    class Port(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.LayerNorm(8, epsilon=1e-3, rngs=rngs())
+            self.scores = nnx.Linear(8, 8, rngs=rngs())
+            self.masked = Masked()
+
+        def __call__(self, x):
+            return nnx.softmax(self.masked(self.scores(self.norm(x))), axis=-1)
+
+    def forward(self, x):
+        scores = self.scores(self.norm(x))
+        return torch.softmax(scores.masked_fill(scores > 0, -torch.inf), -1)
+
+    norm, scores = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+    report = parity.check(built(torch, forward, norm=norm, scores=scores), Port(), [x])
+    assert report.first.flax == "norm" and report.hints == ("matches with eps 1e-05",)
+
+
+class Decoder(linen.Module):
+    embed: linen.Module
+
+    @linen.compact
+    def __call__(self, x):
+        return self.embed(jnp.tanh(linen.Dense(8)(x)))
+
+
+class Tied(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        embed = linen.Dense(
+            8, name="embed",
+            kernel_init=linen.with_partitioning(linen.initializers.lecun_normal(), (None, "a")),
+        )  # fmt: skip
+        return Decoder(embed, name="decoder")(embed(x))
+
+
+def test_a_layer_of_linen_that_two_share_and_a_parameter_in_a_box(torch, x):
+    def forward(self, x):
+        return self.embed(torch.tanh(self.dense(self.embed(x))))
+
+    linears = {"embed": torch.nn.Linear(8, 8), "dense": torch.nn.Linear(8, 8)}
+    pairs = {"embed": "embed", "dense": "decoder.Dense_0"}
+    assert_equal(parity.check(built(torch, forward, **linears), Tied(), [x], pairs=pairs))
+
+
 def test_a_row_that_pytorch_never_trains(torch):
     class Port(nnx.Module):
         def __init__(self):
