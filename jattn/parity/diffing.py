@@ -235,10 +235,12 @@ def _diff(
     gradients = _layer_gradients(fixture, module, whole, output)
     rows = _layer_rows(fixture, [*found, root], {**pairs, "": ""}, gradients)
     tensors, hints = _tensor_rows(fixture, module, call, rules)
-    first = None if all(row.passed for row in tensors) else _first(row for row, _ in rows)
+    passed = all(row.passed for row in tensors)
+    first = None if passed else _first(row for row, _ in rows)
     if first:
         call_of_first = next(each for row, each in rows if row is first)
-        hints = [*_hints(fixture, call_of_first, first.torch), *hints, *unused]
+        hints = [*_hints(fixture, call_of_first, first.torch), *hints]
+    hints += [] if passed else unused
     backward = [row for row, _ in rows if row.gradient is not None and row.gradient > ALLOWED]
     return Report(
         fixture.title, tensors, tuple(row for row, _ in rows), pairs, rules, first,

@@ -57,6 +57,7 @@ def record(
     module = copy.deepcopy(module).double().eval()
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # those that are frozen, too
+    untouched = copy.deepcopy(module)  # by what the module keeps of its first call
     tensors = {name: _tensor(value) for name, value in _named_inputs(module, inputs).items()}
     layers: dict[str, Tensors] = {"modules": {}, "module_inputs": {}}
     hooks = [_hook(name, child, layers) for name, child in module.named_modules() if name]
@@ -72,16 +73,18 @@ def record(
         for name, output in outputs.items()
         if output.requires_grad
     }
+    kept = layers if inside else {"modules": layers["modules"]}
     return _fixture(
-        module, tensors, outputs, cotangents, layers if inside else {"modules": layers["modules"]},
+        (module, untouched), tensors, outputs, cotangents, kept,
         dict(system=system, case=case, arguments=dict(arguments or {}), seed=seed),
     )  # fmt: skip
 
 
 def _fixture(
-    module: Any, inputs: Tensors, outputs: Tensors, cotangents: Tensors,
+    modules: tuple[Any, Any], inputs: Tensors, outputs: Tensors, cotangents: Tensors,
     layers: Mapping[str, Tensors], facts: dict[str, Any],
 ) -> Fixture:  # fmt: skip
+    module, untouched = modules
     parameters = dict(module.named_parameters())
     inner = {}
     if "module_inputs" in layers:
@@ -92,8 +95,8 @@ def _fixture(
     return Fixture(
         **facts,
         versions=versions(),
-        float32_errors=_errors("float32", module, inputs, cotangents, arrays(truth)),
-        bfloat16_errors=_errors("bfloat16", module, inputs, cotangents, arrays(truth)),
+        float32_errors=_errors("float32", untouched, inputs, cotangents, arrays(truth)),
+        bfloat16_errors=_errors("bfloat16", untouched, inputs, cotangents, arrays(truth)),
         parameters=arrays(parameters),
         buffers=arrays(_buffers(module)) if "module_inputs" in layers else {},
         inputs=arrays(inputs),
@@ -190,9 +193,13 @@ def named(output: Any, name: str = "output") -> dict[str, Any]:
         each = {f"{name}[{i}]": value for i, value in enumerate(output)}
     else:
         return {}
-    return {
-        key: tensor for part, value in each.items() for key, tensor in named(value, part).items()
-    }
+    found: dict[str, Any] = {}
+    for part, value in each.items():
+        for key, tensor in named(value, part).items():
+            if key in found:
+                raise ValueError(f"two outputs have the name {key}: give them names of their own")
+            found[key] = tensor
+    return found
 
 
 def _hook(name: str, child: Any, layers: Mapping[str, Tensors]) -> Any:

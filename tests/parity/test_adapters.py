@@ -1,7 +1,6 @@
 """Ports that are modules of Linen, or functions with their parameters: as those of NNX."""
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,12 @@ from jattn import nn
 from jattn.interop import Rule
 from jattn.parity import assert_matches, diff
 from jattn.parity.fixtures import Fixture, load
-
-FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "ports" / "tagger" / "whole.safetensors"
-N, H = 2, 4
-D = N * H
+from tests.parity.tagger import FIXTURE, D, H, N, run_lstm, turn
 
 
 @pytest.fixture(scope="module")
 def recorded():
     return load(FIXTURE)
-
-
-def turn(x):
-    angles = jnp.arange(x.shape[-2])[:, None] * 100.0 ** (-jnp.arange(0, H, 2) / H)
-    a, b = jnp.split(x, 2, axis=-1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Attention(linen.Module):
@@ -64,15 +53,10 @@ class LSTM(linen.Module):
         inner, outer = weight("weight_ih", 6, 4 * D), weight("weight_hh", D, 4 * D)
         bias = weight("bias_ih", 4 * D), weight("bias_hh", 4 * D)
 
-        def step(state, x):
-            h, c = state
-            i, f, g, o = jnp.split(x @ inner + bias[0] + h @ outer + bias[1], 4, axis=-1)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (h, c), h
+        def gates(x, h):
+            return jnp.split(x @ inner + bias[0] + h @ outer + bias[1], 4, axis=-1)
 
-        zeros = jnp.zeros((len(x), D), x.dtype)
-        return jax.lax.scan(step, (zeros, zeros), x.swapaxes(0, 1))[1].swapaxes(0, 1)
+        return run_lstm(x, gates)
 
 
 class Tagger(linen.Module):

@@ -13,10 +13,7 @@ from jattn.interop import IDENTITY, ConversionError, Rule
 from jattn.parity.cli import main
 from jattn.parity.diffing import assert_matches, diff
 from jattn.parity.fixtures import Fixture, load
-
-FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "ports" / "tagger" / "whole.safetensors"
-N, H = 2, 4
-D = N * H
+from tests.parity.tagger import FIXTURE, D, H, N, run_lstm, turn
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +31,8 @@ class Attention(nnx.Module):
     def __call__(self, x, mask):
         query, key, value = (self.split(each(x)) for each in (self.query, self.key, self.value))
         scale = D if self.wrong == "scale" else H
-        scores = jnp.einsum("bnth,bnsh->bnts", self.turn(query), self.turn(key)) / scale**0.5
+        query, key = (turn(each, neighbours=self.wrong == "rotary") for each in (query, key))
+        scores = jnp.einsum("bnth,bnsh->bnts", query, key) / scale**0.5
         mask = ~mask if self.wrong == "mask" else mask
         scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=0 if self.wrong == "softmax" else -1)
@@ -48,15 +46,6 @@ class Attention(nnx.Module):
         if self.wrong == "heads":
             return x.reshape(B, N, T, H)
         return x.reshape(B, T, N, H).swapaxes(1, 2)
-
-    def turn(self, x):
-        angles = jnp.arange(x.shape[-2])[:, None] * 100.0 ** (-jnp.arange(0, H, 2) / H)
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
-        if self.wrong == "rotary":
-            a, b = x[..., ::2], x[..., 1::2]
-            return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
-        a, b = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Block(nnx.Module):
@@ -88,19 +77,13 @@ class LSTM(nnx.Module):
         self.bias_ih, self.bias_hh = (nnx.Param(jnp.zeros(4 * D)) for _ in range(2))
 
     def __call__(self, x):
-        def step(state, x):
-            h, c = state
-            gates = x @ self.weight_ih[...] + self.bias_ih[...]
-            gates = gates + h @ self.weight_hh[...] + self.bias_hh[...]
-            i, f, g, o = jnp.split(gates, 4, axis=-1)
-            if self.wrong == "gates":
-                f, g = g, f
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (h, c), h
+        def gates(x, h):
+            found = x @ self.weight_ih[...] + self.bias_ih[...]
+            found = found + h @ self.weight_hh[...] + self.bias_hh[...]
+            i, f, g, o = jnp.split(found, 4, axis=-1)
+            return (i, g, f, o) if self.wrong == "gates" else (i, f, g, o)
 
-        zeros = jnp.zeros((len(x), D), x.dtype)
-        return jax.lax.scan(step, (zeros, zeros), x.swapaxes(0, 1))[1].swapaxes(0, 1)
+        return run_lstm(x, gates)
 
 
 class Tagger(nnx.Module):

@@ -297,6 +297,28 @@ def test_an_output_of_another_shape(torch, x):
     assert "by the shapes of its outputs, (2, 3, 5), (2, 1, 5) for" in str(report)
 
 
+def test_a_module_that_keeps_a_table_of_its_first_call(torch, x):
+    def forward(self, x):
+        if not hasattr(self, "table"):
+            self.table = torch.arange(8, dtype=x.dtype) / 3
+        return self.out(x + self.table)
+
+    class Port(nnx.Module):
+        def __init__(self):
+            self.out = nnx.Linear(8, 8, rngs=rngs())
+
+        def __call__(self, x):
+            return self.out(x + jnp.arange(8) / 3)
+
+    assert_equal(parity.check(built(torch, forward, out=torch.nn.Linear(8, 8)), Port(), [x]))
+
+
+def test_two_outputs_of_one_name(torch, x):
+    original = built(torch, lambda self, x: {"a": {"h": x}, "b": {"h": 2 * x}})
+    with pytest.raises(ValueError, match="two outputs have the name h"):
+        parity.record(original, [x])
+
+
 def test_inputs_may_be_numbers_and_empty(torch, x):
     def forward(self, x, scale):
         return scale * x
